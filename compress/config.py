@@ -1,0 +1,166 @@
+"""What a recipe may say: one frozen dataclass per section and per stage key. Units stand in the names.
+
+A field's type is what YAML must hold there; its default is what is used when the recipe is silent. `as` and `from` belong to every stage
+and are handled by `compress.recipe`. No torch is imported here: `lightcap plan` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where pictures and captions come from (`compress.data.load`)."""
+
+    source: str = "scenes"
+    captions: str | None = None
+    images: str | None = None
+    val_split: str = "val"
+    train_images: int | None = None
+    val_images: int | None = None
+    image_size: int | None = None
+    seed: int = 17
+    max_unreadable: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """The model to deploy, and the image encoder and tokenizer that every model of the recipe shares. None means the preset's own."""
+
+    preset: str = "lightcap"
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    fusion_weights: str | None = None
+    tokenizer: str | None = None
+    layers: int | None = None
+    hidden: int | None = None
+    attention_heads: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """AdamW on a linear schedule with warm-up, as in Oscar and VinVL. Batches are counted in images, each with all its captions."""
+
+    epochs: float = 1.0
+    batch_images: int = 32
+    learning_rate: float = 3e-4
+    warmup: float = 0.05
+    final_learning_rate: float = 0.02
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    dropout: float = 0.1
+    clip_norm: float = 1.0
+    precision: str = "auto"
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Optimisation):
+    """Cross-entropy training of a captioner: from a preset, or onward from the artifact that `from:` names."""
+
+    preset: str | None = None
+    fusion_weights: str | None = None
+    encoder: str = "frozen"
+    encoder_learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Optimisation):
+    """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher."""
+
+    teachers: tuple[str, ...] = ()
+    init: str = "teacher"
+    match: tuple[str, ...] = ("tokens",)
+    match_epochs: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 16
+    token_weight: float = 0.8
+    hidden_weight: float = 1.0
+    attention_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Keeps the word pieces that training captions use, and every single character."""
+
+    keep: str = "seen"
+    min_count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Optimisation):
+    """Structured pruning to one target, a share of the parent's MACs per caption, of its parameters, or megabytes on disk."""
+
+    macs: float | None = None
+    params: float | None = None
+    mb: float | None = None
+    parts: tuple[str, ...] = ("encoder", "fusion")
+    steps: int = 1
+    round_to: int = 8
+    recover_epochs: float = 1.0
+    recover_encoder_epochs: float = 1.0
+    encoder_learning_rate: float = 1e-3
+    temperature: float = 1.0
+    top_k: int = 16
+    token_weight: float = 0.8
+    max_drop_cider: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Static INT8: activations by calibration on training images, weights per output channel."""
+
+    scheme: str = "static"
+    calibration_images: int = 128
+    max_weight_ratio: float = 0.35
+    max_drop_cider: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes the folder that captions by itself, in the parent's own precision."""
+
+
+STAGES = {
+    "train": Train,
+    "distill": Distill,
+    "vocabulary": Vocabulary,
+    "prune": Prune,
+    "quantize": Quantize,
+    "export": Export,
+}
+
+CHOICES = {
+    ("data", "source"): ("scenes", "karpathy", "coco", "flickr8k", "datasets"),
+    ("train", "encoder"): ("frozen", "tuned"),
+    ("distill", "init"): ("teacher", "weights"),
+    ("distill", "match"): ("tokens", "hidden", "attention"),
+    ("prune", "parts"): ("encoder", "fusion"),
+    ("quantize", "scheme"): ("static",),
+    ("vocabulary", "keep"): ("seen",),
+    ("precision",): ("auto", "fp32", "bf16"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe: `kind` is its key, `name` its `as:` label, `parent` the stage it works on (None: it starts anew)."""
+
+    kind: str
+    name: str
+    parent: str | None
+    config: Train | Distill | Vocabulary | Prune | Quantize | Export
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    seed: int
+    data: Data
+    student: Student
+    stages: tuple[Stage, ...]
+    path: Path = field(compare=False)

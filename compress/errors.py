@@ -1,0 +1,60 @@
+"""The errors that lightcap raises on purpose.
+
+    LightcapError                one line: what, where, how to mend it
+    ├── UsageError      exit 2   what the user gave cannot be used; nothing was written
+    │   ├── RecipeError          a recipe's file, line, key or value
+    │   ├── DataError            captions, images, splits
+    │   └── ModelError           an artifact, a checkpoint, a preset
+    └── StageError      exit 1   a stage failed; the last good artifact is kept
+        └── GateError            a stage ran, and its result missed a gate
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+
+import click
+
+
+class LightcapError(click.ClickException):
+    """An expected failure. `str(error)` is one line; `exit_code` is the status the command ends with."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(str(message).split()))
+
+    def show(self, file=None) -> None:
+        click.echo(f"lightcap: {self.message}", file=file or sys.stderr)
+
+
+class UsageError(LightcapError):
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    pass
+
+
+class DataError(UsageError):
+    pass
+
+
+class ModelError(UsageError):
+    pass
+
+
+class StageError(LightcapError):
+    pass
+
+
+class GateError(StageError):
+    pass
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the allowed name closest to `word`, or an empty string where none is close."""
+    close = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

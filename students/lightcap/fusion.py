@@ -1,0 +1,106 @@
+"""The fusion transformer, in BERT's layout, under the sequence-to-sequence mask.
+
+A sequence is [prefix | caption]. The prefix (concepts and grid tokens) attends to itself and never to the caption, so its keys and values
+are computed once per image; a caption token attends to the prefix and to itself and what came before it. In the last layer nothing reads
+the prefix's own output, so there only its keys and values are computed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Past = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each (N, heads, length, head_dim)
+PREFIX_POSITION = 64  # captions use the positions before it, prefix tokens the ones from it on
+
+
+class Layer(nn.Module):
+    """Self-attention and feed-forward, each with a residual and a LayerNorm after it (post-norm, as BERT).
+
+    Attention is four plain Linears and SDPA: what quantizers and pruners understand. The number of heads follows from `query`'s width.
+    """
+
+    def __init__(self, hidden: int, head_dim: int, width: int, ffn: int, dropout: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.query = nn.Linear(hidden, width)
+        self.key = nn.Linear(hidden, width)
+        self.value = nn.Linear(hidden, width)
+        self.output = nn.Linear(width, hidden)
+        self.norm1 = nn.LayerNorm(hidden, eps=1e-12)
+        self.up = nn.Linear(hidden, ffn)
+        self.down = nn.Linear(ffn, hidden)
+        self.norm2 = nn.LayerNorm(hidden, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def split(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        return x.view(n, length, width // self.head_dim, self.head_dim).transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None, first: int, probe: list | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x (N, S, hidden); mask (N or 1, 1, S - first, past + S) bool, True where attention is allowed, None for everywhere; queries are
+        made for x[:, first:] alone. Returns the new states (N, S - first, hidden) and all keys and values."""
+        keys, values = self.split(self.key(x)), self.split(self.value(x))
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+        x = x[:, first:]
+        queries = self.split(self.query(x))
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        if probe is not None:
+            scores = queries @ keys.transpose(2, 3) / self.head_dim**0.5
+            scores = scores.masked_fill(~mask, float("-inf")) if mask is not None else scores
+            probe.append(scores.softmax(-1))
+        x = self.norm1(x + self.dropout(self.output(mixed.transpose(1, 2).flatten(2))))
+        x = self.norm2(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        return x, (keys, values)
+
+
+class Fusion(nn.Module):
+    def __init__(
+        self, vocabulary: int, positions: int, hidden: int, layers: int, attention_heads: int, ffn: int, channels: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocabulary, hidden)
+        self.position = nn.Embedding(positions, hidden)
+        self.segment = nn.Embedding(2, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=1e-12)
+        self.grid = nn.Linear(channels, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Layer(hidden, hidden // attention_heads, hidden, ffn, dropout) for _ in range(layers))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def embed_prefix(self, grid: Tensor, concepts: Tensor | None = None) -> Tensor:
+        """grid (B, G, channels) and concept embeddings (B, K, hidden) -> (B, K + G, hidden)."""
+        tokens = self.grid(grid)
+        if concepts is not None:
+            tokens = torch.cat([concepts, tokens], 1)
+        place = self.position.weight[PREFIX_POSITION : PREFIX_POSITION + tokens.shape[1]]
+        return self.dropout(self.norm(tokens + place + self.segment.weight[1]))
+
+    def embed_caption(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens, positions (N, T) -> (N, T, hidden)."""
+        return self.dropout(self.norm(self.word(tokens) + self.position(positions) + self.segment.weight[0]))
+
+    def forward(
+        self, x: Tensor, first: int, past: Past | None = None, mask: Tensor | None = None, probe: list | None = None
+    ) -> tuple[Tensor, Past]:
+        """x (N, S, hidden), of which x[:, :first] is prefix. Returns the caption's states (N, S - first, hidden) and the keys and values.
+        `mask` (N or 1, 1, S, past + S). `probe`, a list, receives per layer (caption states, caption rows of the attention matrix)."""
+        present: Past = []
+        for index, layer in enumerate(self.layers):
+            skip = first if index + 1 == len(self.layers) else 0
+            attention: list | None = None if probe is None else []
+            here = mask if mask is None or not skip else mask[:, :, skip:]
+            x, pair = layer(x, past[index] if past else None, here, skip, attention)
+            present.append(pair)
+            if probe is not None:
+                seen = 0 if skip else first
+                probe.append((x[:, seen:], attention[0][:, :, seen:]))
+        return x, present

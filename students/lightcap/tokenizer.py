@@ -1,0 +1,122 @@
+"""Word pieces in BERT's layout, as a `tokenizers.Tokenizer` that is written to tokenizer.json."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ENGLISH_WORDS = 8000
+
+
+def word_pieces(pieces: Sequence[str]) -> Tokenizer:
+    """An uncased WordPiece tokenizer over `pieces`, whose position is their id."""
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.add_special_tokens([token for token in SPECIAL if token in vocabulary])
+    return tokenizer
+
+
+def pieces_of(tokenizer: Tokenizer) -> list[str]:
+    return [piece for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """`english` (the frequent whole words of CLIP's vocabulary, which open_clip carries, and every printable character), `minilm`
+    (BERT's 30,522 pieces, from the extra `photos`), a tokenizer.json or vocab.txt or a folder with one, or a hub name."""
+    if source == "english":
+        return word_pieces(english())
+    if source == "minilm":
+        from students.lightcap.bert import minilm_folder
+
+        return from_vocabulary(minilm_folder() / "vocab.txt")
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in ("vocab.txt", "tokenizer.json") if (path / name).is_file()), path / "vocab.txt")
+    if path.is_file():
+        return from_vocabulary(path) if path.suffix == ".txt" else read_tokenizer(path)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return from_vocabulary(Path(hf_hub_download(source, "vocab.txt")))
+    except Exception:
+        raise FileNotFoundError(
+            f"no tokenizer at '{source}': give a folder with vocab.txt or tokenizer.json, a hub name, 'english' or 'minilm' "
+            "in student.tokenizer"
+        ) from None
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """tokenizer.json, checked for BERT's special tokens."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    check_special(tokenizer, path)
+    return tokenizer
+
+
+def from_vocabulary(path: Path) -> Tokenizer:
+    tokenizer = word_pieces(path.read_text(encoding="utf-8").splitlines())
+    check_special(tokenizer, path)
+    return tokenizer
+
+
+def check_special(tokenizer: Tokenizer, path: Path) -> None:
+    missing = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise ValueError(f"{path}: BERT's special tokens are missing: {', '.join(missing)}")
+
+
+def characters() -> list[str]:
+    """Every printable ASCII character, lower-case, alone and as a continuation: with them any such word can be spelled."""
+    alone = [c for c in string.printable.strip() if not c.isupper()]
+    return alone + [f"##{c}" for c in alone if c.isalnum()]
+
+
+def english() -> list[str]:
+    """Special tokens, characters, and the whole words that CLIP's byte-pair merges reach first: the most frequent English ones."""
+    spec = importlib.util.find_spec("open_clip")
+    table = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    with gzip.open(table, "rt", encoding="utf-8") as file:
+        merges = file.read().split("\n")[1:]
+    words = ("".join(merge.split()).removesuffix("</w>") for merge in merges if merge.endswith("</w>"))
+    words = [word for word in dict.fromkeys(words) if len(word) > 1 and word.isascii() and word.isalpha()]
+    return [*SPECIAL, *characters(), *words[:ENGLISH_WORDS]]
+
+
+def encode_captions(tokenizer: Tokenizer, captions: Iterable[str], max_tokens: int) -> list[list[int]]:
+    """[CLS] pieces [SEP] for each caption, at most `max_tokens` pieces between them; a final full stop is not learned."""
+    start, end = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    cleaned = [caption.strip().rstrip(".").strip() for caption in captions]
+    return [[start, *item.ids[:max_tokens], end] for item in tokenizer.encode_batch(cleaned, add_special_tokens=False)]
+
+
+def decode_caption(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    return tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+
+def keep_pieces(tokenizer: Tokenizer, seen: Iterable[int]) -> list[int]:
+    """The ids that a smaller vocabulary keeps, ascending: special tokens, single characters (alone and continued), and `seen`."""
+    pieces = pieces_of(tokenizer)
+    single = [i for i, piece in enumerate(pieces) if piece in SPECIAL or len(piece.removeprefix("##")) == 1]
+    return sorted({*single, *(int(i) for i in seen)})
+
+
+def narrowed(tokenizer: Tokenizer, keep: Sequence[int]) -> Tokenizer:
+    """The tokenizer over the pieces `keep`. Words whose pieces are gone are spelled in smaller ones."""
+    pieces = pieces_of(tokenizer)
+    settings = json.loads(tokenizer.to_str())
+    smaller = word_pieces([pieces[i] for i in keep])
+    if settings["model"]["type"] != "WordPiece":
+        raise ValueError(f"only WordPiece vocabularies can be narrowed, this one is {settings['model']['type']}")
+    return smaller
