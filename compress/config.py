@@ -6,6 +6,7 @@ and are handled by `compress.recipe`. No torch is imported here: `lightcap plan`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,6 +144,54 @@ CHOICES = {
     ("quantize", "scheme"): ("static",),
     ("vocabulary", "keep"): ("seen",),
     ("precision",): ("auto", "fp32", "bf16"),
+}
+
+# What a number may be: (least, most, least is allowed, most is allowed), by the name of the key, in every section and stage.
+SHARE = (0.0, 1.0, False, False)
+PART = (0.0, 1.0, True, False)
+WHOLE = (0.0, 1.0, True, True)
+ABOVE_ZERO = (0.0, math.inf, False, False)
+NOT_NEGATIVE = (0.0, math.inf, True, False)
+COUNT = (1, math.inf, True, False)
+
+RANGES = {
+    "train_images": COUNT,
+    "val_images": COUNT,
+    "image_size": COUNT,
+    "max_unreadable": WHOLE,
+    "seed": (0, 2**32 - 1, True, True),
+    "layers": COUNT,
+    "hidden": COUNT,
+    "attention_heads": COUNT,
+    "ffn": COUNT,
+    "heads": COUNT,
+    "epochs": ABOVE_ZERO,
+    "batch_images": COUNT,
+    "learning_rate": ABOVE_ZERO,
+    "encoder_learning_rate": NOT_NEGATIVE,
+    "warmup": PART,
+    "final_learning_rate": WHOLE,
+    "weight_decay": NOT_NEGATIVE,
+    "label_smoothing": PART,
+    "dropout": PART,
+    "clip_norm": ABOVE_ZERO,
+    "match_epochs": NOT_NEGATIVE,
+    "temperature": ABOVE_ZERO,
+    "top_k": COUNT,
+    "token_weight": NOT_NEGATIVE,
+    "hidden_weight": NOT_NEGATIVE,
+    "attention_weight": NOT_NEGATIVE,
+    "min_count": COUNT,
+    "macs": SHARE,
+    "params": SHARE,
+    "mb": ABOVE_ZERO,
+    "steps": COUNT,
+    "round_to": COUNT,
+    "recover_epochs": NOT_NEGATIVE,
+    "recover_encoder_epochs": NOT_NEGATIVE,
+    "max_drop_cider": NOT_NEGATIVE,
+    "calibration_images": COUNT,
+    "max_weight_ratio": (0.0, 1.0, False, True),
 }
 
 

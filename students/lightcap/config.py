@@ -69,8 +69,8 @@ PRESETS: dict[str, dict] = {
     "minilm-teacher": {"layers": 6, "hidden": 384, "attention_heads": 12, "ffn": 1536, "heads": 1},
     "minilm-student": {"layers": 3, "hidden": 384, "attention_heads": 12, "ffn": 1536, "heads": 3},
     # For the generated scenes.
-    "scenes-teacher": {"layers": 4, "hidden": 192, "attention_heads": 6, "ffn": 768, "heads": 1, "positions": 128},
-    "scenes-student": {"layers": 2, "hidden": 96, "attention_heads": 3, "ffn": 384, "heads": 3, "positions": 128},
+    "scenes-teacher": {"layers": 3, "hidden": 128, "attention_heads": 4, "ffn": 512, "heads": 1, "positions": 128},
+    "scenes-student": {"layers": 2, "hidden": 96, "attention_heads": 3, "ffn": 256, "heads": 3, "positions": 128},
     # As small as the tests run it.
     "tiny": {"layers": 2, "hidden": 32, "attention_heads": 2, "ffn": 64, "heads": 2, "positions": 128},
 }

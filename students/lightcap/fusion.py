@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.lightcap.dropout import Dropout
+
 Past = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each (N, heads, length, head_dim)
 PREFIX_POSITION = 64  # captions use the positions before it, prefix tokens the ones from it on
 
@@ -32,7 +34,7 @@ class Layer(nn.Module):
         self.up = nn.Linear(hidden, ffn)
         self.down = nn.Linear(ffn, hidden)
         self.norm2 = nn.LayerNorm(hidden, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def split(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
@@ -68,7 +70,7 @@ class Fusion(nn.Module):
         self.segment = nn.Embedding(2, hidden)
         self.norm = nn.LayerNorm(hidden, eps=1e-12)
         self.grid = nn.Linear(channels, hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(Layer(hidden, hidden // attention_heads, hidden, ffn, dropout) for _ in range(layers))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):

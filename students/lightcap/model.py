@@ -56,9 +56,9 @@ class LightCap(nn.Module):
         words = self.fusion.word(concepts)
         return self.fusion.embed_prefix(self.modulator(grid, words, concepts != 0), words)
 
-    def prefill(self, grid: Tensor) -> Past:
+    def prefill(self, grid: Tensor, concepts: Tensor | None = None) -> Past:
         """The prefix's keys and values, computed once per image."""
-        prefix = self.embed_prefix(grid)
+        prefix = self.embed_prefix(grid, concepts)
         return self.fusion(prefix, first=prefix.shape[1])[1]
 
     def step(self, tokens: Tensor, position: int, past: Past) -> tuple[Tensor, Past]:

@@ -1,0 +1,29 @@
+# Each target works from a bare clone with Python >= 3.11 alone: .venv is made when it is absent, and filled again when setup.cfg changes.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: quickstart test verify
+.DELETE_ON_ERROR:
+
+quickstart: .venv/.lightcap
+	$(BIN)/lightcap run quickstart
+
+test: .venv/.lightcap-test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -m "not slow"
+
+verify: .venv/.lightcap-test
+	$(BIN)/python -m pytest -q -m slow
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("lightcap needs Python 3.11 or newer; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/.lightcap: setup.cfg pyproject.toml | .venv/bin/python
+	$(PIP) install --editable .
+	@touch $@
+
+.venv/.lightcap-test: setup.cfg pyproject.toml | .venv/bin/python
+	$(PIP) install --editable '.[test,photos]'
+	@touch $@ .venv/.lightcap

@@ -1,0 +1,237 @@
+"""An artifact: a folder that holds one model, written whole or not at all.
+
+    config.json model.safetensors tokenizer.json preprocessor_config.json     a float model
+    config.json encoder.onnx decoder.onnx tokenizer.json preprocessor_config.json     graphs: quantized or exported
+    lock.json metrics.json README.md     what made it, its ledger row, its model card
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from compress.errors import ModelError, nearest
+
+WEIGHTS = "model.safetensors"
+MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", WEIGHTS)
+GRAPH_PATTERNS = ("*.onnx", "*.onnx.data", "*.onnx_data")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+
+@dataclass(frozen=True)
+class Artifact:
+    path: Path
+
+    @cached_property
+    def config(self) -> dict:
+        return _json(self.path / "config.json")
+
+    @property
+    def quantized(self) -> bool:
+        return "quantized" in self.config
+
+    @property
+    def graphs(self) -> bool:
+        """Whether `compress.runtime` can run it, without torch."""
+        return (self.path / "encoder.onnx").is_file()
+
+    def files(self) -> list[Path]:
+        """The files needed to caption, in order of name: what the digest is over, and what `bytes` in the ledger counts."""
+        found = {self.path / name for name in MODEL_FILES if (self.path / name).is_file()}
+        for pattern in GRAPH_PATTERNS:
+            found.update(self.path.glob(pattern))
+        return sorted(found, key=lambda path: path.name)
+
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files())
+
+    def digest(self) -> str:
+        """SHA-256 over config, weights, tokenizer, preprocessor and graphs: names, sizes and contents."""
+        total = hashlib.sha256()
+        for path in self.files():
+            total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    total.update(block)
+        return total.hexdigest()
+
+    def row(self) -> dict:
+        """Its ledger row, as measured when it was made."""
+        return _json(self.path / "metrics.json")
+
+    def check(self) -> Artifact:
+        """Itself, if it looks complete; ModelError naming the file that is missing, cut short, or a pickle."""
+        if not (self.path / "config.json").is_file():
+            raise ModelError(f"{self.path} is not an artifact: it has no config.json{_pickles(self.path)}")
+        _ = self.config
+        weights = self.path / WEIGHTS
+        if weights.is_file():
+            check_safetensors(weights)
+        elif not self.graphs:
+            raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx{_pickles(self.path)}")
+        elif not (self.path / "decoder.onnx").is_file():
+            raise ModelError(f"{self.path} has encoder.onnx but no decoder.onnx")
+        return self
+
+
+def resolve(model: str | Path) -> Artifact:
+    """The artifact that `model` means: an artifact's folder, or a run's folder (the artifact of its last ledger row).
+
+    Presets and hub names are the callers' business. ModelError, one line, for anything else.
+    """
+    path = Path(model)
+    if path.is_file():
+        refuse_pickle(path)
+        raise ModelError(f"{path} is a file; name the folder that holds the model")
+    if not path.is_dir():
+        raise ModelError(f"no model '{model}': neither an artifact's folder nor a run's folder{_near(path)}")
+    if (path / "config.json").is_file():
+        return Artifact(path).check()
+    if (path / "ledger.jsonl").is_file():
+        from compress import ledger
+
+        rows = [row for row in ledger.read(path / "ledger.jsonl") if row["stage"] != "baseline"]
+        if not rows:
+            raise ModelError(f"{path} is a run without a finished stage; `lightcap run` it first")
+        return Artifact(path / rows[-1]["artifact"]).check()
+    raise ModelError(f"{path} is neither an artifact (no config.json) nor a run (no ledger.jsonl){_pickles(path)}")
+
+
+def refuse_pickle(path: Path) -> None:
+    """ModelError for a file whose name says pickle: reading one can run any code."""
+    if path.suffix.lower() in PICKLES:
+        raise ModelError(f"{path} is a pickle, which can run code when it is read; give safetensors instead")
+
+
+def check_safetensors(path: Path) -> None:
+    """ModelError if the file is shorter or longer than its own header says (8 bytes of length, JSON, tensors)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= min(MOST_HEADER_BYTES, size - 8):
+            raise ModelError(f"{path} is not a whole safetensors file ({size} bytes); it was half downloaded, get it again")
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ModelError(f"{path} is not a safetensors file: its header cannot be read") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ModelError(f"{path} holds {size} bytes of {expected}; it was half downloaded, get it again")
+
+
+@contextlib.contextmanager
+def writing(target: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` at the end: flushed to disk, then renamed.
+
+    An error inside removes it; a kill leaves only the temporary folder, which the next `writing` of the same target removes.
+    ModelError if `target` is there already and not an empty folder.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"{target} is there already; remove it or name another folder")
+    made = make_folders(target.parent)
+    for stale in target.parent.glob(f".{target.name}.writing-*"):
+        if not _alive(int(stale.name.rpartition("-")[2])):
+            shutil.rmtree(stale, ignore_errors=True)
+    folder = target.parent / f".{target.name}.writing-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        for path in sorted(folder.rglob("*")):
+            _flush(path)
+        _flush(folder)
+        os.rename(folder, target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        remove_empty(made)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step: a reader, or a kill, sees the old text or the new."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Makes `path` and its parents; the folders that were not there, innermost first."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    if not path.is_dir():
+        raise ModelError(f"{path} is a file, not a folder")
+    try:
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"cannot make the folder {missing[0]} ({error.strerror})") from None
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes those of `make_folders` that are still empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    return value
+
+
+def _pickles(folder: Path) -> str:
+    found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
+    return f"; {found[0]} is a pickle and is not read, give safetensors instead" if found else ""
+
+
+def _near(path: Path) -> str:
+    around = [child for folder in (path.parent, Path("runs")) if folder.is_dir() for child in folder.iterdir()]
+    names = [child.name for child in around if child.is_dir() and not child.name.startswith(".")]
+    return nearest(path.name, names)

@@ -1,0 +1,75 @@
+"""The model card of an artifact: what made it, and what was measured. Every number comes from its ledger row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+from compress.config import Recipe, Stage
+from compress.recipe import resolved
+
+MADE = {
+    "train": "trained with cross-entropy on captions",
+    "distill": "distilled from its teachers",
+    "scst": "tuned for CIDEr",
+    "vocabulary": "its parent with the word pieces that training captions use",
+    "prune": "its parent with channels removed, then recovered",
+    "quantize": "its parent as static INT8 ONNX graphs",
+    "export": "its parent as ONNX graphs, with `caption.py` to run them",
+    "baseline": "the caption of the nearest training image by encoder features; no captioner at all",
+}
+
+
+def text(recipe: Recipe, stage: Stage, row: Mapping) -> str:
+    """README.md of the artifact that `stage` made and `row` measured."""
+    lines = [
+        "---",
+        "library_name: lightcap",
+        "pipeline_tag: image-to-text",
+        "---",
+        "",
+        f"# {stage.name}",
+        "",
+        f"Stage `{stage.kind}` of the lightcap recipe `{recipe.name}`: {MADE.get(stage.kind, stage.kind)}.",
+        "",
+        "| measured | |",
+        "| --- | --- |",
+    ]
+    lines += [f"| {what} | {value} |" for what, value in _numbers(row) if value]
+    if stage.config is not None:
+        entry = next(entry for entry in resolved(recipe)["stages"] if entry.get(stage.kind, {}).get("as") == stage.name)
+        lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(entry, sort_keys=False, width=100).rstrip(), "```"]
+        lines += ["", f"Trained and measured on `{recipe.data.source}` captions; what those pictures do not show, it does not know."]
+        lines += ["", "## Use", "", "```", "lightcap caption FOLDER PHOTO", "```"]
+    lines += ["", f"Lock: `{row['lock']}`", ""]
+    return "\n".join(lines)
+
+
+def _numbers(row: Mapping) -> list[tuple[str, str]]:
+    def number(key: str, form: str, scale: float = 1.0) -> str:
+        return "" if row.get(key) is None else format(row[key] / scale, form)
+
+    cider = number("cider", ".1f")
+    if cider and row.get("cider_ci95"):
+        cider += f" (95 % interval {row['cider_ci95'][0]:.1f} to {row['cider_ci95'][1]:.1f})"
+    delta = number("delta_cider", "+.2f")
+    if delta and row.get("p_value") is not None:
+        delta += f" (p = {row['p_value']:.3g}, paired bootstrap)"
+    latency = row.get("latency_ms") or {}
+    milliseconds = ""
+    if latency.get("p50") is not None:
+        how = f"{latency.get('runtime', '')}, {latency.get('threads', '?')} threads, beam {latency.get('beam', '?')}".strip(", ")
+        milliseconds = f"{latency['p50']:.1f} ({how})"
+    return [
+        (f"CIDEr-D x100, {row.get('images') or '?'} images of {row.get('split') or '?'}", cider),
+        ("CIDEr against its parent", delta),
+        ("BLEU-4 x100", number("bleu4", ".1f")),
+        ("ROUGE-L x100", number("rouge_l", ".1f")),
+        ("parameters", number("params", ",.0f")),
+        ("GMACs per caption", number("gmacs_caption", ".3f")),
+        ("MB on disk needed to caption", number("bytes", ".2f", 1e6)),
+        ("ms per caption, median", milliseconds),
+        ("seconds to make and measure", number("seconds", ".0f")),
+        ("peak MB of the process", number("peak_mb", ".0f")),
+    ]

@@ -1,0 +1,365 @@
+"""The `lightcap` command. Each command loads what it needs when it runs, so that `--help` and wrong input answer at once.
+
+Standard output is the command's result, one JSON document under `--json`; progress and errors go to standard error. Exit status: 0; 1 a
+failed stage, a missed gate or an unreadable image; 2 wrong input; 130 stopped from the keyboard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from compress import __version__
+from compress.errors import LightcapError, ModelError, UsageError, expected, nearest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
+settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
+out_folder = click.option("--out", type=click.Path(path_type=Path), help="The run's folder (default: runs/NAME).")
+beam_width = click.option("--beam", type=click.IntRange(min=1), default=5, show_default=True, help="Beam width of decoding.")
+
+
+class Commands(click.Group):
+    def resolve_command(self, ctx, args):
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            names = self.list_commands(ctx)
+            raise click.UsageError(f"no command '{args[0]}'; there are {', '.join(names)}{nearest(args[0], names)}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None  # click itself would print an empty line before it
+
+    def list_commands(self, ctx):
+        return list(self.commands)  # in the order written here: that of use
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, message="lightcap %(version)s")
+def cli() -> None:
+    """Make a heavy image captioner small, and see what each step cost in CIDEr. Begin with: lightcap run quickstart"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and exits with its status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # deprecations inside the libraries say nothing to who runs a recipe
+    try:
+        status = cli.main(arguments, prog_name="lightcap", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("lightcap: stopped; the same command goes on", err=True)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:
+        status = _report_error(error, "--json" in arguments)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _report_error(error: Exception, json_wanted: bool) -> int:
+    """One line on standard error, and under --json a document that says the same; the exit status."""
+    known = expected(error)
+    if known is None and isinstance(error, click.ClickException):
+        known = UsageError(f"{error.format_message()}{_see_help(error)}")
+    if known is None:
+        if os.environ.get("LIGHTCAP_TRACE"):
+            traceback.print_exception(error)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        known = LightcapError(f"{text} (LIGHTCAP_TRACE=1 shows where)")
+    known.show()
+    if json_wanted:
+        _print_json({"ok": False, "error": known.message})
+    return known.exit_code
+
+
+def _see_help(error: click.ClickException) -> str:
+    ctx = getattr(error, "ctx", None)
+    return f" (see {ctx.command_path} --help)" if ctx is not None else ""
+
+
+def _print_json(value) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print(drawn) -> None:
+    """A rich table or text on standard output, wide enough for a whole row where there is no terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 140
+    Console(file=sys.stdout, width=width, highlight=False).print(drawn)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """What libraries print goes to standard error: standard output is the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _answer(json_wanted: bool, value, draw: Callable[[], object]) -> None:
+    if json_wanted:
+        _print_json(value)
+    else:
+        _print(draw())
+
+
+# ---- recipes
+
+
+@cli.command("recipes")
+@as_json
+def recipes_command(as_json: bool) -> None:
+    """List the shipped recipes. Example: lightcap recipes"""
+    from compress import recipe, show
+
+    listed = [{"recipe": name, "description": text} for name, text in recipe.recipes()]
+    _answer(as_json, listed, lambda: show.recipes(listed))
+
+
+@cli.command("plan")
+@click.argument("recipe")
+@settings
+@out_folder
+@as_json
+def plan_command(recipe: str, sets: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Show what a run would do and what is cached; nothing is run. Example: lightcap plan photos --set pruned.macs=0.5"""
+    from compress import pipeline, show
+    from compress.recipe import read_recipe
+
+    wanted = read_recipe(recipe, sets)
+    with _quietly():
+        planned = pipeline.plan(wanted, out or Path("runs") / wanted.name)
+    _answer(as_json, planned, lambda: show.plan(planned))
+
+
+@cli.command("run")
+@click.argument("recipe")
+@settings
+@out_folder
+@as_json
+@click.pass_context
+def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Run a recipe, or go on with it after a stop. Example: lightcap run quickstart"""
+    from compress import ledger, pipeline
+    from compress.context import Progress
+    from compress.recipe import read_recipe
+
+    try:
+        wanted = read_recipe(recipe, sets)
+    except LightcapError as error:
+        result = pipeline.Result(out or Path("runs") / Path(recipe).stem, (), error)
+    else:
+        with _quietly():
+            result = pipeline.run(wanted, out or Path("runs") / wanted.name, Progress())
+    if as_json:
+        _print_json(result.json())
+    elif result.rows:
+        _print(ledger.table(result.rows, title=str(result.folder)))
+    if result.error is not None:
+        result.error.show()
+        ctx.exit(result.error.exit_code)
+
+
+@cli.command("compare")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write an offline HTML report to FILE.")
+@as_json
+def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> None:
+    """Put runs side by side, with the rows that nothing else beats. Example: lightcap compare runs/a runs/b --html report.html"""
+    from compress import ledger, show
+
+    compared = [{"run": name, "rows": ledger.read_run(name)} for name in runs]
+    flat = [(entry["run"], row) for entry in compared for row in entry["rows"]]
+    best = [flat[index] for index in ledger.pareto([row for _, row in flat])]
+    pareto = [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]
+    value = {"runs": compared, "pareto": pareto}
+    if html is not None:
+        from compress import report
+
+        report.write(compared, html)
+        click.echo(f"wrote {html}", err=True)
+    _answer(as_json, value, lambda: show.compare(value))
+
+
+# ---- captioning and measuring
+
+
+@cli.command("caption")
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER...")
+@beam_width
+@as_json
+@click.pass_context
+def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], beam: int, as_json: bool) -> None:
+    """Caption photos with an artifact, or with the last one of a run. Example: lightcap caption runs/photos holiday.jpg"""
+    from compress import artifact
+
+    chosen = artifact.resolve(model)
+    photos = _photos(images)
+    answers, result = [], sys.stdout
+    with _quietly():
+        captions = _captions_without_torch if chosen.graphs else _captions_with_torch
+        for answer in captions(chosen, photos, beam):
+            answers.append(answer)
+            if "error" in answer:
+                click.echo(f"lightcap: {answer['error']}", err=True)
+            elif not as_json:
+                click.echo(f"{answer['image']}\t{answer['caption']}", file=result)
+    if as_json:
+        _print_json(answers)
+    if any("error" in answer for answer in answers):
+        ctx.exit(1)
+
+
+def _photos(names: Sequence[str]) -> list[Path]:
+    """The images that the arguments name, folders opened. A photo that is not there is an answer of its own, unless none is there."""
+    photos = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise UsageError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            photos.extend(inside)
+        else:
+            photos.append(path)
+    if not any(photo.exists() for photo in photos):
+        beside = [child.name for child in photos[0].parent.iterdir()] if photos[0].parent.is_dir() else []
+        raise UsageError(f"no image or folder {photos[0]}{nearest(photos[0].name, beside)}")
+    return photos
+
+
+def _captions_without_torch(chosen, photos: Sequence[Path], beam: int) -> Iterator[dict]:
+    from compress.runtime import Captioner
+
+    captioner = Captioner(chosen.path)
+    yield from _captions(photos, lambda image: captioner.caption(image, beam))
+
+
+def _captions_with_torch(chosen, photos: Sequence[Path], beam: int) -> Iterator[dict]:
+    from compress import evaluate
+
+    yield from _captions(photos, lambda image: evaluate.captions_of_images(chosen, [image], beam)[0])
+
+
+def _captions(photos: Sequence[Path], caption_of: Callable) -> Iterator[dict]:
+    """One answer per photo, in order: its caption with the milliseconds from decoded pixels to text, or why it cannot be read."""
+    import time
+
+    from compress.runtime import open_image
+
+    for photo in photos:
+        try:
+            image = open_image(photo)
+        except ValueError as error:
+            yield {"image": str(photo), "error": str(error)}
+            continue
+        began = time.perf_counter()
+        text, logprob = caption_of(image)
+        milliseconds = (time.perf_counter() - began) * 1000
+        yield {"image": str(photo), "caption": text, "logprob": float(logprob), "ms": round(milliseconds, 2)}
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option("--captions", required=True, help="Karpathy or COCO JSON, or Flickr8k's text.")
+@click.option("--images", required=True, help="The folder that holds the images.")
+@click.option("--split", default="val", show_default=True, help="Which split to measure.")
+@beam_width
+@as_json
+def eval_command(model: str, captions: str, images: str, split: str, beam: int, as_json: bool) -> None:
+    """Measure a model on captioned images. Example: lightcap eval runs/photos --captions dataset.json --images images --split test"""
+    from compress import artifact, config, data, show
+    from compress.context import Progress
+    from compress.data.layout import guess
+
+    chosen = artifact.resolve(model)
+    source = guess(Path(captions)) or "karpathy"  # whose reader says what is wrong with the file
+    with _quietly():
+        wanted = data.load(config.Data(source=source, captions=captions, images=images, val_split=split)).split(split)
+        from compress import evaluate
+
+        scores = _scores(evaluate.evaluate(chosen, wanted, beam, Progress()))
+    _answer(as_json, scores, lambda: show.scores(scores))
+
+
+SCORES = ("cider", "cider_ci95", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "images")
+
+
+def _scores(found) -> dict:
+    """The table of `score` and `eval`, from a mapping or from `compress.metrics.Scores`."""
+    value = found if isinstance(found, dict) else {key: getattr(found, key) for key in SCORES}
+    return {key: list(value[key]) if isinstance(value[key], tuple) else value[key] for key in SCORES}
+
+
+@cli.command("score")
+@click.option("--candidates", required=True, type=click.Path(path_type=Path), help='COCO results: [{"image_id", "caption"}].')
+@click.option("--references", required=True, type=click.Path(path_type=Path), help="COCO or Karpathy JSON.")
+@as_json
+def score_command(candidates: Path, references: Path, as_json: bool) -> None:
+    """Score captions that any model wrote. Example: lightcap score --candidates results.json --references captions_val2014.json"""
+    from compress import metrics, results, show
+
+    written, wanted = results.read(candidates, references)
+    with _quietly():
+        scores = _scores(metrics.score(written, wanted))
+    _answer(as_json, scores, lambda: show.scores(scores))
+
+
+@cli.command("profile")
+@click.argument("model")
+@click.option("--tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Length of the caption that is counted.")
+@as_json
+def profile_command(model: str, tokens: int, as_json: bool) -> None:
+    """Count a model's parameters, MACs, bytes and time per caption. Example: lightcap profile lightcap"""
+    with _quietly():
+        from compress import evaluate, show
+
+        row = evaluate.profile(model, tokens)
+    _answer(as_json, row, lambda: show.profile(row))
+
+
+@cli.command("export")
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write; it must not be there yet.")
+@as_json
+def export_command(model: str, out: Path, as_json: bool) -> None:
+    """Write a folder that captions by itself, without torch or lightcap. Example: lightcap export runs/photos --out captioner"""
+    from compress import artifact
+
+    chosen = artifact.resolve(model)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} is there already; remove it or name another folder")
+    with _quietly():
+        from compress.stages import export
+
+        export.export(chosen, out)
+    made = artifact.Artifact(out)
+    value = {"out": str(out), "bytes": made.bytes(), "digest": made.digest(), "files": sorted(path.name for path in out.iterdir())}
+    _answer(as_json, value, lambda: f"{out}: {value['bytes'] / 1e6:.2f} MB; try: python {out / 'caption.py'} PHOTO")
+
+
+@cli.command("doctor")
+@as_json
+@click.pass_context
+def doctor_command(ctx: click.Context, as_json: bool) -> None:
+    """Say what is installed, what the processor can do, and what is missing. Example: lightcap doctor"""
+    from compress import doctor, show
+
+    found = doctor.examine()
+    _answer(as_json, found, lambda: show.doctor(found))
+    if not found["ok"]:
+        ctx.exit(1)

@@ -1,0 +1,106 @@
+"""What a captioner costs: parameters by part, multiply-accumulates per caption, milliseconds.
+
+MACs are counted where they are dispatched (torch's FlopCounterMode, with attention decomposed into its two matrix products, which it would
+otherwise miss on a CPU), on meta tensors, so nothing is computed. FLOPs are 2 x MACs. A caption is: encoder, prefix once, T cached steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from students.lightcap import LightCap, LightCapConfig
+
+TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one caption: products with weights in the encoder, in the prefix and in the steps, and attention's
+    products of activations."""
+
+    encoder: int
+    prefix: int
+    steps: int
+    attention: int
+
+    @property
+    def caption(self) -> int:
+        return self.encoder + self.prefix + self.steps + self.attention
+
+    def gbops(self, bits: int) -> float:
+        """Bit operations x 1e-9: MACs x weight bits x activation bits; products of activations stay in 32 bits."""
+        return (bits * bits * (self.encoder + self.prefix + self.steps) + 32 * 32 * self.attention) / 1e9
+
+
+def count_macs(config: LightCapConfig, tokens: int = TOKENS) -> Macs:
+    """MACs of one caption of `tokens` word pieces at beam 1."""
+    with torch.device("meta"):
+        model = LightCap(config).eval()
+        pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+        encoder, _ = counted(lambda: model.encode(pixels))
+        grid = torch.zeros(1, config.grid**2, config.channels)
+        concepts = torch.ones(1, config.concepts, dtype=torch.long) if config.modulator else None
+        prefix, among = counted(lambda: model.prefill(grid, concepts))
+        with torch.no_grad():
+            past = model.prefill(grid, concepts)
+
+        def generate() -> None:
+            here = past
+            for position in range(tokens):
+                _, here = model.step(torch.zeros(1, 1, dtype=torch.long), position, here)
+
+        steps, between = counted(generate)
+    return Macs(encoder, prefix, steps, among + between)
+
+
+def counted(work: Callable[[], object]) -> tuple[int, int]:
+    """(products with weights, products of activations) of what `work` dispatches."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        work()
+    flops = counter.get_flop_counts().get("Global", {})
+    attention = sum(count for op, count in flops.items() if "bmm" in str(op))
+    return (sum(flops.values()) - attention) // 2, attention // 2
+
+
+def parameters_by_part(model: LightCap) -> dict[str, int]:
+    """Numbers of parameters. The output projection is the word embedding and is counted once, in `fusion`."""
+    grid = sum(p.numel() for p in model.fusion.grid.parameters())
+    parts = {
+        "encoder": count(model.encoder),
+        "alignment": count(model.alignment),
+        "modulator": count(model.modulator),
+        "embeddings": sum(count(getattr(model.fusion, name)) for name in ("word", "position", "segment", "norm")),
+        "layers": count(model.fusion.layers),
+        "grid_projection": grid,
+        "heads": count(model.heads),
+    }
+    return {name: number for name, number in parts.items() if number}
+
+
+def count(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def interleaved(works: Sequence[Callable[[int], object]], rounds: int, warm: int = 2) -> list[list[float]]:
+    """Milliseconds of each of `works`, called in turn with the round's number, `rounds` times after `warm` unmeasured rounds."""
+    times: list[list[float]] = [[] for _ in works]
+    for turn in range(-warm, rounds):
+        for index, work in enumerate(works):
+            start = time.perf_counter()
+            work(max(turn, 0))
+            if turn >= 0:
+                times[index].append((time.perf_counter() - start) * 1000)
+    return times
+
+
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(times)
+    return {"p50": statistics.median(ordered), "p90": ordered[min(len(ordered) - 1, round(0.9 * (len(ordered) - 1)))]}

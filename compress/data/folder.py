@@ -1,0 +1,156 @@
+"""Image folders and data sets through Hugging Face `datasets`: rows with an image column and a caption column.
+
+`data.images` is a folder with metadata.csv or metadata.jsonl (`file_name,caption`; "imagefolder"), a folder of Parquet
+files or of `save_to_disk`, or the name of a data set on the hub. `data.captions` may name the caption column; without
+it the first of CAPTIONS that is there is taken. A caption may be a text or a list of texts; rows of one file are one
+image.
+
+The split is that of a column `split` where there is one, else the data set's own. If there is one split alone, images
+are divided by a hash of their names: 80 % train, 10 % val, 10 % test.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from compress.data.captions import Example, clean, hashed_split
+from compress.errors import DataError, nearest
+
+SOURCE = "datasets"
+CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "description")
+TABLES = (".csv", ".jsonl", ".json", ".parquet", ".arrow", ".tar")  # what can hold captions
+SPLITS = {"validation": "val", "valid": "val", "dev": "val", "restval": "train", "training": "train", "testing": "test"}
+
+
+def read(data) -> tuple[str, list[Example], dict[str, Path | Callable[[], bytes]]]:
+    """Name, examples, and per image its file, or a function that gives its bytes where the data set carries them."""
+    place, column = _place(data)
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        # What datasets would keep of a folder is made in a moment and can go stale: a folder of its own each time.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            return _examples(_load(folder, scratch), place, folder, column)
+    if folder.exists() or place.startswith(("/", "~", ".")) or place.count("/") > 1:
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DataError(
+            f"data.images: {folder} {what}; wanted is a folder or a data set's name: --set data.images=PATH"
+        )
+    return _examples(_load(place, None), place, None, column)
+
+
+def _place(data) -> tuple[str, str | None]:
+    """Folder or data set name, and caption column; a metadata file in `data.captions` stands for its folder."""
+    captions = Path(data.captions).expanduser() if data.captions else None
+    if captions and captions.is_file():
+        if captions.stem != "metadata":
+            raise DataError(
+                f"data.captions: {captions} is not metadata.csv or metadata.jsonl, which source '{SOURCE}' reads"
+            )
+        return data.images or str(captions.parent), None
+    if data.images:
+        return data.images, data.captions
+    if data.captions:
+        return data.captions, None
+    raise DataError(
+        f"data.images is not set, and source '{SOURCE}' needs it: --set data.images=PATH (a folder or a hub name)"
+    )
+
+
+def _load(place: Path | str, scratch: str | None) -> dict:
+    """The splits of a data set as `datasets.Dataset`s, by name."""
+    if isinstance(place, Path) and not any(path.suffix in TABLES for path in place.rglob("*")):
+        raise DataError(
+            f"data.images: {place} has no captions: write metadata.csv with the columns file_name,caption there"
+        )
+    import datasets
+
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        if isinstance(place, str):
+            return dict(datasets.load_dataset(place))
+        if (place / "dataset_dict.json").exists():
+            return dict(datasets.load_from_disk(str(place)))
+        if (place / "state.json").exists():
+            return {"train": datasets.load_from_disk(str(place))}
+        described = next(place.rglob("metadata.*"), None)
+        if described:
+            return dict(datasets.load_dataset("imagefolder", data_dir=str(place.resolve()), cache_dir=scratch))
+        return dict(datasets.load_dataset(str(place.resolve()), cache_dir=scratch))
+    except Exception as error:  # datasets raises anything at all, from ValueError to pyarrow's own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"data.images: datasets cannot load {place}: {reason[0]}") from None
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _examples(splits: dict, place: str, folder: Path | None, column: str | None) -> tuple[str, list[Example], dict]:
+    import pyarrow.compute
+
+    captions: dict[str, list] = {}
+    shares: dict[str, str] = {}
+    contents: dict[str, Path | Callable[[], bytes]] = {}
+    single = len(splits) == 1
+    for split, rows in splits.items():
+        pictures, text = _columns(rows.features, place, column)
+        marked = "split" if "split" in rows.features else None
+        files = pyarrow.compute.struct_field(rows.data.table[pictures], "path").to_pylist()
+        raw = _raw(rows, pictures)
+        own = rows.select_columns([text, marked] if marked else [text])
+        for number, row in enumerate(own):
+            path = Path(files[number]) if files[number] else None
+            inside = folder is not None and path is not None and path.is_absolute()
+            if inside:
+                name, content = _relative(path, folder.resolve()), path
+            else:
+                name = f"{split}/{path.name if path else f'row-{number:06d}'}"
+                content = _bytes(raw, pictures, number)
+            found = row[text]
+            captions.setdefault(name, []).extend(found if isinstance(found, list) else [found])
+            contents.setdefault(name, content)
+            share = row[marked] if marked else hashed_split(name) if single else split
+            shares.setdefault(name, SPLITS.get(str(share), str(share)))
+    examples = [Example(name, shares[name], clean(texts)) for name, texts in captions.items()]
+    return Path(place).name, examples, contents
+
+
+def _columns(features: dict, place: str, column: str | None) -> tuple[str, str]:
+    """The names of the image column and of the caption column."""
+    import datasets
+
+    pictures = next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    if pictures is None:
+        raise DataError(f"data.images: {place} has no column of images; its columns are: {', '.join(features)}")
+    there = ", ".join(sorted(features))
+    if column and column not in features:
+        raise DataError(
+            f"data.captions: {place} has no column '{column}'; there are: {there}{nearest(column, features)}"
+        )
+    text = column or next((name for name in CAPTIONS if name in features), None)
+    if text is None:
+        raise DataError(
+            f"data.images: {place} has no captions; its columns are: {there}; write metadata.csv with the columns "
+            "file_name,caption into the folder, or name the column: --set data.captions=COLUMN"
+        )
+    return pictures, text
+
+
+def _raw(rows, pictures: str):
+    import datasets
+
+    return rows.select_columns([pictures]).cast_column(pictures, datasets.Image(decode=False))
+
+
+def _bytes(raw, pictures: str, number: int) -> Callable[[], bytes]:
+    def content() -> bytes:
+        found = raw[number][pictures]
+        return found["bytes"] or Path(found["path"]).read_bytes()
+
+    return content
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name

@@ -1,0 +1,47 @@
+"""Karpathy's JSON: one file for a whole data set (dataset_coco.json, dataset_flickr8k.json, dataset_flickr30k.json).
+
+    {"images": [{"filename": "a.jpg", "split": "train", "filepath": "val2014", "sentences": [{"raw": "A dog ."}]}]}
+
+`filepath`, a sub-folder, is COCO's alone. A sentence without `raw` is joined from its `tokens`. Split `restval` joins
+`train`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.data import layout
+from compress.data.captions import Example, clean
+
+SOURCE = "karpathy"
+
+
+def read(data) -> tuple[str, list[Example], dict[str, Path]]:
+    """Name, examples and the image file of each; without `data.images` the folder `images` beside the captions."""
+    path = layout.wanted(data.captions, "captions", SOURCE, "Karpathy's JSON")
+    found = layout.read_json(path, SOURCE)
+    images = found.get("images")
+    if not isinstance(images, list):
+        raise layout.mismatch(path, SOURCE, layout.keys(found))
+    folder = layout.pictures(data.images, SOURCE, path)
+    examples, files = [], {}
+    for number, image in enumerate(images):
+        if not isinstance(image, dict) or not isinstance(image.get("sentences"), list):
+            raise layout.mismatch(path, SOURCE, f"JSON whose images[{number}] has no 'sentences'")
+        for key in ("filename", "split"):
+            if not isinstance(image.get(key), str):
+                raise layout.mismatch(path, SOURCE, f"JSON whose images[{number}] has no '{key}'")
+        name = image["filename"]
+        split = "train" if image["split"] == "restval" else image["split"]
+        examples.append(Example(name, split, clean(_text(sentence) for sentence in image["sentences"])))
+        nested = folder / str(image.get("filepath") or "") / name
+        files[name] = nested if nested.exists() else folder / name
+    return path.name, examples, files
+
+
+def _text(sentence: object) -> str | None:
+    if not isinstance(sentence, dict):
+        return None
+    tokens = sentence.get("tokens")
+    raw = sentence.get("raw")
+    return raw if isinstance(raw, str) else " ".join(map(str, tokens)) if isinstance(tokens, list) else None

@@ -1,0 +1,122 @@
+"""Captions from grid features: greedy, beam search, sampling, over a prefix that is computed once per image.
+
+A caption starts after [CLS] and ends with [SEP] or after `max_tokens` pieces. The other special tokens are never produced. A finished
+hypothesis is scored by its mean log-probability per produced token, [SEP] included; `compress.runtime` searches the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from students.lightcap import LightCap
+from students.lightcap.fusion import Past
+
+
+@dataclass(frozen=True)
+class Special:
+    start: int
+    end: int
+    never: tuple[int, ...]
+
+    @staticmethod
+    def of(tokenizer) -> Special:
+        never = (tokenizer.token_to_id(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[MASK]"))
+        return Special(tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"), tuple(i for i in never if i is not None))
+
+
+@dataclass(frozen=True, order=True)
+class Hypothesis:
+    """`score` is `logprob` (a sum, natural logarithm) over the number of produced tokens; `tokens` holds no special token."""
+
+    score: float
+    logprob: float = field(compare=False)
+    tokens: tuple[int, ...] = field(compare=False)
+
+
+@torch.inference_mode()
+def beam_search(model: LightCap, grid: Tensor, special: Special, beam: int = 5, max_tokens: int = 20) -> list[Hypothesis]:
+    """The best hypothesis for each image of `grid` (B, G, channels). `beam=1` is greedy."""
+    b = len(grid)
+    where = grid.device
+    past = [(k.repeat_interleave(beam, 0), v.repeat_interleave(beam, 0)) for k, v in model.prefill(grid)]
+    scores = torch.full((b, beam), -torch.inf, device=where)
+    scores[:, 0] = 0.0
+    tokens = torch.full((b * beam, 1), special.start, device=where)
+    finished: list[list[Hypothesis]] = [[] for _ in range(b)]
+    live = list(range(b))  # the images still searched, in the order of the rows of `scores`
+    for position in range(max_tokens):
+        logits, past = model.step(tokens[:, -1:], position, past)
+        logs = logits.float().log_softmax(-1)
+        logs[:, list(special.never)] = -torch.inf
+        total = scores.unsqueeze(-1) + logs.view(len(live), beam, -1)
+        best, index = total.flatten(1).topk(min(2 * beam, total[0].numel()), dim=1)
+        source, piece = index // logs.shape[-1], index % logs.shape[-1]
+        keep_rows, chosen, chosen_scores, chosen_pieces = [], [], [], []
+        ends = (piece == special.end).tolist()
+        values = best.tolist()
+        for row, image in enumerate(live):
+            slots = []
+            for rank, end in enumerate(ends[row]):
+                if values[row][rank] == -torch.inf:
+                    continue
+                if not end:
+                    slots.append(rank)
+                elif rank < beam:
+                    history = tokens[row * beam + int(source[row, rank]), 1:].tolist()
+                    finished[image].append(Hypothesis(values[row][rank] / (len(history) + 1), values[row][rank], tuple(history)))
+            if len(finished[image]) >= beam or not slots:
+                continue
+            real = min(len(slots), beam)
+            slots = (slots + slots[-1:] * beam)[:beam]
+            keep_rows.append(image)
+            chosen.append(row * beam + source[row, slots])
+            chosen_scores.append(best[row, slots].index_fill(0, torch.arange(real, beam, device=where), -torch.inf))
+            chosen_pieces.append(piece[row, slots])
+        live = keep_rows
+        if not live:
+            break
+        rows = torch.cat(chosen)
+        scores = torch.stack(chosen_scores)
+        tokens = torch.cat([tokens[rows], torch.cat(chosen_pieces).unsqueeze(1)], 1)
+        past = reorder(past, rows)
+    for row, image in enumerate(live):
+        for slot in range(beam):
+            value = float(scores[row, slot])
+            if value == -torch.inf:
+                continue
+            history = tuple(tokens[row * beam + slot, 1:].tolist())
+            finished[image].append(Hypothesis(value / max(1, len(history)), value, history))
+    return [max(hypotheses) for hypotheses in finished]
+
+
+def reorder(past: Past, rows: Tensor) -> Past:
+    return [(keys[rows], values[rows]) for keys, values in past]
+
+
+@torch.inference_mode()
+def sample(model: LightCap, grid: Tensor, special: Special, count: int, max_tokens: int = 20, seed: int = 0) -> list[list[Hypothesis]]:
+    """`count` captions for each image of `grid`, drawn from the model's own distribution; the same seed draws the same ones."""
+    b = len(grid)
+    generator = torch.Generator(device=grid.device).manual_seed(seed)
+    past = [(k.repeat_interleave(count, 0), v.repeat_interleave(count, 0)) for k, v in model.prefill(grid)]
+    tokens = torch.full((b * count, 1), special.start, device=grid.device)
+    logprob = torch.zeros(b * count, device=grid.device)
+    done = torch.zeros(b * count, dtype=torch.bool, device=grid.device)
+    for position in range(max_tokens):
+        logits, past = model.step(tokens[:, -1:], position, past)
+        logits[:, list(special.never)] = -torch.inf
+        logs = logits.float().log_softmax(-1)
+        piece = torch.multinomial(logs.exp(), 1, generator=generator)
+        logprob += torch.where(done, 0.0, logs.gather(1, piece).squeeze(1))
+        tokens = torch.cat([tokens, torch.where(done.unsqueeze(1), special.end, piece)], 1)
+        done |= piece.squeeze(1) == special.end
+        if done.all():
+            break
+    drawn = []
+    for row, total in zip(tokens[:, 1:].tolist(), logprob.tolist(), strict=True):
+        stop = row.index(special.end) if special.end in row else len(row)
+        drawn.append(Hypothesis(total / min(stop + 1, len(row)), total, tuple(row[:stop])))
+    return [drawn[i * count : (i + 1) * count] for i in range(b)]

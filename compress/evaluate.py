@@ -1,0 +1,217 @@
+"""A ledger row's numbers: what a captioner says of a split, how good that is, what it costs, and how it differs from its parent."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compress import cost, metrics, runtime
+from compress.artifact import Artifact, write_json
+from compress.context import Context, Progress
+from compress.data import CaptionSet
+from compress.decode import Special, beam_search
+from compress.errors import ModelError
+from compress.metrics.bootstrap import paired
+from compress.training.features import device, grids, pixels
+from compress.training.start import read_captioner
+from students.lightcap import PRESETS, LightCap, LightCapConfig, preset
+from students.lightcap.tokenizer import decode_caption
+
+BEAM = 5  # for accuracy
+BATCH = 32
+TIMED_IMAGES = 20
+CAPTIONS = "captions.json"  # beside metrics.json: what the artifact said of each image, and that caption's CIDEr-D
+
+
+def measure(artifact: Artifact, parent: Artifact | None, context: Context, teachers: Sequence[Artifact]) -> dict:
+    """The ledger row of `artifact` on the recipe's val split, beam 5; compared with `parent`, or the first of `teachers`."""
+    against = parent or (teachers[0] if teachers else None)
+    data = context.data.split(context.recipe.data.val_split)
+    with context.progress.task(f"captions of {data.examples[0].split}", len(data)) as task:
+        said = captions(artifact, data, BEAM, context.cache, context.progress, task.advance)
+    scores = metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples])
+    spoken = [
+        {"image": example.image_id, "caption": text, "logprob": round(logprob, 4), "cider": round(float(value), 4)}
+        for example, (text, logprob), value in zip(data.examples, said, scores.per_image, strict=True)
+    ]
+    write_json(artifact.path / CAPTIONS, spoken)
+    row = accuracy(scores) | {"split": context.recipe.data.val_split} | costs(artifact, against)
+    if against is not None:
+        before = {item["image"]: item["cider"] for item in json.loads((against.path / CAPTIONS).read_text())}
+        pair = paired(np.array([item["cider"] for item in spoken]), np.array([before[item["image"]] for item in spoken]))
+        row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
+    pictures = pixels(data, settings_of(artifact), context.cache, context.progress)[:TIMED_IMAGES]
+    return row | latency(artifact, against, pictures)
+
+
+def accuracy(scores: metrics.Scores) -> dict:
+    return {"cider": scores.cider, "cider_ci95": list(scores.cider_ci95), "bleu4": scores.bleu4, "rouge_l": scores.rouge_l,
+            "images": scores.images}
+
+
+def baseline(artifact: Artifact, context: Context) -> dict:
+    """Stage `baseline`: each image gets the first caption of the training image whose mean encoder feature is nearest by cosine."""
+    model, _, settings = read_captioner(artifact.path)
+    val = context.data.split(context.recipe.data.val_split)
+    train = context.data.split("train")
+    known, asked = (mean_features(grids(model, data, settings, context.cache, context.progress)) for data in (train, val))
+    nearest = (asked @ known.T).argmax(1)
+    said = [train.examples[int(index)].captions[0] for index in nearest]
+    scores = metrics.score(said, [list(example.captions) for example in val.examples])
+    return accuracy(scores) | {"split": context.recipe.data.val_split}
+
+
+def mean_features(grid: np.ndarray) -> np.ndarray:
+    """(N, G, channels) -> (N, channels) of length one."""
+    mean = np.concatenate([grid[i : i + 256].astype(np.float32).mean(1) for i in range(0, len(grid), 256)])
+    return mean / np.linalg.norm(mean, axis=1, keepdims=True).clip(min=1e-9)
+
+
+def captions(
+    artifact: Artifact, data: CaptionSet, beam: int, cache: Path, progress: Progress, advance=lambda n: None
+) -> list[tuple[str, float]]:
+    """(caption, log-probability) of every example of `data`. Graphs run in ONNX Runtime, float artifacts in PyTorch."""
+    said: list[tuple[str, float]] = []
+    if artifact.graphs:
+        captioner = runtime.Captioner(artifact.path)
+        pictures = pixels(data, captioner.settings, cache, progress)
+        for start in range(0, len(data), BATCH):
+            batch = np.stack([runtime.pixels(picture, captioner.settings) for picture in pictures[start : start + BATCH]])
+            said += captioner.captions(batch, beam=beam)
+            advance(len(batch))
+        return said
+    model, tokenizer, settings = read_captioner(artifact.path)
+    features = grids(model, data, settings, cache, progress)
+    where, special = device(), Special.of(tokenizer)
+    model.to(where)
+    for start in range(0, len(data), BATCH):
+        grid = torch.from_numpy(features[start : start + BATCH]).to(where).float()
+        for hypothesis in beam_search(model, grid, special, beam, model.config.max_tokens):
+            said.append((decode_caption(tokenizer, hypothesis.tokens), hypothesis.logprob))
+        advance(len(grid))
+    return said
+
+
+def captions_of_images(artifact: Artifact, images: Sequence[np.ndarray], beam: int = 1) -> list[tuple[str, float]]:
+    """(caption, log-probability) of decoded images, (H, W, 3) uint8 each, from a float artifact."""
+    model, tokenizer, settings = read_captioner(artifact.path)
+    batch = torch.from_numpy(np.stack([runtime.pixels(image, settings) for image in images]))
+    with torch.inference_mode():
+        grid = model.encode(batch)
+    found = beam_search(model, grid, Special.of(tokenizer), beam, model.config.max_tokens)
+    return [(decode_caption(tokenizer, item.tokens), item.logprob) for item in found]
+
+
+def settings_of(artifact: Artifact) -> dict:
+    return json.loads((artifact.path / "preprocessor_config.json").read_text())
+
+
+def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress) -> dict:
+    """`lightcap eval`: scores of `data`, one split, x100."""
+    with tempfile.TemporaryDirectory() as cache, progress.task("captions", len(data)) as task:
+        said = captions(artifact, data, beam, Path(cache), progress, task.advance)
+    scores = metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples])
+    return {key: value for key, value in vars(scores).items() if key != "per_image"}
+
+
+# ---- costs
+
+
+def costs(artifact: Artifact, against: Artifact | None) -> dict:
+    """Parameters, MACs, bit operations, bytes. Graphs count as the float model they came from: their config still describes it."""
+    config = LightCapConfig.from_dict(artifact.config)
+    return costs_of(config, 8 if artifact.quantized else 32) | {"bytes": artifact.bytes()}
+
+
+def costs_of(config: LightCapConfig, bits: int = 32, tokens: int = cost.TOKENS) -> dict:
+    with torch.device("meta"):
+        parts = cost.parameters_by_part(LightCap(config))
+    macs = cost.count_macs(config, tokens)
+    return {
+        "params": sum(parts.values()),
+        "params_by_part": parts,
+        "gmacs_encoder": macs.encoder / 1e9,
+        "gmacs_caption": macs.caption / 1e9,
+        "gflops_caption": 2 * macs.caption / 1e9,
+        "gbops_caption": macs.gbops(bits),
+    }
+
+
+def profile(model: str, tokens: int = cost.TOKENS) -> dict:
+    """A ledger row without accuracy: of an artifact, a run, or a preset, which is counted without weights."""
+    from compress import artifact as artifacts
+    from compress.ledger import row
+
+    if model in PRESETS and not Path(model).exists():
+        return row({"stage": "profile", "name": model} | costs_of(preset(model), tokens=tokens))
+    try:
+        found = artifacts.resolve(model)
+    except ModelError as error:
+        raise ModelError(f"{error.message}; presets: {', '.join(PRESETS)}") from None
+    settings = settings_of(found)
+    size = settings["image_size"]
+    noise = np.random.default_rng(0).integers(0, 256, (TIMED_IMAGES, size, size, 3), dtype=np.uint8)
+    config = LightCapConfig.from_dict(found.config)
+    counted = costs_of(config, 8 if found.quantized else 32, tokens) | {"bytes": found.bytes()}
+    timed = latency(found, None, noise, tokens)
+    return row({"stage": "profile", "name": found.path.name, "artifact": str(found.path)} | counted | timed)
+
+
+# ---- latency
+
+
+def latency(artifact: Artifact, against: Artifact | None, pictures: np.ndarray, tokens: int = cost.TOKENS) -> dict:
+    """One decoded image in, a text of exactly `tokens` pieces out, beam 1, one thread; artifact and parent in turn, in one runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        pair = [artifact] if against is None else [artifact, against]
+        name = "onnxruntime" if artifact.graphs else "torch"
+        if artifact.graphs and against is not None and not against.graphs:
+            from compress.stages.export import export
+
+            export(against, Path(folder) / "parent")
+            pair[1] = Artifact(Path(folder) / "parent")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            works = [timed_graphs(item, tokens) if name == "onnxruntime" else timed_torch(item, tokens) for item in pair]
+            rounds = [lambda turn, work=work: work(pictures[turn % len(pictures)]) for work in works]
+            times = cost.interleaved(rounds, TIMED_IMAGES)
+        finally:
+            torch.set_num_threads(threads)
+    found = [{**cost.quantiles(ms), "threads": 1, "beam": 1, "runtime": name} for ms in times]
+    return {"latency_ms": found[0], "parent_latency_ms": found[1] if against is not None else None}
+
+
+def timed_graphs(artifact: Artifact, tokens: int):
+    captioner = runtime.Captioner(artifact.path, threads=1)
+
+    def work(picture: np.ndarray) -> str:
+        past = captioner.prefill(captioner.encode(runtime.pixels(picture, captioner.settings)[None]))
+        pieces = [captioner.start]
+        for position in range(tokens):
+            logits, past = captioner.step(pieces[-1:], position, past)
+            pieces.append(int(logits[0].argmax()))
+        return captioner.tokenizer.decode(pieces, skip_special_tokens=True)
+
+    return work
+
+
+def timed_torch(artifact: Artifact, tokens: int):
+    model, tokenizer, settings = read_captioner(artifact.path)
+    start = tokenizer.token_to_id("[CLS]")
+
+    @torch.inference_mode()
+    def work(picture: np.ndarray) -> str:
+        past = model.prefill(model.encode(torch.from_numpy(runtime.pixels(picture, settings)[None])))
+        pieces = [start]
+        for position in range(tokens):
+            logits, past = model.step(torch.tensor([pieces[-1:]]), position, past)
+            pieces.append(int(logits[0].argmax()))
+        return decode_caption(tokenizer, pieces)
+
+    return work

@@ -1,0 +1,140 @@
+"""ONNX graphs as data: written without a trace of the machine that made them, and counted tensor by tensor. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+INTEGER = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT16, TensorProto.UINT16}
+FLOAT = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
+
+
+def clean(model: ModelProto, producer: str = "lightcap") -> ModelProto:
+    """The same graph, in place, without doc strings, metadata (stack traces, module paths) and value infos, its nodes renamed in order.
+
+    Its bytes then depend on weights and structure alone: two exports of one model are equal.
+    """
+    model.producer_name, model.producer_version, model.doc_string, model.domain = producer, "", "", ""
+    graph = model.graph
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:], graph.quantization_annotation[:]
+    graph.name, graph.doc_string = "graph", ""
+    keep = {value.name for value in [*graph.input, *graph.output]}
+    names: dict[str, str] = {name: name for name in keep} | {"": ""}
+    for index, tensor in enumerate(graph.initializer):
+        names.setdefault(tensor.name, f"w{index}")
+        tensor.name, tensor.doc_string = names[tensor.name], ""
+        del tensor.metadata_props[:]
+    for index, node in enumerate(graph.node):
+        node.name, node.doc_string = f"{node.op_type}_{index}", ""
+        del node.metadata_props[:]
+        for names_in in (node.input, node.output):
+            for place, name in enumerate(names_in):
+                names_in[place] = names.setdefault(name, f"t{len(names)}")
+    for value in [*graph.input, *graph.output]:
+        value.doc_string = ""
+        del value.metadata_props[:]
+    return model
+
+
+def write(model: ModelProto, path: Path) -> None:
+    """Checks the graph and writes it; equal graphs give equal bytes."""
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def prune_unused(graph: GraphProto) -> None:
+    """Removes nodes and initializers that no output needs, in place."""
+    needed = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+    replace_nodes(graph, reversed(kept))
+    weights = [tensor for tensor in graph.initializer if tensor.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(weights)
+
+
+def fix_reshapes(graph: GraphProto) -> None:
+    """Reshapes that keep two leading sizes copy them (0) instead of computing them: (N, S, width) <-> (N, S, heads, head width), in place.
+
+    Four operators on shapes fewer for each; a step of a small decoder is made of operators, not of arithmetic.
+    """
+    weights, made = initializers(graph), producers(graph)
+    for node in list(graph.node):
+        shape = made.get(node.input[1]) if node.op_type == "Reshape" else None
+        if shape is None or shape.op_type != "Concat" or len(shape.input) < 3:
+            continue
+        leading, rest = shape.input[:2], shape.input[2:]
+        source = made.get(node.input[0])
+        flat = source is not None and source.op_type == "Transpose" and len(attribute(source, "perm")) == 2
+        if flat or any(name in weights for name in leading) or any(name not in weights for name in rest):
+            continue
+        sizes = np.concatenate([[0, 0], *(numpy_helper.to_array(weights[name]) for name in rest)]).astype(np.int64)
+        del node.attribute[:]
+        node.input[1] = add_initializer(graph, f"{node.output[0]}_shape", sizes)
+    prune_unused(graph)
+
+
+def replace_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
+    nodes = list(nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def initializers(graph: GraphProto) -> dict[str, TensorProto]:
+    return {tensor.name: tensor for tensor in graph.initializer}
+
+
+def consumers(graph: GraphProto) -> dict[str, list[NodeProto]]:
+    """Each tensor's name -> the nodes that read it."""
+    found: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def producers(graph: GraphProto) -> dict[str, NodeProto]:
+    """Each tensor's name -> the node that makes it."""
+    return {name: node for node in graph.node for name in node.output}
+
+
+def add_initializer(graph: GraphProto, name: str, value: np.ndarray) -> str:
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+    return name
+
+
+def attribute(node: NodeProto, name: str, default=None):
+    return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
+
+
+def weight_bytes(folder: str | Path) -> dict[str, int]:
+    """Bytes of the initializers of every graph in `folder`: {"integer": ..., "float": ...}. Shapes and indices (INT64) count as neither."""
+    total = {"integer": 0, "float": 0}
+    for _, tensor in named_weights(folder):
+        kind = "integer" if tensor.data_type in INTEGER else "float" if tensor.data_type in FLOAT else None
+        if kind:
+            total[kind] += size_of(tensor)
+    return total
+
+
+def float_weights(folder: str | Path, at_least: int = 4096) -> list[str]:
+    """`graph: tensor (shape)` of each float initializer of `at_least` bytes, largest first."""
+    found = [(size_of(tensor), f"{graph}: {tensor.name} {tuple(tensor.dims)}") for graph, tensor in named_weights(folder)
+             if tensor.data_type in FLOAT]
+    return [text for size, text in sorted(found, reverse=True) if size >= at_least]
+
+
+def named_weights(folder: str | Path) -> list[tuple[str, TensorProto]]:
+    return [(path.name, tensor) for path in sorted(Path(folder).glob("*.onnx"))
+            for tensor in onnx.load(path, load_external_data=False).graph.initializer]
+
+
+def size_of(tensor: TensorProto) -> int:
+    return int(np.prod(tensor.dims, dtype=np.int64)) * np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize

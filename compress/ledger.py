@@ -1,0 +1,139 @@
+"""The ledger: one row per stage in `ledger.jsonl` of a run's folder. Tables, JSON and the report are drawn from these rows alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from compress.artifact import write_text
+from compress.errors import ModelError
+
+# The keys of a row, in order. CIDEr is CIDEr-D as in coco-caption, x100, as are BLEU-4 and ROUGE-L.
+ROW = (
+    "stage",  # its key in the recipe
+    "name",  # its label
+    "artifact",  # path relative to the run's folder
+    "split",
+    "params",
+    "params_by_part",
+    "gmacs_encoder",
+    "gmacs_caption",
+    "gflops_caption",
+    "gbops_caption",
+    "bytes",
+    "latency_ms",  # {p50, p90, threads, beam, runtime}
+    "parent_latency_ms",  # the same of the artifact it worked on, measured in turn with it, in the same runtime
+    "cider",
+    "cider_ci95",
+    "bleu4",
+    "rouge_l",
+    "images",
+    "delta_cider",  # against the artifact it worked on; a student: against its teacher
+    "delta_ci95",  # the 95 % interval of that difference, by paired bootstrap over images
+    "p_value",
+    "peak_mb",  # of the whole process that made it, up to the end of the stage
+    "seconds",
+    "lock",
+)
+
+
+def row(values: Mapping) -> dict:
+    """The values in the ledger's order; what was not measured is None. ValueError for a key that no row has."""
+    unknown = set(values) - set(ROW)
+    if unknown:
+        raise ValueError(f"not keys of a ledger row: {', '.join(sorted(unknown))}")
+    return {key: values.get(key) for key in ROW}
+
+
+def read(path: Path) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            raise ModelError(f"{path}:{number}: is not a JSON row") from None
+        if not isinstance(value, dict) or not {"stage", "name", "artifact"} <= value.keys():
+            raise ModelError(f"{path}:{number}: is not a ledger row")
+        rows.append(value)
+    return rows
+
+
+def write(path: Path, rows: Iterable[Mapping]) -> None:
+    """Replaces the ledger in one step."""
+    write_text(path, "".join(json.dumps(row(values), ensure_ascii=False) + "\n" for values in rows))
+
+
+def read_run(folder: str | Path) -> list[dict]:
+    """The rows of a run's folder; ModelError if it is none."""
+    path = Path(folder) / "ledger.jsonl"
+    if not path.is_file():
+        what = "has no ledger.jsonl" if Path(folder).is_dir() else "is not a folder"
+        raise ModelError(f"{folder} is not a run: it {what}; `lightcap run RECIPE` makes one")
+    return read(path)
+
+
+def pareto(rows: Sequence[Mapping]) -> list[int]:
+    """Indices of the rows that no other row beats or equals in CIDEr, bytes and median latency at once, and beats in one of them."""
+
+    def point(values: Mapping) -> tuple[float, float, float] | None:
+        latency = (values.get("latency_ms") or {}).get("p50")
+        numbers = (values.get("cider"), values.get("bytes"), latency)
+        return None if None in numbers else (-numbers[0], numbers[1], numbers[2])
+
+    points = [None if values["stage"] == "baseline" else point(values) for values in rows]
+
+    def beaten(mine: tuple) -> bool:
+        return any(
+            other is not None and other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other in points
+        )
+
+    return [index for index, mine in enumerate(points) if mine is not None and not beaten(mine)]
+
+
+HEADINGS = ("name", "CIDEr [95 %]", "delta", "params", "GMACs", "MB", "ms")
+
+
+def cells(values: Mapping) -> tuple[str, ...]:
+    """A row as the table shows it, in the order of HEADINGS; what was not measured is empty."""
+
+    def number(key: str, form: str, scale: float = 1.0) -> str:
+        return "" if values.get(key) is None else format(values[key] / scale, form)
+
+    cider = number("cider", ".1f")
+    if cider and values.get("cider_ci95"):
+        low, high = values["cider_ci95"]
+        cider += f" [{low:.1f}, {high:.1f}]"
+    latency = (values.get("latency_ms") or {}).get("p50")
+    milliseconds = "" if latency is None else f"{latency:.1f}"
+    params = "" if values.get("params") is None else _count(values["params"])
+    megabytes = number("bytes", ".2f", 1e6)
+    return (
+        values["name"],
+        cider,
+        number("delta_cider", "+.1f"),
+        params,
+        number("gmacs_caption", ".3f"),
+        megabytes,
+        milliseconds,
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
+
+
+def table(rows: Sequence[Mapping], title: str = ""):
+    """The rows as a rich table."""
+    from rich.table import Table
+
+    drawn = Table(title=title or None, title_justify="left")
+    for index, heading in enumerate(HEADINGS):
+        drawn.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for values in rows:
+        drawn.add_row(*cells(values))
+    return drawn

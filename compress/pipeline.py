@@ -1,0 +1,375 @@
+"""Runs a recipe: each stage once, under its lock, kept in `runs/.cache/LOCK`; a run's folder holds the ledger that names them.
+
+    runs/.cache/LOCK/           a finished artifact
+    runs/.cache/LOCK.work/      a stage under way: `state` (its own resume files), then `model` (made, not yet measured)
+    runs/NAME/ledger.jsonl      one row per finished stage; recipe.yaml, the resolved recipe; error.txt, the trace of a failed stage
+
+A kill leaves nothing half-written under a finished name, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib
+import json
+import os
+import resource
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from compress import artifact, card, ledger, lock, recipe
+from compress.artifact import Artifact
+from compress.config import Recipe, Stage
+from compress.context import Context, Progress
+from compress.errors import GateError, LightcapError, StageError, UsageError, expected
+
+BASELINE = "nearest"
+
+
+@dataclass(frozen=True)
+class Result:
+    """`rows` are those of this run, in the recipe's order; `error` is what stopped it, if anything did."""
+
+    folder: Path
+    rows: tuple[dict, ...]
+    error: LightcapError | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+    def check(self) -> Result:
+        """Itself; raises `error` if there is one."""
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def json(self) -> dict:
+        error = None if self.error is None else self.error.message
+        return {"ok": self.ok, "run": str(self.folder), "ledger": list(self.rows), "error": error}
+
+
+def plan(wanted: Recipe, out: Path, data=None) -> dict:
+    """What `run` would do: each stage with its lock, whether it is cached, and the seconds it took or may take (None: unknown).
+
+    Nothing is written but what reading the captions caches, and no torch is imported.
+    """
+    cache = _cache(out)
+    data = _load(wanted, cache) if data is None else data
+    images = data.splits().get("train", 0)
+    locks, stages, rates = {}, [], _rates(cache)
+    for stage in wanted.stages:
+        lock_parts = lock.parts(wanted, stage, locks, data.fingerprint, thread_count())
+        name = locks[stage.name] = lock.digest(lock_parts)
+        cached = _finished(cache / name)
+        seconds = None
+        if cached:
+            seconds = Artifact(cache / name).row()["seconds"]
+        elif stage.kind in rates:
+            seconds = round(rates[stage.kind] * _passes(stage.config) * max(images, 1), 1)
+        stages.append({"stage": stage.kind, "name": stage.name, "cached": cached, "lock": name, "seconds": seconds})
+    return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages}
+
+
+def run(
+    wanted: Recipe,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    data=None,
+    stages: Mapping[str, Callable] | None = None,
+    evaluation=None,
+) -> Result:
+    """Makes every artifact of the recipe that the cache beside `out` does not hold, and writes the ledger into `out`.
+
+    `stages` (kind to function) and `evaluation` (with `measure` and `baseline`) default to `compress.stages` and `compress.evaluate`,
+    which are imported only when something is not cached.
+    """
+    cache = _cache(out)
+    try:
+        data = _load(wanted, cache) if data is None else data
+        made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
+        run_ = _Run(wanted, out, cache, data, progress or Progress(), stages, evaluation)
+        try:
+            with _only_writer(out / ".writer", _refuse):
+                return _stage_by_stage(run_)
+        finally:
+            artifact.remove_empty([cache, *made])
+    except LightcapError as error:
+        return Result(out, (), error)
+
+
+@dataclass(frozen=True)
+class _Run:
+    recipe: Recipe
+    out: Path
+    cache: Path
+    data: object
+    progress: Progress
+    stages: Mapping[str, Callable] | None
+    evaluation: object
+
+    def stage_function(self, kind: str) -> Callable:
+        if self.stages is not None:
+            return self.stages[kind]
+        import torch
+
+        torch.set_num_threads(thread_count())
+        return importlib.import_module(f"compress.stages.{kind}").run
+
+    def evaluator(self):
+        return self.evaluation if self.evaluation is not None else importlib.import_module("compress.evaluate")
+
+
+def _stage_by_stage(run_: _Run) -> Result:
+    rows: list[dict] = []
+    locks: dict[str, str] = {}
+    artifacts: dict[str, Artifact] = {}
+    threads = thread_count()
+    unreadable = getattr(run_.data, "unreadable", ())
+    if unreadable:
+        some = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
+        run_.progress.log(f"{len(unreadable)} images are missing or unreadable and left out: {some}")
+    stage = None
+    try:
+        for number, stage in enumerate(run_.recipe.stages, start=1):
+            lock_parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, threads)
+            locks[stage.name] = lock.digest(lock_parts)
+            label = f"[{number}/{len(run_.recipe.stages)}] {stage.name}"
+            row, built = _stage_row(run_, stage, label, lock_parts, artifacts)
+            artifacts[stage.name] = Artifact(run_.cache / locks[stage.name]).check()
+            if number == 1:
+                first = lock.baseline_parts(locks[stage.name], run_.data.fingerprint, threads)
+                baseline = Stage(kind="baseline", name=BASELINE, parent=stage.name, config=None)
+                nearest_row, _ = _stage_row(run_, baseline, BASELINE, first, artifacts)
+                rows.append(nearest_row)
+            _gate(stage, row)
+            rows.append(row)
+            if built:
+                _save(run_, rows)
+        _save(run_, rows)
+    except LightcapError as error:
+        if rows:
+            _save(run_, rows)
+        return Result(run_.out, tuple(rows), _explained(error, stage, artifacts, rows))
+    (run_.out / "error.txt").unlink(missing_ok=True)
+    return Result(run_.out, tuple(rows))
+
+
+def _save(run_: _Run, rows: list[dict]) -> None:
+    artifact.write_text(run_.out / "recipe.yaml", recipe.as_yaml(run_.recipe))
+    ledger.write(run_.out / "ledger.jsonl", rows)
+
+
+def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts: Mapping) -> tuple[dict, bool]:
+    """The ledger row of a stage, and whether it was made now. Two runs that want the same artifact at once make it once."""
+    name = lock.digest(lock_parts)
+    target = run_.cache / name
+
+    def wait(process: str) -> None:
+        run_.progress.log(f"{label}: process {process} is making it; waiting")
+
+    built = False
+    if not _finished(target):
+        with _only_writer(run_.cache / f"{name}.writer", wait):
+            if not _finished(target):
+                run_.progress.log(f"{label}: {stage.kind}")
+                _build(run_, stage, lock_parts, target, artifacts)
+                built = True
+    if not built:
+        run_.progress.log(f"{label}: cached")
+    measured = Artifact(target).row()
+    place = os.path.relpath(target, run_.out)
+    return ledger.row(measured | {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name}), built
+
+
+def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Mapping) -> None:
+    """Makes, measures and describes one artifact, then gives it its name: `target` is whole or absent."""
+    if target.exists():  # without metrics.json it was never finished under this name
+        shutil.rmtree(target)
+    work = target.with_name(f"{target.name}.work")
+    state, model = work / "state", work / "model"
+    state.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    before = _seconds_before(work, began)
+    teachers = tuple(artifacts[name] for name in getattr(stage.config, "teachers", ()))
+    seed = getattr(stage.config, "seed", None)
+    context = Context(
+        recipe=run_.recipe,
+        stage=stage,
+        data=run_.data,
+        seed=run_.recipe.seed if seed is None else seed,
+        threads=thread_count(),
+        output=model,
+        work=state,
+        cache=run_.cache,
+        artifacts=MappingProxyType(dict(artifacts)),
+        progress=run_.progress,
+    )
+    parent = artifacts[stage.parent] if stage.parent else None
+    with _failing_as(stage, run_.out, work):
+        if not model.is_dir():
+            with artifact.writing(model) as output:
+                if stage.kind != "baseline":
+                    make = run_.stage_function(stage.kind)
+                    make(parent, stage.config, dataclasses.replace(context, output=output))
+                    Artifact(output).check()
+        if stage.kind == "baseline":
+            measured = run_.evaluator().baseline(parent, context)
+        else:
+            measured = run_.evaluator().measure(Artifact(model), parent, context, teachers)
+        # ru_maxrss is the most that this process has held since it began (KiB on Linux): an upper bound for the stage.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        row = ledger.row(
+            dict(measured)
+            | {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name}
+            | {"peak_mb": round(peak, 1), "seconds": round(before + time.time() - began, 2)}
+        )
+        artifact.write_json(
+            model / "lock.json",
+            {"lock": target.name, "train_images": run_.data.splits().get("train", 0), "parts": lock_parts},
+        )
+        artifact.write_text(model / "README.md", card.text(run_.recipe, stage, row))
+        artifact.write_json(model / "metrics.json", row)
+        os.rename(model, target)
+    shutil.rmtree(work)
+
+
+def _seconds_before(work: Path, now: float) -> float:
+    """Seconds that killed attempts at this stage took, up to the last thing they wrote; notes that a new one began."""
+    note = work / "attempt.json"
+    spent = 0.0
+    if note.is_file():
+        last = json.loads(note.read_text(encoding="utf-8"))
+        wrote = max((path.stat().st_mtime for path in work.rglob("*") if path.is_file()), default=last["began"])
+        spent = last["spent"] + max(0.0, wrote - last["began"])
+    artifact.write_json(note, {"began": now, "spent": spent})
+    return spent
+
+
+@contextlib.contextmanager
+def _failing_as(stage: Stage, out: Path, work: Path) -> Iterator[None]:
+    """Turns what a stage raises into a LightcapError that names the stage; a surprise leaves its trace in error.txt."""
+    try:
+        yield
+    except LightcapError as error:
+        if isinstance(error, UsageError):  # nothing can go on from here: another input is another lock
+            shutil.rmtree(work, ignore_errors=True)
+        raise type(error)(f"stage '{stage.name}': {error.message}") from error
+    except Exception as error:
+        known = expected(error)
+        if known is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            raise type(known)(f"stage '{stage.name}': {known.message}") from error
+        artifact.write_text(out / "error.txt", traceback.format_exc())
+        what = f"{type(error).__name__}: {error}"
+        raise StageError(f"stage '{stage.name}' failed: {what} (trace: {out / 'error.txt'})") from error
+
+
+def _gate(stage: Stage, row: Mapping) -> None:
+    most = getattr(stage.config, "max_drop_cider", None)
+    delta = row["delta_cider"]
+    if most is not None and delta is not None and -delta > most:
+        raise GateError(
+            f"stage '{stage.name}' missed its gate: CIDEr fell by {-delta:.2f}, max_drop_cider is {most:g}"
+            f" (its artifact: {row['artifact']})"
+        )
+
+
+def _explained(error: LightcapError, stage: Stage | None, artifacts: Mapping, rows: list[dict]) -> LightcapError:
+    """A stage's error with the last artifact that is good: of the last row in the ledger."""
+    if isinstance(error, UsageError) and not rows:
+        return error
+    good = [row["name"] for row in rows if row["name"] in artifacts]
+    kept = f"the last good artifact is '{good[-1]}': {artifacts[good[-1]].path}" if good else "no artifact was finished before it"
+    return type(error)(f"{error.message}; {kept}")
+
+
+# ---- the cache, and who may write
+
+
+def thread_count() -> int:
+    """OMP_NUM_THREADS if it is set, else the cores that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache(out: Path) -> Path:
+    return Path(out).parent / ".cache"
+
+
+def _load(wanted: Recipe, cache: Path):
+    from compress import data
+
+    return data.load(wanted.data, cache)
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "metrics.json").is_file() and (folder / "lock.json").is_file()
+
+
+def _passes(config) -> float:
+    """How often a stage sees the training images, roughly: the sum of its epochs, or once."""
+    epochs = [getattr(config, field.name) for field in dataclasses.fields(config) if field.name.endswith("epochs")]
+    return sum(epochs) or 1.0
+
+
+def _rates(cache: Path) -> dict[str, float]:
+    """Seconds per training image and pass of each kind of stage, from the newest finished artifact of that kind."""
+    rates = {}
+    for file in sorted(cache.glob("*/lock.json"), key=lambda path: path.stat().st_mtime):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, LightcapError):
+            noted = json.loads(file.read_text(encoding="utf-8"))
+            settings = noted["parts"].get("settings", {})
+            passes = sum(value for key, value in settings.items() if key.endswith("epochs")) or 1.0
+            seconds = Artifact(file.parent).row()["seconds"]
+            rates[noted["parts"]["kind"]] = seconds / (passes * max(noted["train_images"], 1))
+    return rates
+
+
+def _refuse(process: str) -> None:
+    raise StageError(f"process {process} is writing this run now; wait for it, or run elsewhere with --out DIR")
+
+
+@contextlib.contextmanager
+def _only_writer(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
+    """Holds `path` locked, with this process's number in it. If another holds it, calls `busy(its number)`, then waits.
+
+    A POSIX record lock: it ends with the process however that dies, and children do not inherit it.
+    """
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StageError(f"cannot write {path} ({error.strerror})") from None
+        try:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                busy(os.pread(descriptor, 32, 0).decode().strip() or "(unknown)")
+                fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, path):  # else its holder removed it while this process waited
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False

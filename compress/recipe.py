@@ -1,0 +1,338 @@
+"""Reads a recipe: YAML (data only) -> a tree that remembers file and line -> `compress.config.Recipe`. The one parse path.
+
+`extends` names one parent, merged key by key (lists are replaced); `--set NAME.key=value` changes one value of the merged tree. Whatever
+is wrong is a `RecipeError` of one line with the file, the line, the key, what is allowed and the nearest known name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from compress.config import CHOICES, RANGES, STAGES, Data, Recipe, Stage, Student
+from compress.document import Located, parse, read
+from compress.errors import RecipeError, nearest
+
+# Beside the package, in a clone and in an installed wheel alike; a folder named recipes/ where the user stands cannot shadow it.
+SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+SECTIONS = {"data": Data, "student": Student}
+TOP = ("name", "extends", "seed", "data", "student", "stages")
+GRAPHS = ("quantize", "export")  # kinds whose artifacts are ONNX graphs, which no later training can change
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+
+
+def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe that `name` (a shipped recipe's name, or a file) holds, with `settings` ("NAME.key=value") laid over it.
+
+    Raises RecipeError, one line, for anything that cannot be used.
+    """
+    path = find(str(name))
+    tree = _extended(path, ())
+    for setting in settings:
+        tree = _with_setting(tree, setting)
+    return _typed(tree, path)
+
+
+def recipes() -> list[tuple[str, str]]:
+    """(name, the first comment line) of each shipped recipe, in order of name."""
+    listed = []
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        listed.append((path.stem, first.lstrip("# ").strip() if first.startswith("#") else ""))
+    return listed
+
+
+def find(name: str, folder: Path | None = None, place: str = "") -> Path:
+    """The file of a shipped recipe's name, or of a path (relative to `folder`)."""
+    shipped = [stem for stem, _ in recipes()]
+    if name in shipped:
+        return SHIPPED / f"{name}.yaml"
+    path = Path(name) if folder is None else folder / name
+    if path.is_file():
+        return path
+    what = "is a folder" if path.is_dir() else "is neither a file nor a shipped recipe"
+    raise RecipeError(
+        f"{place}recipe '{name}' {what}; shipped recipes: {', '.join(shipped)}{nearest(name, shipped)}"
+    )
+
+
+def resolved(recipe: Recipe) -> dict:
+    """The recipe as plain data with every default filled in; `read_recipe` of its YAML gives the same recipe again."""
+    stages = []
+    for stage in recipe.stages:
+        head = {"as": stage.name} | ({"from": stage.parent} if stage.parent else {})
+        stages.append({stage.kind: head | _plain(stage.config)})
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "data": _plain(recipe.data),
+        "student": _plain(recipe.student),
+        "stages": stages,
+    }
+
+
+def as_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def digest(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe."""
+    return hashlib.sha256(json.dumps(resolved(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(config) -> dict:
+    pairs = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs.items() if value is not None}
+
+
+# ---- extends and --set
+
+
+def _mapping(tree: Located) -> Located:
+    if not isinstance(tree.value, dict):
+        raise RecipeError(f"{tree.place}a recipe is a mapping with the keys {', '.join(TOP)}")
+    return tree
+
+
+def _extended(path: Path, seen: tuple[Path, ...]) -> Located:
+    tree = _mapping(read(path))
+    real = path.resolve()
+    parent = tree.value.get("extends")
+    merged = tree
+    if parent is not None:
+        if not isinstance(parent.value, str):
+            raise RecipeError(f"{parent.place}key 'extends' names one recipe: a shipped one or a file")
+        base = find(parent.value, path.parent, parent.place)
+        if base.resolve() in (*seen, real):
+            raise RecipeError(f"{parent.place}'extends: {parent.value}' comes back to a recipe that extends this one")
+        merged = _merged(_extended(base, (*seen, real)), tree)
+    # A name belongs to its own file: a run of a child must not land in its parent's folder.
+    name = tree.value.get("name", Located(path.stem, f"{path}:1: "))
+    return Located({key: value for key, value in merged.value.items() if key != "extends"} | {"name": name}, tree.place)
+
+
+def _merged(base: Located, over: Located) -> Located:
+    if isinstance(base.value, dict) and isinstance(over.value, dict):
+        pairs = dict(base.value)
+        for key, value in over.value.items():
+            pairs[key] = _merged(pairs[key], value) if key in pairs else value
+        return Located(pairs, over.place)
+    return over
+
+
+def _with_setting(tree: Located, setting: str) -> Located:
+    """The tree with one `--set`: "seed=3", "data.captions=file", "pruned.macs=0.5"."""
+    place = f"--set {setting}: "
+    target, equals, text = setting.partition("=")
+    target = target.strip()
+    if not equals or not target:
+        raise RecipeError(f"{place}write it as NAME.key=value")
+    value = Located(parse(text, lambda line: place).value, place)
+    name, dot, key = target.partition(".")
+    top = dict(tree.value)
+    if not dot:
+        if name not in ("seed", "name"):
+            raise RecipeError(f"{place}'{name}' has no key; write NAME.key=value, seed=N or name=NAME")
+        return Located(top | {name: value}, tree.place)
+    stages = _stage_entries(tree)
+    named = [index for index, (_, stage_name, _) in enumerate(stages) if stage_name == name]
+    keyed = [index for index, (kind, _, _) in enumerate(stages) if kind == name]
+    # The main line has a stage `student` beside the section `student`: the section is meant where it has such a key.
+    is_section = name in SECTIONS and (key in _keys(SECTIONS[name]) or not (named or keyed))
+    if is_section:
+        section = top.get(name, Located({}, place))
+        if not isinstance(section.value, dict):
+            raise RecipeError(f"{section.place}'{name}' must be a mapping")
+        return Located(top | {name: Located(section.value | {key: value}, section.place)}, tree.place)
+    if not named and len(keyed) > 1:
+        names = ", ".join(stages[index][1] for index in keyed)
+        raise RecipeError(f"{place}{len(keyed)} stages are a '{name}'; use the stage's name: {names}")
+    if not (named or keyed):
+        allowed = list(dict.fromkeys([*SECTIONS, *(stage_name for _, stage_name, _ in stages), *STAGES]))
+        raise RecipeError(f"{place}no section or stage '{name}' here; there are {', '.join(allowed)}{nearest(name, allowed)}")
+    index = (named or keyed)[0]
+    kind, _, body = stages[index]
+    items = list(top["stages"].value)
+    entry = items[index]
+    items[index] = Located({kind: Located(body | {key: value}, entry.value[kind].place)}, entry.place)
+    return Located(top | {"stages": Located(items, top["stages"].place)}, tree.place)
+
+
+def _stage_entries(tree: Located) -> list[tuple[str, str, dict[str, Located]]]:
+    """(kind, name, settings) of each entry under `stages`."""
+    stages = tree.value.get("stages")
+    if stages is None or not isinstance(stages.value, list) or not stages.value:
+        place = tree.place if stages is None else stages.place
+        raise RecipeError(f"{place}key 'stages' must be a list with at least one of {', '.join(STAGES)}")
+    entries = []
+    for item in stages.value:
+        if not isinstance(item.value, dict) or len(item.value) != 1:
+            raise RecipeError(f"{item.place}a stage is one key with its settings, such as 'export: {{}}'")
+        ((kind, body),) = item.value.items()
+        if kind not in STAGES:
+            raise RecipeError(f"{body.place}unknown stage '{kind}'; allowed: {', '.join(STAGES)}{nearest(kind, STAGES)}")
+        if body.value is not None and not isinstance(body.value, dict):
+            raise RecipeError(f"{body.place}the settings of '{kind}' must be a mapping, such as '{kind}: {{}}'")
+        settings = body.value or {}
+        label = settings.get("as")
+        name = kind if label is None else label.value
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name == "nearest":
+            place = body.place if label is None else label.place
+            raise RecipeError(f"{place}key 'as' must be a word of letters, digits, - and _ (and not 'nearest')")
+        entries.append((kind, name, settings))
+    return entries
+
+
+# ---- a located tree to dataclasses
+
+
+def _typed(tree: Located, path: Path) -> Recipe:
+    for key, value in tree.value.items():
+        if key not in TOP:
+            raise RecipeError(f"{value.place}unknown key '{key}'; allowed: {', '.join(TOP)}{nearest(key, TOP)}")
+    name = tree.value["name"]
+    if not isinstance(name.value, str) or not RUN_NAME.fullmatch(name.value):
+        raise RecipeError(f"{name.place}key 'name' must be a word of letters, digits, '.', - and _: it names a folder")
+    seed = _value(tree.value.get("seed", Located(17, "")), int, "", "seed")
+    sections = {key: _section(tree.value.get(key, Located(None, "")), key) for key in SECTIONS}
+    stages = _stages(tree, sections["student"])
+    return Recipe(name=name.value, seed=seed, **sections, stages=stages, path=path)
+
+
+def _section(tree: Located, key: str):
+    if tree.value is not None and not isinstance(tree.value, dict):
+        raise RecipeError(f"{tree.place}key '{key}' must be a mapping")
+    return _config(SECTIONS[key], tree.value or {}, key)
+
+
+def _keys(config_type: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config_type)]
+
+
+def _config(config_type: type, pairs: dict[str, Located], section: str, also: Sequence[str] = ()):
+    hints = typing.get_type_hints(config_type)
+    allowed = [*also, *_keys(config_type)]
+    for key, value in pairs.items():
+        if key not in allowed:
+            close = nearest(key, allowed)
+            raise RecipeError(f"{value.place}unknown key '{key}' in '{section}'; allowed: {', '.join(allowed)}{close}")
+    values = {key: _value(value, hints[key], section, key) for key, value in pairs.items() if key in hints}
+    return config_type(**values)
+
+
+def _value(located: Located, hint, section: str, key: str):
+    """The value as the type `hint` says, within what CHOICES and RANGES allow."""
+    value, place = located.value, located.place
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise RecipeError(f"{place}key '{key}' has no value")
+    kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else [located]
+        return tuple(_value(item, str, section, key) for item in items)
+    if isinstance(value, list | dict):
+        raise RecipeError(f"{place}key '{key}' must be {_noun(kind)}, not a {type(value).__name__}")
+    if kind is float and isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)  # YAML 1.1 takes 3e-4 for text: it wants 3.0e-4
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        quotes = ": put it in quotes" if kind is str else ""
+        raise RecipeError(f"{place}key '{key}' must be {_noun(kind)}, not {value!r}{quotes}")
+    allowed = CHOICES.get((section, key)) or CHOICES.get((key,))
+    if allowed and value not in allowed:
+        raise RecipeError(f"{place}key '{key}': '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
+    if kind in (int, float) and not _within(value, RANGES[key]):
+        raise RecipeError(f"{place}key '{key}' must be {_range(RANGES[key])}, not {value!r}")
+    return value
+
+
+def _noun(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+
+
+def _within(value: float, limits: tuple) -> bool:
+    least, most, least_allowed, most_allowed = limits
+    above = value >= least if least_allowed else value > least
+    below = value <= most if most_allowed else value < most
+    return above and below  # false for nan
+
+
+def _range(limits: tuple) -> str:
+    least, most, least_allowed, most_allowed = limits
+    low = f"{least:g} or more" if least_allowed else f"above {least:g}"
+    high = "" if math.isinf(most) else f" and at most {most:g}" if most_allowed else f" and below {most:g}"
+    return low + high
+
+
+def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
+    stages: list[Stage] = []
+    kinds: dict[str, str] = {}
+    names = [name for _, name, _ in _stage_entries(tree)]
+    for (kind, name, settings), item in zip(_stage_entries(tree), tree.value["stages"].value, strict=True):
+        place = next(iter(item.value.values())).place
+        if name in kinds:
+            label = settings.get("as")
+            raise RecipeError(f"{label.place if label else place}a second stage is named '{name}'; give it its own 'as: NAME'")
+        config = _config(STAGES[kind], settings, kind, also=("as", "from"))
+
+        def earlier(value: str, located: Located, key: str, kinds=kinds, kind=kind):
+            if value not in kinds:
+                why = "comes later" if value in names else "is not a stage here"
+                there = f"earlier stages: {', '.join(kinds) or 'none'}"
+                raise RecipeError(f"{located.place}key '{key}': '{value}' {why}; {there}{nearest(value, kinds)}")
+            if kinds[value] in GRAPHS and (kind not in GRAPHS or kinds[value] == "export" or kind == "quantize"):
+                made = f"'{value}' is already ONNX graphs ({kinds[value]})"
+                raise RecipeError(f"{located.place}{made}, which '{kind}' cannot work on; name an earlier stage with 'from:'")
+
+        before = stages[-1].name if stages else None
+        start = settings.get("from")
+        if start is not None and start.value is not None:
+            parent = _value(start, str, kind, "from")
+            earlier(parent, start, "from")
+            if getattr(config, "preset", None):
+                raise RecipeError(f"{start.place}keys 'from' and 'preset' exclude each other: a preset starts anew")
+        elif kind == "distill" or (kind == "train" and (config.preset or before is None)):
+            parent = None
+        elif before is None:
+            raise RecipeError(f"{place}the first stage cannot be '{kind}': there is nothing to work on; begin with 'train'")
+        else:
+            parent = before
+            earlier(parent, Located(None, place), kind)
+        if kind == "distill":
+            config = _with_teachers(config, settings, before, place, student, earlier)
+        if kind == "prune" and sum(getattr(config, key) is not None for key in ("macs", "params", "mb")) != 1:
+            raise RecipeError(f"{place}'prune' needs exactly one target: macs, params (shares of its parent) or mb")
+        stages.append(Stage(kind=kind, name=name, parent=parent, config=config))
+        kinds[name] = kind
+    return tuple(stages)
+
+
+def _with_teachers(config, settings: dict[str, Located], before: str | None, place: str, student: Student, earlier):
+    teachers = config.teachers or ((before,) if before else ())
+    where = settings.get("teachers", Located(None, place))
+    if not teachers:
+        raise RecipeError(f"{where.place}'distill' needs a teacher: put a 'train' stage before it, or name 'teachers'")
+    for teacher in teachers:
+        earlier(teacher, where, "teachers")
+    if student.heads and len(teachers) not in (1, student.heads):
+        raise RecipeError(
+            f"{where.place}key 'teachers' holds {len(teachers)} teachers for {student.heads} heads;"
+            f" give one, or exactly one per head"
+        )
+    return replace(config, teachers=teachers)

@@ -1,0 +1,100 @@
+"""One HTML file that needs no network: the rows of the runs as a table, and CIDEr against megabytes and milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from compress import ledger
+from compress.artifact import write_text
+from compress.errors import ModelError
+
+WIDTH, HEIGHT, MARGIN = 460, 300, 48
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
+
+
+def write(runs: Sequence[Mapping], path: Path) -> None:
+    """Writes the report of `runs` ([{"run", "rows"}]) to `path`. ModelError where the folder cannot be written."""
+    from jinja2 import Environment, PackageLoader
+
+    flat = [(number, entry["run"], row) for number, entry in enumerate(runs) for row in entry["rows"]]
+    best = set(ledger.pareto([row for _, _, row in flat]))
+    rows = [
+        {"run": run, "colour": COLOURS[number % len(COLOURS)], "cells": ledger.cells(row), "best": index in best}
+        for index, (number, run, row) in enumerate(flat)
+    ]
+    charts = [
+        _chart(flat, "MB on disk", lambda row: None if row.get("bytes") is None else row["bytes"] / 1e6),
+        _chart(flat, "ms per caption, median", lambda row: (row.get("latency_ms") or {}).get("p50")),
+    ]
+    environment = Environment(loader=PackageLoader("compress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.get_template("report.html.j2")
+    legend = [{"run": entry["run"], "colour": COLOURS[number % len(COLOURS)]} for number, entry in enumerate(runs)]
+    text = template.render(rows=rows, headings=ledger.HEADINGS, charts=[chart for chart in charts if chart], legend=legend)
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _chart(flat: Sequence[tuple[int, str, Mapping]], title: str, cost) -> dict | None:
+    """Pixel positions of one scatter: points with their intervals, the line of rows that no other beats, and ticks."""
+    kept = [(number, row, cost(row)) for number, _, row in flat if row.get("cider") is not None and cost(row) is not None]
+    if not kept:
+        return None
+    intervals = [row.get("cider_ci95") or (row["cider"], row["cider"]) for _, row, _ in kept]
+    across = _scale([x for _, _, x in kept] + [0.0], MARGIN, WIDTH - 12)
+    up = _scale([value for interval in intervals for value in interval], HEIGHT - MARGIN, 12)
+    points = [
+        {
+            "x": across["place"](x),
+            "y": up["place"](row["cider"]),
+            "low": up["place"](low),
+            "high": up["place"](high),
+            "colour": COLOURS[number % len(COLOURS)],
+            "label": row["name"],
+        }
+        for (number, row, x), (low, high) in zip(kept, intervals, strict=True)
+    ]
+    return {
+        "title": title,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "margin": MARGIN,
+        "points": points,
+        "line": " ".join(f"{across['place'](x)},{up['place'](y)}" for x, y in frontier([(x, row["cider"]) for _, row, x in kept])),
+        "across": across["ticks"],
+        "up": up["ticks"],
+    }
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, CIDEr) that no cheaper or equal one reaches, by cost."""
+    kept: list[tuple[float, float]] = []
+    for cost, cider in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not kept or cider > kept[-1][1]:
+            kept.append((cost, cider))
+    return kept
+
+
+def _scale(values: Sequence[float], start: float, end: float) -> dict:
+    low, high = min(values), max(values)
+    room = (high - low) * 0.06 or 1.0
+    low, high = (low if low == 0 else low - room), high + room
+
+    def place(value: float) -> float:
+        return round(start + (value - low) / (high - low) * (end - start), 1)
+
+    step = _step((high - low) / 5)
+    first = -(-low // step)
+    ticks = []
+    while (first + len(ticks)) * step <= high:
+        value = (first + len(ticks)) * step
+        ticks.append({"place": place(value), "text": f"{value:g}"})
+    return {"place": place, "ticks": ticks}
+
+
+def _step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, at least `rough`."""
+    power = 10.0 ** int(f"{rough:e}".partition("e")[2])
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)

@@ -1,0 +1,86 @@
+"""Captions that some model wrote, in COCO's results format, matched with the references of the same images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from compress.errors import DataError, nearest
+
+KARPATHY_IDS = ("cocoid", "imgid", "filename")  # what a results file may call an image of a Karpathy file
+
+
+def read(candidates: Path, references: Path) -> tuple[list[str], list[list[str]]]:
+    """(one caption, its references) per image, in the order of the references.
+
+    COCO: every annotated image must have a caption. Karpathy: every image of the splits that the candidates touch. Raises DataError, in
+    one line, for an image without a caption, with two, or that the references do not know.
+    """
+    written = _candidates(candidates)
+    wanted = _references(references, written)
+    unknown = [name for name in written if name not in wanted]
+    if unknown:
+        close = nearest(unknown[0], wanted)
+        raise DataError(f"{candidates}: image_id {unknown[0]} is not in {references} ({len(unknown)} such ids){close}")
+    missing = [name for name in wanted if name not in written]
+    if missing:
+        raise DataError(f"{candidates}: no caption for image_id {missing[0]} of {references} ({len(missing)} such ids)")
+    return [written[name] for name in wanted], list(wanted.values())
+
+
+def _candidates(path: Path) -> dict[str, str]:
+    entries = _json(path)
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f'{path}: a results file is a list of {{"image_id": ..., "caption": ...}} with at least one entry')
+    captions: dict[str, str] = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or "image_id" not in entry or not isinstance(entry.get("caption"), str):
+            raise DataError(f'{path}: entry {number} is not {{"image_id": ..., "caption": "text"}}')
+        name = str(entry["image_id"])
+        if name in captions:
+            raise DataError(f"{path}: image_id {name} has two captions; give one per image")
+        captions[name] = entry["caption"]
+    return captions
+
+
+def _references(path: Path, written: Mapping[str, str]) -> dict[str, list[str]]:
+    value = _json(path)
+    try:
+        if isinstance(value, dict) and "annotations" in value:
+            wanted: dict[str, list[str]] = {}
+            for annotation in value["annotations"]:
+                wanted.setdefault(str(annotation["image_id"]), []).append(str(annotation["caption"]))
+        elif isinstance(value, dict) and isinstance(value.get("images"), list):
+            wanted = _karpathy(value["images"], written)
+        else:
+            raise DataError(f"{path}: is neither COCO JSON (key 'annotations') nor Karpathy JSON (key 'images' with sentences)")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: an entry lacks {error}; COCO and Karpathy JSON are read") from None
+    if not wanted:
+        raise DataError(f"{path}: holds no reference caption")
+    return wanted
+
+
+def _karpathy(images: Sequence[Mapping], written: Mapping[str, str]) -> dict[str, list[str]]:
+    def matches(key: str) -> int:
+        return sum(str(image.get(key)) in written for image in images)
+
+    key = max(KARPATHY_IDS, key=matches)
+    split = {str(image[key]): image.get("split") for image in images if key in image}
+    touched = {split[name] for name in written if name in split}
+    return {
+        str(image[key]): [str(sentence["raw"]) for sentence in image["sentences"]]
+        for image in images
+        if key in image and (not touched or image.get("split") in touched)
+    }
+
+
+def _json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: cannot be read ({error.strerror}){nearest(path.name, beside)}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error})") from None

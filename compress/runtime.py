@@ -1,0 +1,268 @@
+"""The exported captioner: an image in, a sentence out, on numpy, Pillow, tokenizers and onnxruntime alone.
+
+This file is self-contained. Every export carries a copy of it as `caption.py`, which is a program too:
+
+    python caption.py [--beam N] [--max-tokens N] [--threads N] [--json] PHOTO...
+
+Its folder holds `encoder.onnx` (pixels -> grid), `decoder.onnx` (grid -> keys and values of the prefix; token -> logits), `config.json`,
+`tokenizer.json` and `preprocessor_config.json`. Float and INT8 graphs have the same inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+NEVER = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")  # pieces that a caption cannot hold
+FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "encoder.onnx", "decoder.onnx")
+
+
+def open_image(path: str | Path) -> np.ndarray:
+    """A file -> (H, W, 3) uint8, turned upright by its EXIF orientation. ValueError, one line, where it is no whole image."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def rgb(image) -> np.ndarray:
+    """A PIL image of any mode -> (H, W, 3) uint8. What is transparent becomes white; 16-bit grey is scaled to 8."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((wide >> 8 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(paper, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def squash(image, settings: dict) -> np.ndarray:
+    """A PIL image or (H, W, 3) uint8 -> (S, S, 3) uint8, by preprocessor_config.json: squashed to a square by bicubic interpolation; one
+    that is S x S already is not resampled."""
+    from PIL import Image
+
+    if settings.get("resize", "squash") != "squash" or settings.get("interpolation", "bicubic") != "bicubic":
+        raise ValueError(
+            f"preprocessor_config.json: resize {settings.get('resize')!r} with interpolation {settings.get('interpolation')!r} is not "
+            "known here; only 'squash' with 'bicubic' is"
+        )
+    image = image if isinstance(image, np.ndarray) else rgb(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"an image must be (height, width, 3) uint8, this one is {image.shape} {image.dtype}")
+    size = settings["image_size"]
+    if image.shape[:2] != (size, size):
+        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    return image
+
+
+def pixels(image, settings: dict) -> np.ndarray:
+    """A PIL image or (H, W, 3) uint8 -> (3, S, S) float32: squashed, then (x / 255 - mean) / std. Training squashes by it too."""
+    mean, std = (np.asarray(settings[key], np.float32) for key in ("mean", "std"))
+    return np.ascontiguousarray(((squash(image, settings).astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1))
+
+
+class Captioner:
+    """The captioner in `folder`. `threads` per graph; None: as many as this process may use.
+
+    FileNotFoundError or ValueError, one line, where the folder is not a whole exported captioner.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        from tokenizers import Tokenizer
+
+        folder = Path(folder)
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder}: no {name} there, so it is not an exported captioner")
+        self.folder = folder
+        self.threads = threads or available_threads()
+        self.config, self.settings = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:
+            raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
+        self.start, self.end = (self.tokenizer.token_to_id(piece) for piece in ("[CLS]", "[SEP]"))
+        self.never = [i for i in map(self.tokenizer.token_to_id, NEVER) if i is not None]
+        self.encoder = open_session(folder / "encoder.onnx", self.threads)
+        self.decoder = open_session(folder / "decoder.onnx", self.threads)
+        self.channels = self.decoder.get_inputs()[0].shape[2]
+        pasts = self.decoder.get_inputs()[3:]
+        self.past_names = [item.name for item in pasts]
+        self.empty = [(item.shape[1], item.shape[3]) for item in pasts]  # heads and their width, which differ by layer when pruned
+
+    def encode(self, batch: np.ndarray) -> np.ndarray:
+        """Pixels (B, 3, S, S) -> grid (B, G, channels)."""
+        return self.encoder.run(None, {"pixels": np.ascontiguousarray(batch, np.float32)})[0]
+
+    def prefill(self, grid: np.ndarray) -> list[np.ndarray]:
+        """grid (B, G, channels) -> the prefix's keys and values, layer by layer, each (B, heads, G, head width)."""
+        images = len(grid)
+        none = np.zeros((images, 0), np.int64)
+        past = [np.zeros((images, heads, 0, width), np.float32) for heads, width in self.empty]
+        return self.run_decoder(np.ascontiguousarray(grid, np.float32), none, none, past)[1:]
+
+    def step(self, tokens: np.ndarray, position: int, past: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """tokens (N,) at `position` -> logits (N, V), and keys and values with this token's own."""
+        n = len(tokens)
+        nothing = np.zeros((n, 0, self.channels), np.float32)
+        tokens = np.asarray(tokens, np.int64)[:, None]
+        logits, *present = self.run_decoder(nothing, tokens, np.full_like(tokens, position), past)
+        return logits[:, -1], present
+
+    def run_decoder(self, grid: np.ndarray, tokens: np.ndarray, positions: np.ndarray, past: list[np.ndarray]) -> list[np.ndarray]:
+        feeds = {"grid": grid, "tokens": tokens, "positions": positions, **dict(zip(self.past_names, past, strict=True))}
+        return self.decoder.run(None, feeds)
+
+    def decode(self, grid: np.ndarray, beam: int = 1, max_tokens: int | None = None) -> list[tuple[str, float]]:
+        """grid (B, G, channels) -> (caption, sum of its log-probabilities) per image."""
+        found = self.search(grid, beam, max_tokens or self.config.get("max_tokens", 20))
+        return [(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), logprob) for ids, logprob in found]
+
+    def search(self, grid: np.ndarray, beam: int, max_tokens: int) -> list[tuple[list[int], float]]:
+        """Beam search (beam 1 is greedy) -> per image the pieces between [CLS] and [SEP], and their log-probability with [SEP]'s.
+
+        Each step looks at an image's 2 x beam best continuations: those that end and rank among the first `beam` are finished, and the
+        `beam` best that do not end go on. A finished caption's score is its log-probability per piece, [SEP] included; the search ends
+        with `beam` finished captions or at `max_tokens` pieces. Equal scores go to the earlier beam, then to the lower id.
+        """
+        if beam < 1 or max_tokens < 1:
+            raise ValueError(f"beam and max_tokens must be at least 1, not {beam} and {max_tokens}")
+        live = [(image, 0.0, [self.start]) for image in range(len(grid))]
+        finished: list[list[tuple[float, float, list[int]]]] = [[] for _ in range(len(grid))]
+        past = self.prefill(grid)
+        for position in range(max_tokens):
+            logits, past = self.step([ids[-1] for _, _, ids in live], position, past)
+            scores = log_softmax(logits)
+            scores[:, self.never] = -np.inf
+            scores += np.array([[score] for _, score, _ in live], np.float32)
+            following, sources = [], []
+            for image in dict.fromkeys(image for image, _, _ in live):
+                rows = [row for row, item in enumerate(live) if item[0] == image]
+                kept = []
+                for rank, (place, score) in enumerate(best(scores[rows].ravel(), 2 * beam)):
+                    row, piece = rows[place // scores.shape[1]], place % scores.shape[1]
+                    ids = [*live[row][2], piece]
+                    if piece != self.end:
+                        kept.append((row, (image, score, ids)))
+                    elif rank < beam:
+                        finished[image].append((score / (position + 1), score, ids[:-1]))
+                if len(finished[image]) < beam:
+                    sources += [row for row, _ in kept[:beam]]
+                    following += [item for _, item in kept[:beam]]
+            live = following
+            if not live:
+                break
+            if sources != list(range(len(past[0]))):
+                past = [array[sources] for array in past]
+        for image, score, ids in live:
+            finished[image].append((score / max_tokens, score, ids))
+        chosen = [max(found, key=lambda item: item[0]) for found in finished]
+        return [(ids[1:], score) for _, score, ids in chosen]
+
+    def captions(self, images: np.ndarray | Iterable, beam: int = 1, max_tokens: int | None = None) -> list[tuple[str, float]]:
+        """(caption, log-probability) of each image: a pixel batch (B, 3, S, S) float32, or files, PIL images and uint8 arrays."""
+        if not (isinstance(images, np.ndarray) and images.dtype == np.float32):
+            opened = (open_image(item) if isinstance(item, str | Path) else item for item in images)
+            images = np.stack([pixels(image, self.settings) for image in opened])
+        return self.decode(self.encode(images), beam, max_tokens)
+
+    def caption(self, image, beam: int = 1, max_tokens: int | None = None) -> tuple[str, float]:
+        """(caption, log-probability) of one image: a file, a PIL image or (H, W, 3) uint8."""
+        return self.captions([image], beam, max_tokens)[0]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def best(scores: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """The `count` highest finite entries as (index, score), best first, the lower index first among equals."""
+    count = min(count, len(scores))
+    bound = np.partition(scores, len(scores) - count)[len(scores) - count]
+    places = np.flatnonzero((scores >= bound) & np.isfinite(scores))
+    order = places[np.argsort(-scores[places], kind="stable")][:count]
+    return [(int(place), float(scores[place])) for place in order]
+
+
+def open_session(path: Path, threads: int):
+    """An ONNX Runtime session on `threads` threads, operators one after the other."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ValueError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]}); copy it again") from None
+
+
+def available_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 where an image could not be read, 2 where nothing could be done."""
+    parser = argparse.ArgumentParser(prog="caption.py", description="Captions photos with the model in this folder.")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO")
+    parser.add_argument("--beam", type=positive, default=1, metavar="N", help="hypotheses kept at each step (default 1, greedy)")
+    parser.add_argument("--max-tokens", type=positive, default=None, metavar="N", help="longest caption, in word pieces")
+    parser.add_argument("--threads", type=positive, default=None, metavar="N", help="processor threads (default: all there are)")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
+    options = parser.parse_args(arguments)
+    try:
+        captioner = Captioner(Path(__file__).resolve().parent, options.threads)
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        print(f"caption.py: {error}", file=sys.stderr)
+        return 2
+    rows = []
+    for photo in options.photos:
+        try:
+            image = open_image(photo)
+        except ValueError as error:
+            rows.append({"image": photo, "error": str(error)})
+            print(f"caption.py: {error}", file=sys.stderr)
+            continue
+        began = time.perf_counter()
+        text, logprob = captioner.caption(image, options.beam, options.max_tokens)
+        rows.append({"image": photo, "caption": text, "logprob": logprob, "ms": (time.perf_counter() - began) * 1000})
+        if not options.json:
+            print(f"{photo}\t{text}")
+    if options.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What the commands draw for people; under --json the same values are printed as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Group
+from rich.table import Table
+
+from compress import ledger
+
+
+def recipes(listed: Sequence[Mapping]) -> Table:
+    return _table(("recipe", "what it does"), [(entry["recipe"], entry["description"]) for entry in listed])
+
+
+def plan(planned: Mapping) -> Group:
+    rows = [
+        (stage["name"], stage["stage"], "cached" if stage["cached"] else "to do", _time(stage), stage["lock"][:12])
+        for stage in planned["stages"]
+    ]
+    waiting = [stage for stage in planned["stages"] if not stage["cached"]]
+    known = [stage["seconds"] for stage in waiting if stage["seconds"] is not None]
+    if not waiting:
+        last = "everything is cached"
+    elif len(known) == len(waiting):
+        last = f"{len(waiting)} stages to do, about {_duration(sum(known))}"
+    else:
+        last = f"{len(waiting)} stages to do; times appear once a stage of the kind has run here"
+    return Group(_table(("name", "stage", "", "time", "lock"), rows, title=planned["recipe"]), last)
+
+
+def compare(value: Mapping) -> Group:
+    best = {(entry["run"], entry["name"]) for entry in value["pareto"]}
+    drawn = Table()
+    for index, heading in enumerate(("run", *ledger.HEADINGS, "best")):
+        drawn.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
+    for entry in value["runs"]:
+        for row in entry["rows"]:
+            drawn.add_row(entry["run"], *ledger.cells(row), "*" if (entry["run"], row["name"]) in best else "")
+    return Group(drawn, "* nothing here is at least as good in CIDEr, bytes and time, and better in one")
+
+
+def scores(value: Mapping) -> Table:
+    low, high = value["cider_ci95"]
+    rows = [("CIDEr-D", f"{value['cider']:.2f}  [{low:.2f}, {high:.2f}]")]
+    rows += [(f"BLEU-{n}", f"{value[f'bleu{n}']:.2f}") for n in (1, 2, 3, 4)]
+    rows += [("ROUGE-L", f"{value['rouge_l']:.2f}"), ("images", str(value["images"]))]
+    return _table(("x100", "value"), rows)
+
+
+def profile(row: Mapping) -> Group:
+    cost = [("parameters", f"{row['params']:,}")]
+    cost += [(f"  {part}", f"{count:,}") for part, count in (row.get("params_by_part") or {}).items()]
+    for key, what, form in (
+        ("gmacs_encoder", "GMACs, encoder", ".4f"),
+        ("gmacs_caption", "GMACs, caption", ".4f"),
+        ("gflops_caption", "GFLOPs, caption (2 x MACs)", ".4f"),
+        ("gbops_caption", "Gbit-operations, caption", ",.1f"),
+        ("bytes", "bytes on disk", ",.0f"),
+    ):
+        if row.get(key) is not None:
+            cost.append((what, format(row[key], form)))
+    latency = row.get("latency_ms")
+    if latency and latency.get("p50") is not None:
+        cost.append(("ms per caption, median", f"{latency['p50']:.1f} (p90 {latency['p90']:.1f}, {latency['threads']} threads)"))
+    return Group(_table(("cost", row.get("name") or ""), cost))
+
+
+def doctor(found: Mapping) -> Group:
+    versions = _table(("package", "version"), list(found["versions"].items()))
+    cpu = _table(("processor", ""), [(key, _words(value)) for key, value in found["cpu"].items()])
+    missing = [(entry["what"], entry["install"]) for entry in found["missing"]]
+    last = _table(("missing", "how to get it"), missing) if missing else "nothing is missing"
+    return Group(versions, cpu, last)
+
+
+def _words(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _time(stage: Mapping) -> str:
+    if stage["seconds"] is None:
+        return ""
+    return f"took {_duration(stage['seconds'])}" if stage["cached"] else f"about {_duration(stage['seconds'])}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    drawn = Table(title=title, title_justify="left")
+    for heading in headings:
+        drawn.add_column(heading)
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn

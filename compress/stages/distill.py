@@ -1,0 +1,67 @@
+"""Ensemble distillation: teacher i supervises head i (LightCap, section 3.4); hidden states and attention come from the first teacher.
+
+Token distributions are read from targets computed once per teacher. Hidden states and attention are compared during the first
+`match_epochs` epochs, in which the first teacher runs beside the student: the paper's first phase; tokens are compared throughout.
+"""
+
+from __future__ import annotations
+
+from compress.artifact import Artifact
+from compress.config import Distill
+from compress.context import Context
+from compress.errors import StageError
+from compress.training.corpus import UNSEEN_BIAS, corpus
+from compress.training.distillation import Goal, distil, teach
+from compress.training.start import new_captioner, read_captioner, write_captioner
+from students.lightcap import LightCap
+from students.lightcap.bert import copy_layers
+from students.lightcap.tokenizer import pieces_of
+from teachers.teacher import load
+
+
+def run(parent: Artifact | None, config: Distill, context: Context) -> None:
+    """Writes the student, taught by the artifacts that `config.teachers` names."""
+    seed = context.seed if config.seed is None else config.seed
+    sources = [context.artifacts[name] for name in config.teachers]
+    first, tokenizer, settings = read_captioner(sources[0].path)
+    student = context.recipe.student
+    if parent is not None:
+        model, tokenizer, settings = read_captioner(parent.path)
+    else:
+        weights = student.fusion_weights if config.init == "weights" else None
+        model, _, _ = new_captioner(student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed)
+        model.encoder.load_state_dict(first.encoder.state_dict())
+        if config.init == "teacher":
+            start_from(model, first, [read_captioner(source.path)[0] for source in sources])
+    if len(sources) not in (1, model.config.heads):
+        raise StageError(f"{len(sources)} teachers for {model.config.heads} heads; name one, or one per head")
+    teachers = [load(source.path) for source in sources]
+    for source, teacher in zip(sources, teachers, strict=True):
+        if teacher.vocabulary != tuple(pieces_of(tokenizer)):
+            raise StageError(f"{source.path.name}: its vocabulary is not the student's; tokens cannot be distilled between them")
+    data = corpus(model, tokenizer, settings, context)
+    for teacher in teachers:
+        teacher.narrow(data.keep)
+    taught = None
+    if "tokens" in config.match:
+        taught = teach(teachers, sources, data, config.top_k, config.temperature, config.teachers, context)
+    full = model.word.detach().clone()
+    model.narrow(data.keep)
+    goal = Goal(config.match, config.match_epochs, config.temperature, config.token_weight, config.hidden_weight, config.attention_weight)
+    steps = data.steps(config.epochs, config.batch_images)
+    distil(model, data, taught, teachers[0], goal, config, steps, seed, context.stage.name, context)
+    model.widen(data.keep, full, UNSEEN_BIAS)
+    write_captioner(context.output, model, tokenizer, settings)
+
+
+def start_from(model: LightCap, first: LightCap, teachers: list[LightCap]) -> None:
+    """Embeddings and every n-th layer of the first teacher; head i begins as teacher i's head."""
+    try:
+        copy_layers(model.fusion, first.fusion)
+    except ValueError as error:
+        raise StageError(str(error)) from None
+    for index, branch in enumerate(model.heads.branches):
+        branch.load_state_dict(teachers[index % len(teachers)].heads.branches[0].state_dict())
+    model.heads.bias.data.copy_(first.heads.bias)
+    if model.modulator is not None and first.modulator is not None:
+        model.modulator.load_state_dict(first.modulator.state_dict())

@@ -1,0 +1,218 @@
+"""A captioner as two ONNX graphs and one script: a folder that captions by itself, without torch.
+
+`encoder.onnx`: pixels (B, 3, S, S) -> grid (B, G, C). `decoder.onnx` is prefix and step in one graph, so that no weight is stored twice:
+over no past and no token it gives the grid's keys and values, over an empty grid it takes one token further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from onnx import ModelProto
+from torch import Tensor, nn
+from torch.export import Dim
+
+from compress import graphs, runtime
+from compress.errors import ModelError
+from students.lightcap import LightCap
+from students.lightcap.fusion import PREFIX_POSITION
+
+OPSET = 20
+REQUIREMENTS = "numpy>=1.26\nonnxruntime>=1.20\npillow>=11.3\ntokenizers>=0.20\n"
+SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
+
+
+class Encoder(nn.Module):
+    def __init__(self, model: LightCap) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S) -> grid (B, G, C)."""
+        return self.encoder(pixels).flatten(2).transpose(1, 2)
+
+
+class Product(nn.Module):
+    """A Linear with its weight held as (in, out): the layout of MatMul and MatMulInteger, so that nothing is copied."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+        self.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class DecoderLayer(nn.Module):
+    """`students.lightcap.fusion.Layer` over a cache, its attention spelled in matrix products (SDPA's export has more shape operators)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.head_dim, self.width = layer.head_dim, layer.query.out_features
+        for name in ("query", "key", "value", "output", "up", "down"):
+            setattr(self, name, Product(getattr(layer, name)))
+        self.norm1, self.norm2 = layer.norm1, layer.norm2
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.width // self.head_dim, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, first: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, S, hidden) and what came before it (N, heads, P, head width); queries for x[:, first:] alone."""
+        keys = torch.cat([keys, self.split(self.key(x))], 2)
+        values = torch.cat([values, self.split(self.value(x))], 2)
+        x = x if first is None else x[:, first:]
+        scores = self.split(self.query(x)) @ keys.transpose(2, 3) * self.head_dim**-0.5
+        mixed = scores.softmax(-1) @ values
+        x = self.norm1(x + self.output(mixed.transpose(1, 2).flatten(2)))
+        return self.norm2(x + self.down(F.gelu(self.up(x)))), keys, values
+
+
+class Branch(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.transform, self.norm = Product(head.transform), head.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.transform(x)))
+
+
+class Decoder(nn.Module):
+    """Prefix and step over one set of weights. The word embedding is held once, as (hidden, V): looked up by column, and multiplied by as
+    it stands for the logits. Heads are folded: one vocabulary product of their mean."""
+
+    def __init__(self, model: LightCap) -> None:
+        super().__init__()
+        fusion = model.fusion
+        self.vocabulary = nn.Parameter(model.word.detach().T.contiguous(), requires_grad=False)
+        self.bias = nn.Parameter(model.heads.bias.detach().clone(), requires_grad=False)
+        self.grid, self.norm = Product(fusion.grid), fusion.norm
+        position, segment = fusion.position.weight.detach(), fusion.segment.weight.detach()
+        self.places = nn.Parameter(position[:PREFIX_POSITION] + segment[0], requires_grad=False)
+        longest = PREFIX_POSITION + model.config.grid**2 + model.config.concepts
+        self.grid_places = nn.Parameter(position[PREFIX_POSITION:longest] + segment[1], requires_grad=False)
+        self.layers = nn.ModuleList(DecoderLayer(layer) for layer in fusion.layers)
+        self.branches = nn.ModuleList(Branch(head) for head in model.heads.branches)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """tokens (N, T) -> (N, T, hidden)."""
+        columns = torch.index_select(self.vocabulary, 1, tokens.flatten())
+        return columns.T.view(*tokens.shape, len(self.vocabulary))
+
+    def forward(self, grid: Tensor, tokens: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        """grid (N, G, C); tokens, positions (N, T) with T at most 1; past keys and values, layer by layer, each (N, heads, P, width).
+        Returns logits (N, T, V), then all keys and values (N, heads, P + G + T, width). Every position sees every other, so a
+        pass holds either the grid or a token."""
+        prefix = self.grid(grid) + self.grid_places[: grid.shape[1]]
+        x = self.norm(torch.cat([prefix, self.lookup(tokens) + F.embedding(positions, self.places)], 1))
+        present: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            last = index + 1 == len(self.layers)
+            x, *pair = layer(x, *past[2 * index : 2 * index + 2], grid.shape[1] if last else None)
+            present += pair
+        states = torch.stack([branch(x) for branch in self.branches]).mean(0)
+        return states @ self.vocabulary + self.bias, *present
+
+
+def past_names(model: LightCap, kind: str) -> list[str]:
+    """`past_key_0`, `past_value_0`, ... (kind `present` names the outputs)."""
+    return [f"{kind}_{part}_{layer}" for layer in range(len(model.fusion.layers)) for part in ("key", "value")]
+
+
+def example(model: LightCap) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Decoder inputs of odd and unequal lengths, so that no two dynamic sizes look alike."""
+    n, grid, tokens, past = 2, 7, 3, 5
+    keys = []
+    for layer in model.fusion.layers:
+        heads = layer.query.out_features // layer.head_dim
+        keys += [torch.randn(n, heads, past, layer.head_dim) for _ in range(2)]
+    places = torch.arange(tokens).expand(n, tokens).contiguous()
+    return torch.randn(n, grid, model.config.channels), torch.ones(n, tokens, dtype=torch.int64), places, keys
+
+
+@contextlib.contextmanager
+def quiet():
+    """torch.onnx and what it calls speak of their own deprecations and of renamed axes; nothing of it concerns a captioner's user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for module in ("torch", "onnxscript", "onnx_ir", "copyreg"):
+            warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def to_onnx(module: nn.Module, inputs: tuple, input_names: list[str], output_names: list[str], dynamic_shapes) -> ModelProto:
+    """`torch.onnx.export(dynamo=True)`, with all sizes marked dynamic that `dynamic_shapes` names."""
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module, inputs, dynamo=True, opset_version=OPSET, input_names=input_names, output_names=output_names,
+            dynamic_shapes=dynamic_shapes, verbose=False, external_data=False, optimize=True,
+        )
+    return program.model_proto
+
+
+def encoder_graph(model: LightCap) -> ModelProto:
+    size = model.config.image_size
+    batch = Dim("images", min=1, max=4096)
+    proto = to_onnx(Encoder(model).eval(), (torch.randn(2, 3, size, size),), ["pixels"], ["grid"], ({0: batch},))
+    return proto
+
+
+def decoder_graph(model: LightCap) -> ModelProto:
+    """The float decoder, its initializers still named as the parameters of `Decoder` (`graphs.clean` renames them)."""
+    n, grid, tokens, past = (Dim(name) for name in ("n", "grid_length", "token_length", "past_length"))
+    inputs = example(model)
+    dynamic = ({0: n, 1: grid}, {0: n, 1: tokens}, {0: n, 1: tokens}, [{0: n, 2: past} for _ in inputs[3]])
+    names = ["grid", "tokens", "positions", *past_names(model, "past")]
+    proto = to_onnx(Decoder(model).eval(), inputs, names, ["logits", *past_names(model, "present")], dynamic)
+    graphs.fix_reshapes(proto.graph)
+    return proto
+
+
+def export(artifact, out: str | Path) -> None:
+    """Writes into the folder `out` (made if absent) the artifact's captioner, in its own precision, with caption.py and requirements.txt.
+
+    `artifact` has `.path` and `.quantized`. ModelError where it cannot be read.
+    """
+    source, out = Path(artifact.path), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in SETTINGS:
+        if not (source / name).is_file():
+            raise ModelError(f"{source}: no {name} there, so it is not a whole artifact")
+    if (source / "model.safetensors").is_file():
+        try:
+            model = LightCap.from_pretrained(source)
+        except (FileNotFoundError, ValueError) as error:
+            raise ModelError(str(error)) from None
+        graphs.write(graphs.clean(encoder_graph(model)), out / "encoder.onnx")
+        graphs.write(graphs.clean(decoder_graph(model)), out / "decoder.onnx")
+    else:
+        for name in ("encoder.onnx", "decoder.onnx"):
+            if not (source / name).is_file():
+                raise ModelError(f"{source}: neither model.safetensors nor {name} there, so it is not a whole artifact")
+            shutil.copyfile(source / name, out / name)
+    for name in SETTINGS:
+        shutil.copyfile(source / name, out / name)
+    write_program(out)
+
+
+def write_program(out: Path) -> None:
+    shutil.copyfile(runtime.__file__, out / "caption.py")
+    (out / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+
+
+def run(parent, config, context) -> None:
+    """The stage `export`: `parent` as a folder that captions by itself, in `context.output`."""
+    export(parent, context.output)

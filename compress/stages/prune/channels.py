@@ -1,0 +1,104 @@
+"""What can be removed: channels inside the encoder's blocks, attention heads, and feed-forward width.
+
+Encoder channels are removed by torch-pruning's dependency graph, and only where one convolution writes them: channels that a residual sum
+couples through a whole stage, and the grid's own, stay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from students.lightcap import LightCap
+
+LEAST_SHARE = 0.25  # of a unit's width that always stays: a layer that is cut off cannot be recovered
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A set of `width` interchangeable channels (or heads) under the name of the module that writes them."""
+
+    kind: Literal["conv", "ffn", "head"]
+    name: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Channels of one unit that leave together; `cost` is their summed importance over what they save."""
+
+    unit: Unit
+    channels: tuple[int, ...]
+    cost: float
+
+
+def units(model: LightCap, parts: Sequence[str]) -> list[Unit]:
+    found = []
+    if "encoder" in parts:
+        graph = dependency_graph(model)
+        convolutions = {module: name for name, module in model.encoder.named_modules() if isinstance(module, nn.Conv2d)}
+        last = list(convolutions)[-1]
+        for group in graph.get_all_groups(ignored_layers=[last], root_module_types=[nn.Conv2d]):
+            writers = [d.target.module for d, _ in group if d.handler == tp.prune_conv_out_channels]
+            if len(writers) == 1 and last not in writers:
+                found.append(Unit("conv", f"encoder.{convolutions[writers[0]]}", writers[0].out_channels))
+    if "fusion" in parts:
+        for index, layer in enumerate(model.fusion.layers):
+            found.append(Unit("ffn", f"fusion.layers.{index}", layer.up.out_features))
+            found.append(Unit("head", f"fusion.layers.{index}", layer.query.out_features // layer.head_dim))
+    return found
+
+
+def dependency_graph(model: LightCap) -> tp.DependencyGraph:
+    size = model.config.image_size
+    return tp.DependencyGraph().build_dependency(model.encoder.train(False), torch.zeros(1, 3, size, size))
+
+
+def blocks(scores: dict[Unit, Tensor], round_to: int, savings: dict[tuple[str, str], float]) -> list[Block]:
+    """Every removable block, the one that saves most for its importance first; within a unit the least important channels go first.
+
+    Widths that stay are multiples of `round_to`: odd ones are slower. A block of heads is one head.
+    """
+    found = []
+    for unit, score in scores.items():
+        size = 1 if unit.kind == "head" else round_to
+        order = score.argsort(stable=True).tolist()
+        most = unit.width - max(size, round(unit.width * LEAST_SHARE))
+        saving = savings[unit.kind, unit.name]
+        start, first, least = 0, unit.width % size or size, 0.0
+        while start + first <= most:
+            channels = order[start : start + first]
+            # A later block of a unit never ranks before an earlier one: their order within the unit is fixed.
+            least = max(least, float(score[channels].mean()) / saving)
+            found.append(Block(unit, tuple(channels), least))
+            start, first = start + first, size
+    return sorted(found, key=lambda block: block.cost)
+
+
+def remove(model: LightCap, chosen: Sequence[Block]) -> LightCap:
+    """A copy of `model` without the channels of `chosen`."""
+    model = copy.deepcopy(model)
+    gone: dict[Unit, list[int]] = {}
+    for block in chosen:
+        gone.setdefault(block.unit, []).extend(block.channels)
+    graph = dependency_graph(model) if any(unit.kind == "conv" for unit in gone) else None
+    for unit, channels in gone.items():
+        module = model.get_submodule(unit.name)
+        if unit.kind == "conv":
+            graph.get_pruning_group(module, tp.prune_conv_out_channels, sorted(channels)).prune()
+        elif unit.kind == "ffn":
+            tp.prune_linear_out_channels(module.up, sorted(channels))
+            tp.prune_linear_in_channels(module.down, sorted(channels))
+        else:
+            width = module.head_dim
+            wide = [head * width + i for head in sorted(channels) for i in range(width)]
+            for linear in (module.query, module.key, module.value):
+                tp.prune_linear_out_channels(linear, wide)
+            tp.prune_linear_in_channels(module.output, wide)
+    return model

@@ -1,0 +1,78 @@
+"""How much the loss would change without a channel: the derivative of the caption loss at a gate on it (Molchanov et al., 2019).
+
+A gate on a convolution's channel sits behind its batch norm, where the derivative is weight * d weight + bias * d bias; one on
+a feed-forward channel, or on a head, sits before the linear layer that reads it, where it is the sum of W * dW over its columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from compress.config import Prune
+from compress.context import Context
+from compress.stages.prune.channels import Unit, dependency_graph
+from compress.training.batches import IGNORED
+from compress.training.corpus import corpus
+from compress.training.features import device
+from compress.training.losses import caption_loss
+from students.lightcap import LightCap
+
+BATCHES = 16
+IMAGES = 16
+
+
+def importance(
+    model: LightCap, tokenizer: Tokenizer, settings: dict, wanted: list[Unit], config: Prune, seed: int, context: Context
+) -> dict[Unit, Tensor]:
+    """Per unit (width,): the mean over batches of the absolute gate derivative."""
+    through_encoder = any(unit.kind == "conv" for unit in wanted)
+    data = corpus(model, tokenizer, settings, context, tuned=through_encoder)
+    full, bias = model.word.detach().clone(), model.heads.bias.detach().clone()
+    norms = norms_behind(model) if through_encoder else {}
+    model.narrow(data.keep)
+    where = device()
+    model.to(where).eval().requires_grad_(True)
+    model.encoder.to(memory_format=torch.channels_last)
+    batch_of = data.batches(IMAGES, seed)
+    total = {unit: torch.zeros(unit.width) for unit in wanted}
+    with context.progress.task("importance", BATCHES) as task:
+        for step in range(BATCHES):
+            batch = batch_of(step)
+            grid = data.grid_of(model, batch.images)
+            states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+            real = batch.targets != IGNORED
+            caption_loss(model.heads(states[real], model.word), batch.targets[real], config.label_smoothing).backward()
+            for unit in wanted:
+                total[unit] += gate(model, unit, norms).abs().cpu()
+            model.zero_grad(set_to_none=True)
+            task.advance()
+    model.cpu()
+    model.widen(data.keep, full, 0.0)
+    model.heads.bias.data.copy_(bias)
+    return {unit: score / BATCHES for unit, score in total.items()}
+
+
+def gate(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> Tensor:
+    if unit.kind == "conv":
+        norm = norms[unit.name]
+        return norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad
+    layer = model.get_submodule(unit.name)
+    reader = layer.down if unit.kind == "ffn" else layer.output
+    columns = (reader.weight.detach() * reader.weight.grad).sum(0)
+    return columns if unit.kind == "ffn" else columns.view(unit.width, -1).sum(1)
+
+
+def norms_behind(model: LightCap) -> dict[str, nn.BatchNorm2d]:
+    """For each convolution that alone writes its channels, the batch norm that follows it first."""
+    graph = dependency_graph(model)
+    names = {module: name for name, module in model.named_modules()}
+    found = {}
+    for module, name in names.items():
+        if isinstance(module, nn.Conv2d) and not (module.groups == module.in_channels and module.groups > 1):
+            following = [node.module for node in graph.module2node[module].outputs]
+            norm = next((after for after in following if isinstance(after, nn.BatchNorm2d)), None)
+            if norm is not None:
+                found[name] = norm
+    return found

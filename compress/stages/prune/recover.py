@@ -1,0 +1,45 @@
+"""A pruned encoder learns to give its parent's grid again: feature distillation on training pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import Artifact
+from compress.config import Prune
+from compress.context import Context
+from compress.training.batches import order_images
+from compress.training.features import device, grids, normalised, pixels
+from compress.training.loop import Group, fit, precision
+from compress.training.start import read_captioner
+from students.lightcap import LightCap
+
+
+def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: Prune, seed: int, label: str, context: Context) -> None:
+    """Minimises the mean squared error of the grid, over its variance, against the parent's stored features."""
+    if config.recover_encoder_epochs == 0:
+        return
+    data = context.data.split("train")
+    own, _, _ = read_captioner(parent.path)
+    wanted = grids(own, data, settings, context.cache, context.progress)
+    pictures = pixels(data, settings, context.cache, context.progress)
+    scale = float(np.asarray(wanted[:256], np.float32).var())
+    where = device()
+    model.to(where)
+    model.encoder.to(memory_format=torch.channels_last).train().requires_grad_(True)
+    per_epoch = -(-len(data) // config.batch_images)
+    steps = max(1, round(config.recover_encoder_epochs * per_epoch))
+
+    def loss_of(step: int) -> Tensor:
+        epoch, within = divmod(step, per_epoch)
+        rows = np.sort(order_images(len(data), epoch, seed)[within * config.batch_images :][: config.batch_images])
+        goal = torch.from_numpy(wanted[rows]).to(where).float()
+        with precision(config.precision, where):
+            grid = model.encode(normalised(pictures[rows], settings, where))
+        return (grid.float() - goal).square().mean() / scale
+
+    groups = [Group(list(model.encoder.parameters()), config.encoder_learning_rate)]
+    fit(nn.ModuleDict({"encoder": model.encoder}), groups, steps, loss_of, config, seed, context.work, label, context.progress)
+    model.cpu().eval()
+    model.contiguous_()

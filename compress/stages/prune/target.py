@@ -1,0 +1,111 @@
+"""The target of pruning, in the user's measure, and the number of blocks that reach it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from compress import cost
+from compress.config import Prune
+from compress.errors import StageError
+from compress.stages.prune.channels import Block, dependency_graph, remove
+from students.lightcap import LightCap
+from students.lightcap.shapes import shapes_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """`wanted` of what `measure` gives, which was `before` for the parent."""
+
+    name: str
+    measure: Callable[[LightCap], float]
+    before: float
+    wanted: float
+    savings: dict[tuple[str, str], float]
+
+    @staticmethod
+    def of(config: Prune, model: LightCap) -> Target:
+        """StageError where the target is not below what the parent already has."""
+        measures: dict[str, Callable[[LightCap], float]] = {"macs": macs, "params": parameters, "mb": megabytes}
+        name = next(key for key in measures if getattr(config, key) is not None)
+        before = measures[name](model)
+        wanted = getattr(config, name) * (before if name != "mb" else 1)
+        if wanted >= before:
+            raise StageError(f"prune to {name}: {wanted:.4g} is not below the parent's {before:.4g}")
+        return Target(name, measures[name], before, wanted, savings(model, name == "macs"))
+
+    def at(self, share: float) -> float:
+        """The value to reach after this share of the steps."""
+        return self.before + (self.wanted - self.before) * share
+
+    def describe(self, model: LightCap) -> str:
+        now = self.measure(model)
+        return f"{self.name} {now:.4g}, {now / self.before:.3f} of the parent's {self.before:.4g}"
+
+
+def choose(model: LightCap, order: Sequence[Block], wanted: float, target: Target) -> int:
+    """The least number of leading blocks whose removal brings the measure to `wanted`, by bisection over exact counts."""
+    if target.measure(remove(model, order)) > wanted:
+        raise StageError(f"prune: {target.name} {wanted:.4g} cannot be reached; with every removable block gone it is "
+                         f"{target.measure(remove(model, order)):.4g}; ask for less, or allow more parts")
+    low, high = 0, len(order)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if target.measure(remove(model, order[:middle])) > wanted:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def macs(model: LightCap) -> float:
+    return float(cost.count_macs(dataclasses.replace(model.config, shapes=shapes_of(model))).caption)
+
+
+def parameters(model: LightCap) -> float:
+    return float(sum(p.numel() for p in model.parameters()))
+
+
+def megabytes(model: LightCap) -> float:
+    """Float32 weights and buffers on disk, x 1e-6."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
+
+
+def savings(model: LightCap, as_macs: bool) -> dict[tuple[str, str], float]:
+    """What one channel of each unit costs where it is written, transformed and read. With `as_macs`, times the places it is computed at:
+    pixels of the map, or the tokens of prefix and caption (in the last layer the prefix has keys and values alone)."""
+    found: dict[tuple[str, str], float] = {}
+    places: dict[nn.Module, float] = {}
+    hooks = [
+        module.register_forward_hook(lambda module, _, out: places.__setitem__(module, float(out.shape[-2] * out.shape[-1])))
+        for module in model.encoder.modules() if isinstance(module, nn.Conv2d)
+    ]
+    size = model.config.image_size
+    with torch.no_grad():
+        model.encoder.eval()(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    graph = dependency_graph(model)
+    for name, module in model.encoder.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        group = graph.get_pruning_group(module, tp.prune_conv_out_channels, [0])
+        convolutions = {d.target.module for d, _ in group if isinstance(d.target.module, nn.Conv2d)}
+        total = 0.0
+        for conv in convolutions:
+            weights = conv.weight.numel() * (places[conv] if as_macs else 1)
+            total += weights / (conv.out_channels if conv is module or conv.groups > 1 else conv.in_channels)
+        found["conv", f"encoder.{name}"] = total
+    hidden, prefix = model.config.hidden, model.config.grid**2 + model.config.concepts
+    for index, layer in enumerate(model.fusion.layers):
+        last = index + 1 == len(model.fusion.layers)
+        asked = cost.TOKENS + (0 if last else prefix) if as_macs else 1
+        seen = cost.TOKENS + prefix if as_macs else 1
+        found["ffn", f"fusion.layers.{index}"] = 2.0 * hidden * asked
+        found["head", f"fusion.layers.{index}"] = 2.0 * hidden * layer.head_dim * (asked + seen)
+    return found

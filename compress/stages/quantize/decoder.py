@@ -1,0 +1,126 @@
+"""The INT8 decoder: the float graph with every product against a weight made an integer one, by scales that neural-compressor calibrated.
+
+A Linear is QuantizeLinear, MatMulInteger, Cast, Mul, Add: ONNX Runtime multiplies integers there, where Dequantize -> MatMul -> Add is
+rewritten to a float Gemm that dequantizes its weight at every call. The word embedding stays one initializer, INT8 with one scale per
+word, for lookup and for logits. Norms, softmax, the products of attention, GELU and the logits are float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
+from torch.export import Dim
+
+from compress import graphs
+from compress.stages import export
+from compress.stages.quantize import observe
+from compress.stages.quantize.observe import Scales
+from students.lightcap import LightCap
+
+LONGEST = 4096  # tokens of all captions of one calibration image
+
+
+def quantized_decoder(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]]) -> ModelProto:
+    """`samples`: an image's grid (1, G, C) and its captions as ids with [CLS] and [SEP]. ValueError where a weight got no scales."""
+    proto = export.decoder_graph(model)
+    make_integer(proto.graph, calibrate(model, samples))
+    return proto
+
+
+def calibrate(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]]) -> dict[str, Scales]:
+    """Scales by the names of the decoder graph's weights, from captions under teacher forcing, one image at a time (so unpadded)."""
+    grid = model.config.grid**2
+    inputs = teacher_forced(torch.zeros(1, grid, model.config.channels), [[0] * 6, [0] * 8])
+    length = Dim("length", min=2, max=LONGEST)
+    # The mask is (1, 1, G + T, G + T): its sizes follow from the others.
+    shapes = {"grid": None, "tokens": {1: length}, "positions": {1: length}, "mask": {2: length + grid, 3: length + grid}}
+    prepared = observe.prepare(observe.TeacherForced(model), inputs, shapes)
+    observe.run(prepared, (teacher_forced(*sample) for sample in samples))
+    return {graph_name(name): scales for name, scales in observe.linear_scales(prepared).items()}
+
+
+def teacher_forced(grid: Tensor, captions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One image's captions, one after the other without their [SEP] -> grid, tokens (1, T), positions (1, T), mask (1, 1, G + T, G + T):
+    the prefix sees itself, a token sees the prefix and its own caption up to itself."""
+    rows = [caption[:-1] for caption in captions]
+    tokens = torch.tensor([sum(rows, [])])
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    owner = torch.cat([torch.full((len(row),), index) for index, row in enumerate(rows)])
+    first, total = grid.shape[1], grid.shape[1] + tokens.shape[1]
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    mask[:, :first] = True
+    mask[first:, first:] = (owner[:, None] == owner) & (positions[:, None] >= positions)
+    return grid, tokens, positions[None], mask[None, None]
+
+
+def graph_name(name: str) -> str:
+    """A weight's name in LightCap -> its name in `export.Decoder`."""
+    name = name.removeprefix("model.").removeprefix("fusion.").removeprefix("heads.")
+    return "vocabulary" if name == "word.weight" else name
+
+
+def make_integer(graph: GraphProto, scales: dict[str, Scales]) -> None:
+    """Every MatMul against an initializer, in place. ValueError naming the initializers that have no scales."""
+    weights = graphs.initializers(graph)
+    products = [node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    if missing := [name for name in products if name not in scales]:
+        raise ValueError(f"calibration gave no scales for {', '.join(missing)}")
+    nodes: list[NodeProto] = []
+    quantized: dict[tuple[str, float, int], tuple[str, str]] = {}
+    for node in graph.node:
+        name = next((name for name in node.input if name in scales and name in weights), None)
+        if name is None:
+            nodes.append(node)
+        elif node.op_type == "MatMul":
+            nodes += integer_product(graph, node, scales[name], quantized)
+        elif node.op_type == "Gather" and graphs.attribute(node, "axis", 0) == 1:
+            nodes += integer_lookup(node)
+        else:
+            raise ValueError(f"the weight {name} is read by {node.op_type}, which has no integer form here")
+    for name in scales.keys() & weights.keys():
+        store_integer(graph, weights[name], scales[name])
+    graphs.replace_nodes(graph, nodes)
+    graphs.prune_unused(graph)
+
+
+def integer_product(graph: GraphProto, node: NodeProto, scales: Scales, quantized: dict) -> list[NodeProto]:
+    """x @ weight as uint8 x int8 -> int32, then scaled. An input that several weights read is quantized once."""
+    source, weight = node.input
+    out = node.output[0]
+    nodes = []
+    key = (source, scales.scale, scales.zero_point)
+    if key not in quantized:
+        point = graphs.add_initializer(graph, f"{out}_point", np.array(scales.zero_point, np.uint8))
+        step = graphs.add_initializer(graph, f"{out}_step", np.array(scales.scale, np.float32))
+        nodes.append(helper.make_node("QuantizeLinear", [source, step, point], [f"{out}_quantized"]))
+        quantized[key] = (f"{out}_quantized", point)
+    integers, point = quantized[key]
+    factor = graphs.add_initializer(graph, f"{out}_factor", (scales.scale * scales.weight).astype(np.float32))
+    return nodes + [
+        helper.make_node("MatMulInteger", [integers, weight, point], [f"{out}_sum"]),
+        helper.make_node("Cast", [f"{out}_sum"], [f"{out}_cast"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{out}_cast", factor], [out]),
+    ]
+
+
+def integer_lookup(node: NodeProto) -> list[NodeProto]:
+    """Columns of the INT8 embedding, each times its word's scale."""
+    weight, tokens = node.input
+    out = node.output[0]
+    return [
+        helper.make_node("Gather", [weight, tokens], [f"{out}_column"], axis=1),
+        helper.make_node("Cast", [f"{out}_column"], [f"{out}_cast"], to=TensorProto.FLOAT),
+        helper.make_node("Gather", [f"{weight}_scale", tokens], [f"{out}_scale"], axis=0),
+        helper.make_node("Mul", [f"{out}_cast", f"{out}_scale"], [out]),
+    ]
+
+
+def store_integer(graph: GraphProto, tensor: TensorProto, scales: Scales) -> None:
+    """Replaces a float weight (in, out) by its INT8 values under the same name, and adds its scale for lookups (removed where unread)."""
+    values = np.round(numpy_helper.to_array(tensor).astype(np.float64) / scales.weight).clip(-128, 127).astype(np.int8)
+    graphs.add_initializer(graph, f"{tensor.name}_scale", scales.weight.astype(np.float32))
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

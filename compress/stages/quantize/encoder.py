@@ -1,0 +1,83 @@
+"""The INT8 encoder: calibrated and folded in PyTorch, exported with Quantize/DequantizeLinear, all integer kernels in ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from torch.export import Dim
+
+from compress import graphs
+from compress.stages import export
+from compress.stages.quantize import observe
+from students.lightcap import LightCap
+
+
+def quantized_encoder(model: LightCap, batches: Iterable[np.ndarray]) -> ModelProto:
+    """pixels -> grid with one set of scales, from `batches` of pixels (B, 3, S, S) float32."""
+    size = model.config.image_size
+    inputs = (torch.zeros(2, 3, size, size),)
+    shapes = ({0: Dim("images", min=1, max=4096)},)
+    prepared = observe.prepare(export.Encoder(model), inputs, shapes)
+    observe.observe_everything(prepared)
+    observe.run(prepared, ((torch.from_numpy(batch),) for batch in batches))
+    folded = fold(prepared)
+    proto = export.to_onnx(folded, inputs, ["pixels"], ["grid"], shapes)
+    fold_pads(proto.graph)
+    return proto
+
+
+def fold(prepared: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """torchao's conversion with integer weights. neural-compressor's own `convert` drops `fold_quantize`, and every weight stays fp32."""
+    with warnings.catch_warnings():
+        for origin in ("torch", "torchao"):
+            warnings.filterwarnings("ignore", module=rf"{origin}(\.|$)")
+        folded = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e").convert_pt2e(prepared, fold_quantize=True)
+    folded.training = False  # PT2E graphs have no eval(); the exporter asks
+    return folded
+
+
+def fold_pads(graph: GraphProto) -> None:
+    """Pad -> Quantize -> Dequantize -> Conv becomes Quantize -> Dequantize -> Conv that pads by itself, in place. Zeros stay exact: they
+    are the zero point. (EfficientNet's strided convolutions pad more on one side than on the other, which PyTorch spells as a Pad.)"""
+    weights, made, readers = graphs.initializers(graph), graphs.producers(graph), graphs.consumers(graph)
+    for pad in [node for node in graph.node if node.op_type == "Pad"]:
+        widths = spatial_pads(pad, weights)
+        chain = quantized_readers(pad, readers)
+        if widths is None or chain is None:
+            continue
+        quantize, dequantize, convolutions = chain
+        source = made.get(pad.input[0])
+        if source is not None and source.op_type == "DequantizeLinear":
+            for node in convolutions:
+                node.input[0] = pad.input[0]
+        else:
+            quantize.input[0] = pad.input[0]
+        for node in convolutions:
+            own = next(item for item in node.attribute if item.name == "pads")
+            own.CopyFrom(helper.make_attribute("pads", [int(a + b) for a, b in zip(own.ints, widths, strict=True)]))
+    graphs.prune_unused(graph)
+
+
+def spatial_pads(pad: NodeProto, weights: dict) -> list[int] | None:
+    """[top, left, bottom, right] of a constant zero Pad on the last two of four axes, else None."""
+    if graphs.attribute(pad, "mode", b"constant") != b"constant" or pad.input[1] not in weights or len(pad.input) > 3 and pad.input[3]:
+        return None
+    value = weights.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else None
+    widths = numpy_helper.to_array(weights[pad.input[1]]).tolist()
+    if value is not None and numpy_helper.to_array(value) != 0 or len(widths) != 8 or any(widths[i] for i in (0, 1, 4, 5)):
+        return None
+    return [widths[i] for i in (2, 3, 6, 7)]
+
+
+def quantized_readers(pad: NodeProto, readers: dict) -> tuple[NodeProto, NodeProto, list[NodeProto]] | None:
+    """The Quantize and Dequantize that alone read `pad`, and the convolutions that alone read them."""
+    first = readers.get(pad.output[0], [])
+    second = readers.get(first[0].output[0], []) if len(first) == 1 and first[0].op_type == "QuantizeLinear" else []
+    last = readers.get(second[0].output[0], []) if len(second) == 1 and second[0].op_type == "DequantizeLinear" else []
+    return (first[0], second[0], last) if last and all(node.op_type == "Conv" for node in last) else None
+

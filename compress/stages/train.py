@@ -1,0 +1,60 @@
+"""Cross-entropy training: label-smoothed, over cached features (or end to end), an image's captions behind one shared prefix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.config import Train
+from compress.context import Context
+from compress.training.batches import IGNORED
+from compress.training.corpus import UNSEEN_BIAS, corpus
+from compress.training.features import device
+from compress.training.loop import Group, fit, precision
+from compress.training.losses import caption_loss
+from compress.training.start import new_captioner, read_captioner, write_captioner
+
+
+def run(parent: Artifact | None, config: Train, context: Context) -> None:
+    """Writes a trained captioner: the preset's, or the parent's further trained with this stage's seed and order."""
+    seed = context.seed if config.seed is None else config.seed
+    if parent is None:
+        student = context.recipe.student
+        model, tokenizer, settings = new_captioner(
+            student, config.preset or student.preset, config.fusion_weights or (student.fusion_weights if not config.preset else None),
+            context.recipe.data.image_size, config.dropout, seed,
+        )
+    else:
+        model, tokenizer, settings = read_captioner(parent.path)
+    tuned = config.encoder == "tuned"
+    data = corpus(model, tokenizer, settings, context, tuned)
+    full = model.word.detach().clone()
+    model.narrow(data.keep)
+    where = device()
+    model.to(where).train()
+    model.encoder.to(memory_format=torch.channels_last).train(tuned).requires_grad_(tuned)
+    batch_of = data.batches(config.batch_images, seed)
+
+    def loss_of(step: int) -> Tensor:
+        batch = batch_of(step)
+        with precision(config.precision, where):
+            grid = data.grid_of(model, batch.images)
+            states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+            real = batch.targets != IGNORED
+            logits = model.heads(states[real], model.word)
+            loss = caption_loss(logits.float(), batch.targets[real], config.label_smoothing)
+        return loss
+
+    fusion = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
+    groups = [Group(fusion, config.learning_rate)]
+    if tuned:
+        groups.append(Group(list(model.encoder.parameters()), config.encoder_learning_rate))
+    steps = data.steps(config.epochs, config.batch_images)
+    trained = torch.nn.ModuleDict({"fusion": model.fusion, "heads": model.heads, **({"encoder": model.encoder} if tuned else {})})
+    if model.modulator is not None:
+        trained["modulator"] = model.modulator
+    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)
+    model.cpu().eval().requires_grad_(True)
+    model.widen(data.keep, full, UNSEEN_BIAS)
+    write_captioner(context.output, model, tokenizer, settings)

@@ -1,0 +1,1 @@
+"""One loop, its losses, and what is computed once: image features and teacher targets."""

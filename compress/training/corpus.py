@@ -1,0 +1,67 @@
+"""A training split ready to be batched: captions in the ids of the pieces they use, and where the images' features come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from compress.context import Context
+from compress.training.batches import Batch, Captions, order, pack
+from compress.training.features import device, grids, normalised, pixels
+from students.lightcap import LightCap
+from students.lightcap.tokenizer import encode_captions
+
+UNSEEN_BIAS = -100.0  # the logit bias of a piece that no training caption holds: it was never learned, so it is never produced
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`captions` speak in positions of `keep` (ids of the full vocabulary, ascending); `grid_of(model, images)` gives features."""
+
+    captions: Captions
+    keep: Tensor
+    grid_of: Callable[[LightCap, np.ndarray], Tensor]
+
+    def steps(self, epochs: float, batch_images: int) -> int:
+        return max(1, round(epochs * -(-len(self.captions.images) // batch_images)))
+
+    def batches(self, batch_images: int, seed: int) -> Callable[[int], Batch]:
+        """Step number -> batch, the same for the same seed."""
+        per_epoch = -(-len(self.captions.images) // batch_images)
+        known: dict[int, list[np.ndarray]] = {}
+
+        def batch(step: int) -> Batch:
+            epoch, within = divmod(step, per_epoch)
+            if epoch not in known:
+                known.clear()
+                known[epoch] = order(self.captions, batch_images, epoch, seed)
+            return pack(self.captions, known[epoch][within]).to(device())
+
+        return batch
+
+
+def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False) -> Corpus:
+    """The train split of `context.data` for `model`. `tuned`: the encoder is trained too, so pictures are encoded in every step."""
+    data = context.data.split("train")
+    encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
+    keep = torch.tensor(sorted({piece for captions in encoded for caption in captions for piece in caption}))
+    place = {int(piece): index for index, piece in enumerate(keep)}
+    captions = Captions.of([[[place[piece] for piece in caption] for caption in captions] for captions in encoded])
+    where = device()
+    if tuned:
+        pictures = pixels(data, settings, context.cache, context.progress)
+
+        def grid_of(model: LightCap, images: np.ndarray) -> Tensor:
+            return model.encode(normalised(pictures[images], settings, where))
+    else:
+        features = grids(model, data, settings, context.cache, context.progress)
+
+        def grid_of(model: LightCap, images: np.ndarray) -> Tensor:
+            return torch.from_numpy(features[images]).to(where, non_blocking=True).float()
+
+    return Corpus(captions, keep, grid_of)

@@ -1,0 +1,105 @@
+"""Distillation of a captioner, tokens from cached targets, hidden states and attention from a teacher that runs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import Artifact
+from compress.config import Optimisation
+from compress.context import Context
+from compress.training.batches import IGNORED, Batch
+from compress.training.corpus import Corpus
+from compress.training.features import device
+from compress.training.loop import Group, fit, precision
+from compress.training.losses import attention_loss, caption_loss, hidden_loss, token_loss
+from compress.training.targets import targets
+from students.lightcap import LightCap
+from students.lightcap.bert import layer_map
+from teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is compared, and its weight. `token_weight` is the share of the teachers' tokens against the captions' own; hidden states and
+    attention are added during the first `match_epochs` epochs."""
+
+    match: tuple[str, ...] = ("tokens",)
+    match_epochs: float = 1.0
+    temperature: float = 1.0
+    token_weight: float = 0.8
+    hidden_weight: float = 1.0
+    attention_weight: float = 1.0
+
+
+def teach(
+    teachers: list[Teacher], sources: list[Artifact], data: Corpus, top_k: int, temperature: float, names: Sequence[str], context: Context
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each teacher's ids and probabilities over the training captions."""
+    return [
+        targets(teacher, source.digest(), data, context.data.fingerprint, top_k, temperature, context.cache, name, context.progress)
+        for teacher, source, name in zip(teachers, sources, names, strict=True)
+    ]
+
+
+def distil(
+    model: LightCap, data: Corpus, taught: list[tuple[np.ndarray, np.ndarray]] | None, teacher: Teacher | None, goal: Goal,
+    config: Optimisation, steps: int, seed: int, label: str, context: Context,
+) -> None:
+    """Trains `model` (already narrowed) towards `taught`, one entry per head or one for all, and towards `teacher`'s layers."""
+    where = device()
+    model.to(where).train()
+    model.encoder.eval().requires_grad_(False)
+    states = {"hidden", "attention"} & set(goal.match)
+    maps = nn.ModuleList()
+    if states:
+        teacher.to(where)
+        pairs = layer_map(len(model.fusion.layers), teacher.layers)
+        maps.extend(nn.Linear(model.config.hidden, teacher.hidden) for _ in pairs)
+        for linear in maps:
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        maps.to(where)
+    batch_of = data.batches(config.batch_images, seed)
+    matched = data.steps(goal.match_epochs, config.batch_images) if states else 0
+
+    def loss_of(step: int) -> Tensor:
+        batch = batch_of(step)
+        with precision(config.precision, where):
+            grid = data.grid_of(model, batch.images)
+            mask, real = batch.mask(grid.shape[1]), batch.targets != IGNORED
+            seen: list | None = [] if step < matched else None
+            hidden = model.states(grid, batch.tokens, batch.positions, mask, probe=seen)
+            logits = model.heads.separate(hidden[real], model.word).float()
+            loss = caption_loss(logits, batch.targets[real], config.label_smoothing)
+            if taught is not None:
+                ids, best = taught_at(taught, batch, where)
+                if len(taught) == 1:
+                    ids, best = ids.expand(len(logits), -1, -1), best.expand(len(logits), -1, -1)
+                loss = (1 - goal.token_weight) * loss + goal.token_weight * token_loss(logits, ids, best, goal.temperature)
+            if seen is not None:
+                shown = teacher.probe(grid, batch.tokens, batch.positions, mask)
+                for mine, linear, index in zip(seen, maps, pairs, strict=True):
+                    if "hidden" in goal.match:
+                        loss = loss + goal.hidden_weight * hidden_loss(linear(mine[0]), shown[index][0], real) / len(pairs)
+                    if "attention" in goal.match:
+                        loss = loss + goal.attention_weight * attention_loss(mine[1], shown[index][1], real) / len(pairs)
+        return loss
+
+    trained = nn.ModuleDict({"fusion": model.fusion, "heads": model.heads, "maps": maps})
+    if model.modulator is not None:
+        trained["modulator"] = model.modulator
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    fit(trained, [Group(parameters, config.learning_rate)], steps, loss_of, config, seed, context.work, label, context.progress)
+    model.cpu().eval().requires_grad_(True)
+
+
+def taught_at(taught: list[tuple[np.ndarray, np.ndarray]], batch: Batch, where: torch.device) -> tuple[Tensor, Tensor]:
+    """(teachers, n, k) ids and probabilities at the places of `batch`."""
+    ids = torch.from_numpy(np.stack([ids[batch.rows] for ids, _ in taught])).to(where).long()
+    best = torch.from_numpy(np.stack([best[batch.rows] for _, best in taught])).to(where).float()
+    return ids, best

@@ -1,0 +1,84 @@
+"""Frozen features: each picture is decoded once, and encoded once per encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress import runtime
+from compress.context import Progress
+from compress.data import CaptionSet
+from compress.training.store import found, stored
+from students.lightcap import LightCap
+
+ROWS = 256
+BATCH = 32
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pixels(data: CaptionSet, settings: dict, cache: Path, progress: Progress) -> np.ndarray:
+    """Every picture of `data`, decoded and squashed to (N, S, S, 3) uint8."""
+    size = settings["image_size"]
+    key = digest("pixels", size, settings["resize"], settings["interpolation"], data.fingerprint, [e.image_id for e in data.examples])
+    if (whole := found(cache / "pixels", key)) is not None:
+        return whole
+
+    def fill(start: int, stop: int) -> np.ndarray:
+        with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
+            pictures = pool.map(lambda example: runtime.squash(data.image(example), settings), data.examples[start:stop])
+            return np.stack(list(pictures))
+
+    count = len(data.examples)
+    with progress.task("pictures", count) as task:
+        return stored(cache / "pixels", key, (count, size, size, 3), "uint8", ROWS, fill, task.advance)
+
+
+def grids(model: LightCap, data: CaptionSet, settings: dict, cache: Path, progress: Progress) -> np.ndarray:
+    """The encoder's grid for every picture of `data`, (N, G, channels) float16."""
+    config = model.config
+    key = digest("grids", encoder_digest(model.encoder), settings, data.fingerprint, [e.image_id for e in data.examples])
+    shape = (len(data.examples), config.grid**2, config.channels)
+    if (whole := found(cache / "grids", key)) is not None:
+        return whole
+    pictures = pixels(data, settings, cache, progress)
+    where = device()
+    model.encoder.to(where, memory_format=torch.channels_last).eval()
+
+    @torch.inference_mode()
+    def fill(start: int, stop: int) -> np.ndarray:
+        blocks = []
+        for first in range(start, stop, BATCH):
+            grid = model.encode(normalised(pictures[first : min(first + BATCH, stop)], settings, where))
+            blocks.append(grid.to("cpu", torch.float16).numpy())
+        return np.concatenate(blocks)
+
+    with progress.task("features", len(data.examples)) as task:
+        return stored(cache / "grids", key, shape, "float16", ROWS, fill, task.advance)
+
+
+def normalised(pictures: np.ndarray, settings: dict, where: torch.device) -> Tensor:
+    """uint8 pictures (B, S, S, 3) -> (B, 3, S, S) float32, normalised, channels last: the arithmetic of `runtime.pixels`."""
+    x = torch.from_numpy(np.array(pictures)).to(where).permute(0, 3, 1, 2).float().div_(255)
+    mean, std = (torch.tensor(settings[name], device=where).view(3, 1, 1) for name in ("mean", "std"))
+    return x.sub_(mean).div_(std)
+
+
+def encoder_digest(encoder: nn.Module) -> str:
+    whole = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        whole.update(f"{name} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""The one training loop: AdamW on a linear schedule, resumable at any step with the same result."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compress.config import Optimisation
+from compress.context import Progress
+from compress.errors import StageError
+
+SAVE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a peak learning rate."""
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+
+
+def fit(
+    modules: nn.Module, groups: Sequence[Group], steps: int, loss_of: Callable[[int], Tensor],
+    config: Optimisation, seed: int, work: Path, label: str, progress: Progress,
+) -> None:
+    """Minimises `loss_of(step)` over `steps` steps. `modules` holds everything that changes (buffers included).
+
+    Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS to
+    `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not finite.
+    """
+    optimizer = optimizer_of(groups, config)
+    state = work / (label.replace(" ", "-").replace("/", "-of-") + ".safetensors")
+    start = load_state(modules, optimizer, state) if state.exists() else 0
+    schedule = [linear(step, steps, config) for step in range(steps)]
+    saved = time.monotonic()
+    with progress.task(label, steps) as task:
+        task.advance(start)
+        for step in range(start, steps):
+            torch.manual_seed(seed * 1_000_003 + step)
+            for group, peak in zip(optimizer.param_groups, peaks(groups), strict=True):
+                group["lr"] = peak * schedule[step]
+            loss = loss_of(step)
+            if not torch.isfinite(loss):
+                raise StageError(f"{label}: the loss is {loss.item()} at step {step + 1} of {steps}; lower learning_rate")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for g in groups for p in g.parameters], config.clip_norm, foreach=True)
+            optimizer.step()
+            task.advance(1)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save_state(modules, optimizer, state, step + 1)
+                saved = time.monotonic()
+    save_state(modules, optimizer, state, steps)
+
+
+def optimizer_of(groups: Sequence[Group], config: Optimisation) -> torch.optim.AdamW:
+    """Matrices decay; biases and norms do not."""
+    split = []
+    for group in groups:
+        split.append({"params": [p for p in group.parameters if p.dim() > 1], "weight_decay": config.weight_decay})
+        split.append({"params": [p for p in group.parameters if p.dim() <= 1], "weight_decay": 0.0})
+    return torch.optim.AdamW(split, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def peaks(groups: Sequence[Group]) -> list[float]:
+    return [group.learning_rate for group in groups for _ in range(2)]
+
+
+def linear(step: int, steps: int, config: Optimisation) -> float:
+    """The share of the peak learning rate: up over `warmup` of the steps, then down to `final_learning_rate`."""
+    warm = max(1, round(config.warmup * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 1 - (1 - config.final_learning_rate) * (step - warm) / max(1, steps - warm)
+
+
+def precision(name: str, where: torch.device) -> torch.autocast:
+    """`auto` is bf16 on a GPU, and on a CPU whose matrix units take it (AMX); plain AVX-512 runs bf16 slower than fp32."""
+    if name == "auto":
+        name = "bf16" if where.type == "cuda" or torch.cpu._is_amx_tile_supported() else "fp32"
+    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=name == "bf16")
+
+
+def save_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int) -> None:
+    tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in modules.state_dict().items()}
+    for index, parameter in enumerate(all_parameters(optimizer)):
+        for name, tensor in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{index}.{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, str(temporary), metadata={"step": json.dumps(step)})
+    temporary.replace(path)
+
+
+def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> int:
+    with safe_open(str(path), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        step = json.loads(file.metadata()["step"])
+    modules.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    for index, parameter in enumerate(all_parameters(optimizer)):
+        mine = {n.split(".", 2)[2]: t for n, t in tensors.items() if n.startswith(f"optimizer.{index}.")}
+        if mine:
+            # The fused kernel walks memory: a moment must lie as its parameter does (channels last, for convolutions).
+            optimizer.state[parameter] = {n: t if n == "step" else torch.empty_like(parameter).copy_(t) for n, t in mine.items()}
+    return step
+
+
+def all_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,41 @@
+"""What training minimises. Every loss is a mean over predicted word pieces, padding apart."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def caption_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Label-smoothed cross-entropy. logits (n, V), or (heads, n, V): then the mean over heads; targets (n,)."""
+    if logits.dim() == 3:
+        targets = targets.expand(len(logits), -1).reshape(-1)
+        logits = logits.flatten(0, 1)
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def token_loss(logits: Tensor, ids: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) over the teacher's top k pieces and one bin for all others, times temperature squared (Hinton et al., 2015).
+
+    logits (..., n, V); ids (..., n, k); probabilities (..., n, k), the teacher's at this temperature, whose missing mass is the tail's.
+    """
+    logs = F.log_softmax(logits / temperature, -1).gather(-1, ids)
+    tail = torch.log1p(-logs.exp().sum(-1).clamp(max=1 - 1e-6))
+    rest = (1 - probabilities.sum(-1)).clamp(min=1e-6)
+    kept = (probabilities * (probabilities.clamp(min=1e-9).log() - logs)).sum(-1)
+    return (kept + rest * (rest.log() - tail)).mean() * temperature**2
+
+
+def hidden_loss(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
+    """Mean squared error of caption states, (B, T, hidden) both, where `real` (B, T) is True (TinyBERT, equation 8)."""
+    return F.mse_loss(student[real], teacher[real])
+
+
+def attention_loss(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
+    """Mean squared error of the caption's attention rows, (B, heads, T, S), summed over S; averaged over heads first where the two have
+    different numbers of them (TinyBERT, equation 7)."""
+    if student.shape[1] != teacher.shape[1]:
+        student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+    squared = (student - teacher).square().sum(-1).mean(1)
+    return squared[real].mean()

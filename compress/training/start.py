@@ -1,0 +1,55 @@
+"""Where training starts: a new captioner as the recipe describes it, or an artifact; and how it is written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from compress.config import Student
+from compress.errors import ModelError
+from students.lightcap import LightCap, preset
+from students.lightcap.bert import load_bert
+from students.lightcap.encoder import load_encoder, preprocessor
+from students.lightcap.tokenizer import load_tokenizer, pieces_of, read_tokenizer
+
+
+def new_captioner(
+    student: Student, name: str, fusion_weights: str | None, image_size: int | None, dropout: float, seed: int
+) -> tuple[LightCap, Tokenizer, dict]:
+    """The preset `name` with the recipe's encoder and tokenizer: model, tokenizer, preprocessor settings.
+
+    Sizes set in the `student` section change the student's own preset alone. ModelError for weights that are absent or do not fit.
+    """
+    own = name == student.preset
+    sizes = {key: getattr(student, key) if own else None for key in ("layers", "hidden", "attention_heads", "ffn", "heads")}
+    try:
+        tokenizer = load_tokenizer(student.tokenizer or "english")
+        torch.manual_seed(seed)
+        config = preset(name, encoder=student.encoder, image_size=image_size, dropout=dropout, vocabulary=len(pieces_of(tokenizer)), **sizes)
+        model = LightCap(config)
+        load_encoder(model.encoder, config.encoder, student.encoder_weights)
+        if fusion_weights:
+            load_bert(model.fusion, fusion_weights)
+    except (ValueError, FileNotFoundError) as error:
+        raise ModelError(str(error)) from None
+    return model, tokenizer, preprocessor(config.encoder, config.image_size)
+
+
+def read_captioner(folder: Path) -> tuple[LightCap, Tokenizer, dict]:
+    """Model, tokenizer and preprocessor settings of a float artifact. ModelError, in one line, where it is not whole."""
+    try:
+        model = LightCap.from_pretrained(folder)
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+    except (ValueError, FileNotFoundError) as error:
+        raise ModelError(str(error)) from None
+    return model, tokenizer, settings
+
+
+def write_captioner(folder: Path, model: LightCap, tokenizer: Tokenizer, settings: dict) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,47 @@
+"""Arrays computed once and kept on disk: filled row by row, found again by key, continued after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def found(folder: Path, key: str) -> np.ndarray | None:
+    """The array `key`, if it is whole."""
+    path = folder / f"{key}.npy"
+    return np.load(path, mmap_mode="r") if path.exists() else None
+
+
+def stored(
+    folder: Path, key: str, shape: tuple[int, ...], dtype: str, rows: int, fill: Callable[[int, int], np.ndarray],
+    advance: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
+    """The array `key` (a memory map, read only), made by `fill(start, stop)` over blocks of `rows` where it is not whole yet.
+
+    A block is flushed before it is counted as done, and the file takes its final name when the last one is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, partial, state = folder / f"{key}.npy", folder / f"{key}.partial", folder / f"{key}.json"
+    if not whole.exists():
+        done = 0
+        if partial.exists() and state.exists():
+            done = json.loads(state.read_text())["rows"]
+            array = np.lib.format.open_memmap(partial, mode="r+")
+        else:
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+        advance(done)
+        for start in range(done, shape[0], rows):
+            stop = min(start + rows, shape[0])
+            array[start:stop] = fill(start, stop)
+            array.flush()
+            temporary = state.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"rows": stop}))
+            temporary.replace(state)
+            advance(stop - start)
+        del array
+        partial.replace(whole)
+        state.unlink(missing_ok=True)
+    return np.load(whole, mmap_mode="r")

@@ -1,0 +1,1 @@
+"""Heavy captioners, each behind the small interface of `teachers.teacher`."""

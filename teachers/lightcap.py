@@ -1,0 +1,37 @@
+"""The paper's teacher: the student's own pipeline with a heavier fusion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from students.lightcap import LightCap
+from students.lightcap.tokenizer import pieces_of, read_tokenizer
+
+
+class LightCapTeacher:
+    def __init__(self, folder: Path) -> None:
+        self.model = LightCap.from_pretrained(folder).requires_grad_(False)
+        self.vocabulary = tuple(pieces_of(read_tokenizer(Path(folder) / "tokenizer.json")))
+        self.hidden, self.layers = self.model.config.hidden, self.model.config.layers
+
+    def narrow(self, keep: Tensor) -> None:
+        """Scores the word pieces `keep` alone from here on: the logits of all others are not computed."""
+        self.model.narrow(keep)
+
+    def to(self, where: torch.device) -> LightCapTeacher:
+        self.model.fusion.to(where)
+        self.model.heads.to(where)
+        return self
+
+    @torch.inference_mode()
+    def logits(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, real: Tensor) -> Tensor:
+        return self.model.heads(self.model.states(grid, tokens, positions, mask)[real], self.model.word)
+
+    @torch.no_grad()
+    def probe(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        seen: list[tuple[Tensor, Tensor]] = []
+        self.model.states(grid, tokens, positions, mask, probe=seen)
+        return seen

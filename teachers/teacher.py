@@ -1,0 +1,41 @@
+"""What distillation asks of a teacher, whatever captioner stands behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Teacher(Protocol):
+    """A captioner that scores given captions. `vocabulary` lists its word pieces by id: distilling tokens needs them equal to the
+    student's (equal sizes do not make equal vocabularies)."""
+
+    vocabulary: tuple[str, ...]
+    hidden: int
+    layers: int
+
+    def narrow(self, keep: Tensor) -> None:
+        """Scores the word pieces `keep` (ids) alone from here on."""
+        ...
+
+    def to(self, where: torch.device) -> Teacher:
+        """Moves to a device, and returns itself."""
+        ...
+
+    def logits(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, real: Tensor) -> Tensor:
+        """grid (B, G, channels); tokens, positions (B, T); mask (B, 1, G + T, G + T); real (B, T) bool -> (n, V) at the real places."""
+        ...
+
+    def probe(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per layer: caption states (B, T, hidden) and attention rows (B, heads, T, G + T)."""
+        ...
+
+
+def load(folder: Path) -> Teacher:
+    """The teacher in an artifact folder. Raises FileNotFoundError or ValueError, in one line."""
+    from teachers.lightcap import LightCapTeacher
+
+    return LightCapTeacher(folder)

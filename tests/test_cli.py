@@ -1,0 +1,281 @@
+"""The command: answers, JSON, one-line errors and exit statuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import compress
+from compress import cli, doctor, ledger
+
+ROOT = Path(compress.__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def lightcap(capsys, monkeypatch, tmp_path):
+    """Runs the command in an empty folder: (exit status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        output, error = capsys.readouterr()
+        return ended.value.code, output, error
+
+    return run
+
+
+def command(*arguments, cwd) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "compress", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def test_version_and_help(lightcap, tmp_path):
+    assert lightcap("--version") == (0, f"lightcap {compress.__version__}\n", "")
+    status, output, _ = lightcap("--help")
+    assert status == 0
+    for name in ("recipes", "plan", "run", "compare", "caption", "eval", "score", "profile", "export", "doctor"):
+        assert f"\n  {name} " in output
+    done = command("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"lightcap {compress.__version__}\n")
+
+
+def test_recipes(lightcap):
+    status, output, _ = lightcap("recipes", "--json")
+    assert status == 0
+    assert {"quickstart", "photos"} <= {entry["recipe"] for entry in json.loads(output)}
+    assert "quickstart" in lightcap("recipes")[1]
+
+
+def test_plan_writes_nothing(lightcap, tmp_path):
+    small = ("--set", "data.train_images=3", "--set", "data.val_images=2")
+    status, output, error = lightcap("plan", "quickstart", *small, "--json")
+    planned = json.loads(output)
+    assert (status, error) == (0, "")
+    assert planned["recipe"] == "quickstart" and len(planned["digest"]) == 64
+    assert [stage["name"] for stage in planned["stages"]] == ["teacher", "student", "vocabulary", "pruned", "int8", "export"]
+    assert all({"stage", "cached", "lock"} <= stage.keys() and not stage["cached"] for stage in planned["stages"])
+    assert "6 stages to do" in lightcap("plan", "quickstart", *small)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG = [
+    (("rum",), "no command 'rum'; there are .*; did you mean 'run'\\?"),
+    (("run",), "Missing argument 'RECIPE'"),
+    (("run", "quickstart", "--sett", "a=b"), "No such option.*--sett"),
+    (("run", "quikstart"), "recipe 'quikstart' is neither a file nor a shipped recipe; .*did you mean 'quickstart'\\?"),
+    (("run", "quickstart", "--set", "pruned.mac=0.5"), "--set pruned.mac=0.5: unknown key 'mac' in 'prune'.*did you mean 'macs'"),
+    (("plan", "evil.yaml"), "evil.yaml:2: the tag '.*' is not allowed"),
+    (("run", "quickstart", "--set", "data.source=karpathy", "--set", "data.captions=none.json"), "none.json"),
+    (("caption", "nothing", "a.jpg"), "no model 'nothing'"),
+    (("caption", "weights.pt", "a.jpg"), "weights.pt is a pickle, which can run code"),
+    (("eval", "nothing", "--captions", "c.json", "--images", "i"), "no model 'nothing'"),
+    (("export", "nothing", "--out", "there"), "no model 'nothing'"),
+    (("compare", "nothing"), "nothing is not a run"),
+    (("score", "--candidates", "a.json", "--references", "b.json"), "a.json: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), WRONG)
+def test_wrong_input_is_one_line_exit_2_and_writes_nothing(lightcap, tmp_path, arguments, expected):
+    (tmp_path / "evil.yaml").write_text("seed: 1\ndata: !!python/object/apply:os.system [touch ran]\n")
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    before = sorted(tmp_path.rglob("*"))
+    status, output, error = lightcap(*arguments)
+    assert (status, output) == (2, "")
+    assert error.startswith("lightcap: ") and error.count("\n") == 1 and error.endswith("\n")
+    assert re.search(expected, error), error
+    status, output, _ = lightcap(*arguments, "--json")
+    document = json.loads(output)
+    assert status == 2 and document["ok"] is False and re.search(expected, document["error"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_run_in_json_has_its_shape_when_it_fails(lightcap):
+    document = json.loads(lightcap("run", "quickstart", "--set", "teacher.epoch=1", "--json")[1])
+    assert set(document) == {"ok", "run", "ledger", "error"}
+    assert document["ledger"] == []
+
+
+def test_compare(lightcap, tmp_path):
+    for name, cider in (("a", 50.0), ("b", 40.0)):
+        row = {"stage": "train", "name": "teacher", "artifact": "../.cache/x", "cider": cider, "bytes": 1e6, "latency_ms": {"p50": 9.0}}
+        (tmp_path / name).mkdir()
+        ledger.write(tmp_path / name / "ledger.jsonl", [row])
+    status, output, error = lightcap("compare", "a", "b", "--html", "report.html", "--json")
+    document = json.loads(output)
+    assert status == 0 and error == "wrote report.html\n"
+    assert [entry["run"] for entry in document["runs"]] == ["a", "b"]
+    assert document["runs"][1]["rows"] == ledger.read(tmp_path / "b" / "ledger.jsonl")
+    assert document["pareto"] == [{"run": "a", "stage": "train", "name": "teacher"}]
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert "teacher" in lightcap("compare", "a", "b")[1]
+
+
+def test_score(lightcap, tmp_path):
+    references = {
+        "images": [{"id": 1}, {"id": 2}],
+        "annotations": [{"image_id": 1, "caption": "a dog runs on the grass"}, {"image_id": 2, "caption": "two men ride red bikes"}],
+    }
+    said = [{"image_id": 1, "caption": "a dog runs on the grass"}, {"image_id": 2, "caption": "two men ride red bikes"}]
+    (tmp_path / "r.json").write_text(json.dumps(references))
+    (tmp_path / "c.json").write_text(json.dumps(said))
+    status, output, _ = lightcap("score", "--candidates", "c.json", "--references", "r.json", "--json")
+    scores = json.loads(output)
+    assert status == 0
+    assert list(scores) == ["cider", "cider_ci95", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "images"]
+    assert scores["bleu4"] == pytest.approx(100, abs=1e-4) and scores["cider"] == pytest.approx(1000)
+    assert "CIDEr-D" in lightcap("score", "--candidates", "c.json", "--references", "r.json")[1]
+
+
+def test_profile_of_a_preset(lightcap):
+    status, output, _ = lightcap("profile", "lightcap", "--json")
+    row = json.loads(output)
+    assert status == 0 and tuple(row) == ledger.ROW
+    assert row["params"] == 41_986_409 and row["params_by_part"]["encoder"] == 23_527_264
+    assert row["gmacs_encoder"] == pytest.approx(5.37, abs=0.01)
+    assert row["cider"] is None
+    assert "41,986,409" in lightcap("profile", "lightcap")[1]
+    status, _, error = lightcap("profile", "lightcp")
+    assert status == 2 and "lightcp" in error and "lightcap" in error
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A float artifact with random weights, as small as there is."""
+    from compress.config import Student
+    from compress.training.start import new_captioner, write_captioner
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    network, tokenizer, settings = new_captioner(Student(preset="tiny"), "tiny", None, None, 0.0, 17)
+    write_captioner(folder, network.eval(), tokenizer, settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(model) -> Path:
+    from compress.artifact import Artifact
+    from compress.stages.export import export
+
+    out = model.parent / "exported"
+    export(Artifact(model), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(17)
+    for name, size in (("b.png", (50, 70)), ("a.png", (80, 80))):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff half")
+    (folder / "notes.txt").write_text("not a photo")
+    return folder
+
+
+def test_caption_keeps_the_order_and_names_the_unreadable(lightcap, exported, photos):
+    status, output, error = lightcap("caption", exported, photos / "b.png", photos, "--beam", "2", "--json")
+    answers = json.loads(output)
+    assert status == 1
+    assert [Path(answer["image"]).name for answer in answers] == ["b.png", "a.png", "b.png", "broken.jpg"]
+    assert set(answers[0]) == {"image", "caption", "logprob", "ms"} and answers[0]["ms"] > 0 > answers[0]["logprob"]
+    assert answers[0]["caption"] == answers[2]["caption"]
+    assert set(answers[3]) == {"image", "error"} and error.count("\n") == 1 and "broken.jpg" in error
+    status, output, _ = lightcap("caption", exported, photos / "a.png", photos / "none.png", "--json")
+    assert status == 1 and "error" in json.loads(output)[1]
+    status, output, error = lightcap("caption", exported, photos / "aa.png")
+    assert (status, output) == (2, "") and "did you mean 'a.png'?" in error
+    status, output, error = lightcap("caption", exported, photos / "a.png")
+    assert (status, error) == (0, "") and output.startswith(f"{photos / 'a.png'}\t")
+
+
+def test_caption_of_an_export_imports_no_torch(exported, photos, tmp_path):
+    code = (
+        "import sys\nfrom compress import cli\n"
+        f"try:\n    cli.main(['caption', {str(exported)!r}, {str(photos / 'a.png')!r}, '--json'])\n"
+        "except SystemExit as ended:\n    print(ended.code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stderr == "0 False\n"
+    assert len(json.loads(done.stdout)) == 1
+
+
+def test_float_and_export_say_the_same(lightcap, model, exported, photos):
+    captions = [json.loads(lightcap("caption", folder, photos / "a.png", "--json")[1])[0] for folder in (model, exported)]
+    assert captions[0]["caption"] == captions[1]["caption"]
+    assert captions[0]["logprob"] == pytest.approx(captions[1]["logprob"], abs=1e-3)
+
+
+def test_export_writes_a_folder_that_runs(lightcap, exported, tmp_path, photos):
+    status, output, _ = lightcap("export", exported, "--out", "captioner", "--json")  # graphs are copied
+    document = json.loads(output)
+    assert status == 0 and {"caption.py", "requirements.txt", "encoder.onnx", "decoder.onnx"} <= set(document["files"])
+    done = subprocess.run([sys.executable, "captioner/caption.py", str(photos / "a.png")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(str(photos / "a.png"))
+    status, _, error = lightcap("export", exported, "--out", "captioner")
+    assert status == 2 and "captioner is there already" in error
+
+
+def test_a_half_downloaded_model(lightcap, model, photos, tmp_path):
+    for path in model.iterdir():
+        data = path.read_bytes()
+        (tmp_path / path.name).write_bytes(data[:-9] if path.suffix == ".safetensors" else data)
+    status, _, error = lightcap("caption", tmp_path, photos / "a.png")
+    assert status == 2 and "half downloaded" in error and error.count("\n") == 1
+
+
+def test_eval(lightcap, exported, photos):
+    images = [{"filename": name, "split": "val", "sentences": [{"raw": "a grey square"}]} for name in ("a.png", "b.png")]
+    (photos / "dataset.json").write_text(json.dumps({"dataset": "squares", "images": images}))
+    arguments = ("eval", exported, "--captions", photos / "dataset.json", "--images", photos, "--beam", "1")
+    status, output, error = lightcap(*arguments, "--json")
+    assert status == 0, error
+    scores = json.loads(output)
+    assert list(scores) == list(cli.SCORES) and scores["images"] == 2
+    status, output, error = lightcap(*arguments, "--split", "vall")
+    assert (status, output) == (2, "") and "did you mean 'val'" in error and error.count("\n") == 1
+
+
+def test_doctor(lightcap, tmp_path):
+    status, output, _ = lightcap("doctor", "--json")
+    found = json.loads(output)
+    assert status == 0 and found["ok"] is True and set(found) == {"ok", "versions", "cpu", "missing"}
+    assert found["versions"]["numpy"] == np.__version__
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: Test CPU\nflags\t\t: fpu avx2 avx512_vnni amx_int8\n")
+    cpu = doctor.examine(cpuinfo)["cpu"]
+    assert (cpu["name"], cpu["flags"], cpu["fast_int8"]) == ("Test CPU", ["AVX2", "AVX512-VNNI", "AMX-INT8"], True)
+    cpuinfo.write_text("model name\t: Old CPU\nflags\t\t: fpu avx2\n")
+    assert doctor.examine(cpuinfo)["cpu"]["fast_int8"] is False
+
+
+def test_doctor_names_what_is_missing(lightcap, monkeypatch):
+    monkeypatch.setitem(doctor.NEEDED, "no-such-package", "no_such_package")
+    status, output, _ = lightcap("doctor", "--json")
+    assert status == 1
+    assert {"what": "no-such-package", "install": "pip install lightcap"} in json.loads(output)["missing"]
+
+
+def test_a_keyboard_stop(lightcap, monkeypatch):
+    def stop(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.cli.commands["recipes"], "callback", stop)
+    assert lightcap("recipes") == (130, "", "lightcap: stopped; the same command goes on\n")
+
+
+def test_a_bug_is_one_line_too(lightcap, monkeypatch):
+    monkeypatch.setattr(cli.cli.commands["recipes"], "callback", lambda **_: 1 / 0)
+    status, output, error = lightcap("recipes")
+    assert (status, output) == (1, "") and error == "lightcap: ZeroDivisionError: division by zero (LIGHTCAP_TRACE=1 shows where)\n"

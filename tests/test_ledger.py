@@ -1,0 +1,84 @@
+"""The ledger's rows, the rows that nothing beats, the table, the report drawn from them."""
+
+import re
+
+import pytest
+from rich.console import Console
+
+from compress import ledger, report
+from compress.errors import ModelError
+
+
+def made(name, cider, megabytes, milliseconds, stage="train"):
+    return ledger.row(
+        {
+            "stage": stage,
+            "name": name,
+            "artifact": f"../.cache/{name}",
+            "cider": cider,
+            "cider_ci95": [cider - 2, cider + 2],
+            "bytes": megabytes * 1e6,
+            "params": 41_986_409,
+            "gmacs_caption": 5.6,
+            "latency_ms": {"p50": milliseconds, "p90": milliseconds, "threads": 1, "beam": 1, "runtime": "torch"},
+        }
+    )
+
+
+ROWS = [
+    ledger.row({"stage": "baseline", "name": "nearest", "artifact": "../.cache/nearest", "cider": 20.0}),
+    made("teacher", 50.0, 40.0, 100.0),
+    made("worse", 49.0, 41.0, 100.0),  # the teacher is at least as good in all three
+    made("student", 48.0, 20.0, 50.0),
+    made("twin", 48.0, 20.0, 50.0),  # equal: neither beats the other
+    made("int8", 47.0, 5.0, 60.0),
+]
+
+
+def test_rows_are_kept_exactly(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger.write(path, ROWS)
+    assert ledger.read(path) == ROWS
+    assert len(path.read_text().splitlines()) == len(ROWS)
+    with pytest.raises(ValueError, match="not keys of a ledger row: cidre"):
+        ledger.row({"cidre": 1})
+    path.write_text('{"stage": "train"}\n')
+    with pytest.raises(ModelError, match=r"ledger.jsonl:1: is not a ledger row"):
+        ledger.read(path)
+    path.write_text(path.read_text() + "{half")
+    with pytest.raises(ModelError, match="is not a"):
+        ledger.read(path)
+    with pytest.raises(ModelError, match="is not a run: it is not a folder"):
+        ledger.read_run(tmp_path / "none")
+
+
+def test_pareto_keeps_what_nothing_beats():
+    assert [ROWS[index]["name"] for index in ledger.pareto(ROWS)] == ["teacher", "student", "twin", "int8"]
+    assert ledger.pareto([]) == []
+
+
+def test_the_table_shows_the_rows():
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+    with console.file:
+        console.print(ledger.table(ROWS))
+    text = console.export_text()
+    assert re.search(r"nearest +│ +20.0 │", text)
+    assert re.search(r"teacher +│ +50.0 \[48.0, 52.0\] │ +│ +41.99M │ +5.600 │ +40.00 │ +100.0 │", text)
+
+
+def test_the_report_is_one_file_without_a_network(tmp_path):
+    path = tmp_path / "report.html"
+    report.write([{"run": "runs/<a>", "rows": ROWS}, {"run": "runs/b", "rows": ROWS[:2]}], path)
+    text = path.read_text()
+    assert "runs/&lt;a&gt;" in text and "<a>" not in text
+    assert not re.search(r"https?://|<script|<link|@import|url\(", text)
+    assert text.count("<svg") == 2 and text.count("<circle") == 2 * 6  # the baseline has no size
+    assert text.count('class="best"') == 5
+    assert text.count("<tr") == 1 + len(ROWS) + 2
+    with pytest.raises(ModelError, match="cannot be written"):
+        report.write([], tmp_path / "none" / "report.html")
+
+
+def test_the_frontier_of_the_picture():
+    points = [(3.0, 50.0), (1.0, 40.0), (2.0, 39.0), (1.0, 41.0)]
+    assert report.frontier(points) == [(1.0, 41.0), (3.0, 50.0)]

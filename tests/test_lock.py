@@ -1,0 +1,126 @@
+"""A lock changes with everything that an artifact depends on, and with nothing else."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from compress import lock
+from compress.recipe import read_recipe
+
+RECIPE = """\
+seed: 3
+student: {preset: tiny, heads: 1}
+stages:
+  - train: {as: teacher, epochs: 2}
+  - distill: {as: student, teachers: [teacher]}
+  - vocabulary: {as: small}
+"""
+
+
+def locks_of(tmp_path: Path, text: str = RECIPE, fingerprint="f", threads=2, root=lock.ROOT) -> dict[str, str]:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    recipe, locks = read_recipe(path), {}
+    for stage in recipe.stages:
+        locks[stage.name] = lock.digest(lock.parts(recipe, stage, locks, fingerprint, threads, root))
+    return locks
+
+
+def test_what_is_in_the_lock(tmp_path):
+    base = locks_of(tmp_path)
+    assert locks_of(tmp_path) == base
+    assert all(len(value) == 64 for value in base.values())
+    for change in (
+        {"text": RECIPE.replace("seed: 3", "seed: 4")},
+        {"text": RECIPE.replace("heads: 1", "heads: 2")},
+        {"text": RECIPE.replace("epochs: 2", "epochs: 3")},
+        {"fingerprint": "g"},
+        {"threads": 1},
+    ):
+        changed = locks_of(tmp_path, **change)
+        assert not set(changed.values()) & set(base.values()), change  # a parent's and a teacher's lock is in its children's
+
+
+def test_a_later_stage_does_not_touch_an_earlier_one(tmp_path):
+    base = locks_of(tmp_path)
+    changed = locks_of(tmp_path, RECIPE.replace("as: small", "as: small, min_count: 2"))
+    assert changed["teacher"] == base["teacher"] and changed["student"] == base["student"]
+    assert changed["small"] != base["small"]
+
+
+def test_names_are_not_in_the_lock(tmp_path):
+    base = locks_of(tmp_path)
+    renamed = locks_of(tmp_path, RECIPE.replace("teacher", "master").replace("masters:", "teachers:").replace("small", "tiny"))
+    assert list(renamed.values()) == list(base.values())
+
+
+def test_defaults_written_out_are_the_same(tmp_path):
+    written = RECIPE.replace("epochs: 2", "epochs: 2, weight_decay: 0.05")
+    assert locks_of(tmp_path, written) == locks_of(tmp_path)
+
+
+def project(root: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = root / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_sources_follow_imports(tmp_path):
+    root = project(
+        tmp_path / "project",
+        compress__stages__train="from compress.training import loop\nimport torch.nn as nn\n",
+        compress__stages__prune="import torch_pruning\n",
+        compress__training__loop="def f():\n    from students.lightcap.model import M\n    importlib.import_module('compress.cost')\n",
+        compress__training__unused="import onnx\n",
+        compress__cost="import numpy as np\nfrom compress.errors import DataError\n",
+        compress__errors="class DataError: pass\n",
+        compress__evaluate="from PIL import Image\n",
+        students__lightcap__model="from students.lightcap import parts\n",
+        students__lightcap__parts="import safetensors.torch\nfrom . import model\n",
+    )
+    (root / "compress" / "__init__.py").write_text("")
+    sources, libraries = lock.imported(("compress.stages.train", "compress.evaluate"), root)
+    assert list(sources) == [
+        "compress",
+        "compress.cost",
+        "compress.errors",
+        "compress.evaluate",
+        "compress.stages.train",
+        "compress.training.loop",
+        "students.lightcap.model",
+        "students.lightcap.parts",
+    ]
+    assert libraries == ["PIL", "numpy", "safetensors", "torch"]
+    before = locks_of(tmp_path, root=root)
+    (root / "compress" / "stages" / "prune.py").write_text("import torch_pruning  # changed\n")
+    assert locks_of(tmp_path, root=root) == before
+    (root / "compress" / "cost.py").write_text("import numpy as np\n")
+    after = locks_of(tmp_path, root=root)
+    assert after["teacher"] != before["teacher"]
+
+
+def test_the_real_stages_are_covered():
+    sources, libraries = lock.imported(("compress.stages.train", "compress.evaluate"))
+    expected = {"compress.stages.train", "compress.evaluate", "compress.config", "compress.artifact", "students.lightcap.model"}
+    assert expected <= set(sources)
+    assert "compress.cli" not in sources and "compress.pipeline" not in sources and "compress.stages.prune" not in sources
+    assert {"torch", "numpy"} <= set(libraries)
+    versions = lock.versions(libraries)
+    assert all(version != "absent" for version in versions.values()), versions
+
+
+def test_the_libraries_of_quantize_and_prune():
+    assert {"neural_compressor", "torchao", "onnx", "onnxruntime"} <= set(lock.imported(("compress.stages.quantize",))[1])
+    assert "torch_pruning" in lock.imported(("compress.stages.prune",))[1]
+
+
+def test_the_seed_of_a_stage_is_a_setting(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    recipe = read_recipe(path)
+    stage = recipe.stages[0]
+    seeded = replace(stage, config=replace(stage.config, seed=9))
+    changed = replace(recipe, stages=(seeded, *recipe.stages[1:]))
+    assert lock.parts(changed, seeded, {}, "f", 2)["settings"]["seed"] == 9
+    assert "seed" not in lock.parts(recipe, stage, {}, "f", 2)["settings"]

@@ -1,0 +1,369 @@
+"""The real pipeline over stages small enough to watch: caching, ledger, gates, kills, two writers."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import compress
+from compress import ledger, lock, pipeline
+from compress.artifact import Artifact, resolve
+from compress.context import Progress
+from compress.errors import DataError, GateError, StageError
+from compress.recipe import read_recipe
+
+ROOT = Path(compress.__file__).resolve().parent.parent
+RECIPE = """\
+seed: 3
+stages:
+  - train: {as: teacher, preset: tiny}
+  - train: {as: teacher-2, from: teacher, seed: 18}
+  - distill: {as: student, teachers: [teacher, teacher-2]}
+  - prune: {as: pruned, macs: 0.7, max_drop_cider: 2.0}
+  - export: {}
+"""
+NAMES = ["nearest", "teacher", "teacher-2", "student", "pruned", "export"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    fingerprint: str = "f" * 64
+    unreadable: tuple[str, ...] = ()
+
+    def splits(self) -> dict[str, int]:
+        return {"train": 40, "val": 10}
+
+
+class Evaluation:
+    """Measures an artifact by what its config says; writes down each call."""
+
+    def __init__(self, deltas: dict[str, float] | None = None) -> None:
+        self.calls, self.deltas = [], deltas or {}
+
+    def measure(self, artifact, parent, context, teachers):
+        against = parent or (teachers[0] if teachers else None)
+        self.calls.append((context.stage.name, against and against.config["name"], [item.config["name"] for item in teachers]))
+        return {"cider": 50.0, "delta_cider": self.deltas.get(context.stage.name, 0.0 if against else None), "params": 1}
+
+    def baseline(self, artifact, context):
+        self.calls.append(("nearest", artifact.config["name"], []))
+        return {"cider": 20.0}
+
+
+class Stages:
+    """Every kind of stage: a config that says what it was made of, and how often each was run."""
+
+    def __init__(self) -> None:
+        self.runs = []
+
+    def __getitem__(self, kind):
+        return self.run
+
+    def run(self, parent, config, context):
+        self.runs.append(context.stage.name)
+        made_of = {"name": context.stage.name, "parent": parent and parent.digest(), "seed": context.seed}
+        (context.output / "config.json").write_text(json.dumps(made_of))
+        save_file({"weight": np.arange(4, dtype=np.float32) * context.seed}, context.output / "model.safetensors")
+
+
+def read(tmp_path: Path, text: str = RECIPE, *settings: str):
+    path = tmp_path / "chain.yaml"
+    path.write_text(text)
+    return read_recipe(path, settings)
+
+
+def go(tmp_path, wanted=None, stages=None, evaluation=None, out="runs/chain", **more):
+    wanted = wanted or read(tmp_path)
+    stages, evaluation = stages or Stages(), evaluation or Evaluation()
+    result = pipeline.run(
+        wanted, tmp_path / out, Progress(quiet=True), data=Captions(), stages=stages, evaluation=evaluation, **more
+    )
+    return result, stages, evaluation
+
+
+def test_a_run_makes_every_stage_once(tmp_path):
+    result, stages, evaluation = go(tmp_path)
+    assert result.check().ok
+    assert stages.runs == NAMES[1:]
+    assert evaluation.calls == [
+        ("teacher", None, []),
+        ("nearest", "teacher", []),
+        ("teacher-2", "teacher", []),
+        ("student", "teacher", ["teacher", "teacher-2"]),
+        ("pruned", "student", []),
+        ("export", "pruned", []),
+    ]
+    rows = ledger.read(tmp_path / "runs/chain/ledger.jsonl")
+    assert rows == list(result.rows)
+    assert [row["name"] for row in rows] == NAMES
+    assert [row["stage"] for row in rows] == ["baseline", "train", "train", "distill", "prune", "export"]
+    assert all(tuple(row) == ledger.ROW for row in rows)
+    assert all(row["seconds"] >= 0 and row["peak_mb"] > 1 and len(row["lock"]) == 64 for row in rows)
+    for row in rows[1:]:
+        folder = tmp_path / "runs/chain" / row["artifact"]
+        assert folder.resolve() == (tmp_path / "runs/.cache" / row["lock"]).resolve()
+        assert Artifact(folder).row() == row
+        noted = json.loads((folder / "lock.json").read_text())
+        assert lock.digest(noted["parts"]) == noted["lock"] == row["lock"]
+        assert f"# {row['name']}" in (folder / "README.md").read_text()
+    seeds = [Artifact(tmp_path / "runs/chain" / row["artifact"]).config["seed"] for row in rows[1:]]
+    assert seeds == [3, 18, 3, 3, 3]
+    assert resolve(tmp_path / "runs/chain").config["name"] == "export"
+    assert sorted(path.name for path in (tmp_path / "runs/chain").iterdir()) == ["ledger.jsonl", "recipe.yaml"]
+    assert {path.name for path in (tmp_path / "runs/.cache").iterdir()} == {row["lock"] for row in rows}  # nothing is left over
+    assert read_recipe(tmp_path / "runs/chain/recipe.yaml") == read(tmp_path)
+
+
+def test_a_second_run_finds_everything(tmp_path):
+    first, *_ = go(tmp_path)
+    again, stages, evaluation = go(tmp_path)
+    assert again.rows == first.rows
+    assert stages.runs == [] and evaluation.calls == []
+
+
+def test_a_change_makes_only_what_depends_on_it(tmp_path):
+    go(tmp_path)
+    _, stages, _ = go(tmp_path, read(tmp_path, RECIPE, "pruned.macs=0.5"))
+    assert stages.runs == ["pruned", "export"]
+    _, stages, _ = go(tmp_path, read(tmp_path, RECIPE, "teacher-2.seed=20"), out="runs/elsewhere")
+    assert stages.runs == ["teacher-2", "student", "pruned", "export"]
+
+
+def test_a_renamed_stage_is_the_same_artifact(tmp_path):
+    go(tmp_path)
+    result, stages, _ = go(tmp_path, read(tmp_path, RECIPE.replace("pruned", "small")))
+    assert stages.runs == []
+    assert [row["name"] for row in result.rows] == [*NAMES[:4], "small", "export"]
+
+
+def test_a_cached_run_imports_no_torch_and_answers_at_once(tmp_path):
+    first, *_ = go(tmp_path)
+    code = textwrap.dedent(
+        f"""
+        import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+        from pathlib import Path
+        from compress import pipeline, recipe
+        import test_pipeline as t
+        folder = Path({str(tmp_path)!r})
+        result = pipeline.run(recipe.read_recipe(folder / "chain.yaml"), folder / "runs/chain", data=t.Captions())
+        assert result.ok, result.error
+        print(len(result.rows), "torch" in sys.modules)
+        """
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout == f"{len(first.rows)} False\n", done.stderr
+    assert time.monotonic() - began < 10
+
+
+def environment() -> dict:
+    threads = str(pipeline.thread_count())  # the lock holds it
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+
+
+def test_plan_says_what_is_cached(tmp_path):
+    wanted = read(tmp_path)
+    before = pipeline.plan(wanted, tmp_path / "runs/chain", data=Captions())
+    assert [stage["cached"] for stage in before["stages"]] == [False] * 5
+    assert not (tmp_path / "runs").exists()
+    result, *_ = go(tmp_path)
+    after = pipeline.plan(wanted, tmp_path / "runs/chain", data=Captions())
+    assert after["recipe"] == "chain" and after["digest"] == before["digest"]
+    assert [stage["cached"] for stage in after["stages"]] == [True] * 5
+    assert [stage["lock"] for stage in after["stages"]] == [row["lock"] for row in result.rows[1:]]
+    assert [stage["lock"] for stage in before["stages"]] == [stage["lock"] for stage in after["stages"]]
+    changed = pipeline.plan(read(tmp_path, RECIPE, "pruned.macs=0.5"), tmp_path / "runs/chain", data=Captions())
+    assert [stage["cached"] for stage in changed["stages"]] == [True, True, True, False, False]
+    assert changed["stages"][3]["seconds"] is not None  # from the prune that has run
+
+
+# ---- failures
+
+
+def test_a_missed_gate_stops_the_run(tmp_path):
+    result, stages, _ = go(tmp_path, evaluation=Evaluation({"pruned": -2.5}))
+    assert isinstance(result.error, GateError) and result.error.exit_code == 1
+    assert "stage 'pruned' missed its gate: CIDEr fell by 2.50, max_drop_cider is 2" in result.error.message
+    assert "the last good artifact is 'student'" in result.error.message
+    assert "export" not in stages.runs
+    assert [row["name"] for row in result.rows] == NAMES[:4]
+    assert resolve(tmp_path / "runs/chain").config["name"] == "student"
+    again, stages, _ = go(tmp_path)
+    assert isinstance(again.error, GateError) and stages.runs == []  # measured already
+    assert result.json()["ok"] is False and result.json()["error"] == result.error.message
+    met, *_ = go(tmp_path, read(tmp_path, RECIPE, "pruned.max_drop_cider=3"), evaluation=Evaluation({"pruned": -2.5}))
+    assert met.ok
+
+
+class Failing(Stages):
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__()
+        self.name, self.error = name, error
+
+    def run(self, parent, config, context):
+        if context.stage.name == self.name:
+            (context.output / "half").write_text("x")
+            raise self.error
+        super().run(parent, config, context)
+
+
+def test_a_failed_stage_keeps_the_last_good_artifact(tmp_path):
+    result, *_ = go(tmp_path, stages=Failing("pruned", ZeroDivisionError("by zero")))
+    assert isinstance(result.error, StageError) and result.error.exit_code == 1
+    assert "stage 'pruned' failed: ZeroDivisionError: by zero" in result.error.message
+    kept = result.error.message.rpartition("the last good artifact is 'student': ")[2]
+    assert Artifact(Path(kept)).check().config["name"] == "student"
+    assert "ZeroDivisionError" in (tmp_path / "runs/chain/error.txt").read_text()
+    assert not list((tmp_path / "runs/.cache").rglob("half"))
+    finished, stages, _ = go(tmp_path)
+    assert finished.ok and stages.runs == ["pruned", "export"]
+    assert not (tmp_path / "runs/chain/error.txt").exists()
+
+
+def test_wrong_input_writes_nothing(tmp_path):
+    result, *_ = go(tmp_path, stages=Failing("teacher", DataError("no such split")))
+    assert result.error.exit_code == 2
+    assert result.error.message == "stage 'teacher': no such split"
+    assert [path.name for path in tmp_path.iterdir()] == ["chain.yaml"]
+
+
+def test_a_stage_that_writes_no_model_fails(tmp_path):
+    class Nothing(Stages):
+        def run(self, parent, config, context):
+            pass
+
+    result, *_ = go(tmp_path, stages=Nothing())
+    assert "has no config.json" in result.error.message
+    assert not result.rows
+
+
+def test_out_that_is_a_file(tmp_path):
+    (tmp_path / "taken").write_text("x")
+    result, *_ = go(tmp_path, out="taken")
+    assert result.error.exit_code == 2 and "is a file, not a folder" in result.error.message
+
+
+# ---- kills and other processes
+
+CHILD = """
+import json, os, signal, sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_pipeline as t
+from compress import pipeline, recipe
+from compress.context import Progress
+
+folder, where, point = Path({folder!r}), {where!r}, {point!r}
+
+def die(name, at):
+    if name == where and at == point:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == where and point == "wait-" + at:
+        (folder / "waiting").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+
+class Stages(t.Stages):
+    def run(self, parent, config, context):
+        die(context.stage.name, "start")
+        context.work.joinpath("step").write_text("1")
+        super().run(parent, config, context)
+        die(context.stage.name, "made")
+
+class Evaluation(t.Evaluation):
+    def measure(self, artifact, parent, context, teachers):
+        die(context.stage.name, "measure")
+        return super().measure(artifact, parent, context, teachers)
+    def baseline(self, artifact, context):
+        die("nearest", "measure")
+        return super().baseline(artifact, context)
+
+wanted = recipe.read_recipe(folder / "chain.yaml")
+rename = os.rename
+def renaming(source, target):
+    die(Path(source).name, "rename")
+    rename(source, target)
+os.rename = renaming
+result = pipeline.run(wanted, folder / {out!r}, Progress(), data=t.Captions(), stages=Stages(), evaluation=Evaluation())
+if result.error:
+    result.error.show()
+    sys.exit(result.error.exit_code)
+print(json.dumps([row["name"] for row in result.rows]))
+"""
+
+
+def child(folder: Path, where="", point="", out="runs/chain") -> subprocess.Popen:
+    code = CHILD.format(tests=str(ROOT / "tests"), folder=str(folder), where=where, point=point, out=out)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+@pytest.mark.parametrize(
+    ("where", "point"),
+    [("teacher", "start"), ("nearest", "measure"), ("student", "made"), ("pruned", "measure"), ("model", "rename")],
+)
+def test_sigkill_anywhere_then_the_same_command_goes_on(tmp_path, where, point):
+    (tmp_path / "calm").mkdir()
+    calm, *_ = go(tmp_path / "calm")
+    read(tmp_path)
+    killed = child(tmp_path, where, point)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    done = [path for path in (tmp_path / "runs/.cache").iterdir() if len(path.name) == 64 and path.is_dir()]
+    assert all((path / "metrics.json").is_file() and (path / "lock.json").is_file() for path in done)  # whole, or under no such name
+    resumed, stages, _ = go(tmp_path)
+    assert resumed.ok
+    if point == "measure":
+        assert where not in stages.runs  # made before the kill: only measured now
+    for row in resumed.rows[1:]:
+        made, undisturbed = (Artifact(folder / "runs/chain" / row["artifact"]) for folder in (tmp_path, tmp_path / "calm"))
+        assert made.check().digest() == undisturbed.digest()
+    assert [row["lock"] for row in resumed.rows] == [row["lock"] for row in calm.rows]
+    assert {path.name for path in (tmp_path / "runs/.cache").iterdir()} == {row["lock"] for row in resumed.rows}
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not appear")
+
+
+def test_one_process_writes_a_run(tmp_path):
+    read(tmp_path)
+    first = child(tmp_path, "teacher", "wait-start")
+    wait_for(tmp_path / "waiting")
+    second = child(tmp_path)
+    _, error = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert error == f"lightcap: process {first.pid} is writing this run now; wait for it, or run elsewhere with --out DIR\n"
+    (tmp_path / "go").touch()
+    output, _ = first.communicate(timeout=60)
+    assert json.loads(output) == NAMES
+
+
+def test_two_runs_make_a_shared_artifact_once(tmp_path):
+    read(tmp_path)
+    first = child(tmp_path, "teacher", "wait-start")
+    wait_for(tmp_path / "waiting")
+    second = child(tmp_path, out="runs/other")
+    for line in second.stderr:
+        if "waiting" in line:
+            assert line == f"[1/5] teacher: process {first.pid} is making it; waiting\n"
+            break
+    (tmp_path / "go").touch()
+    output, _ = first.communicate(timeout=60)
+    rest = second.communicate(timeout=60)[1]
+    assert json.loads(output) == NAMES and second.returncode == 0
+    assert "[1/5] teacher: cached" in rest
+    rows = [ledger.read(tmp_path / "runs" / name / "ledger.jsonl") for name in ("chain", "other")]
+    assert rows[0] == rows[1]

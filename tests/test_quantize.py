@@ -1,0 +1,165 @@
+import collections
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny_captioner as tiny
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from compress import graphs, runtime
+from compress.config import Quantize
+from compress.context import Progress
+from compress.data import Example
+from compress.errors import ModelError, StageError
+from compress.stages import export, quantize
+from compress.stages.quantize import decoder, encoder, observe
+
+
+def context(output):
+    output.mkdir(parents=True, exist_ok=True)
+    examples = tuple(Example(image_id=str(i), split="train", captions=(tiny.caption(i),)) for i in range(16))
+    data = SimpleNamespace(split=lambda name: SimpleNamespace(examples=examples) if name == "train" else None,
+                           image=lambda example: tiny.pictures(16)[int(example.image_id)])
+    return SimpleNamespace(data=data, seed=17, output=output, progress=Progress(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.build(tiny.PRUNED, steps=120)
+
+
+@pytest.fixture(scope="module")
+def parent(model, tmp_path_factory):
+    return tiny.artifact(model, tmp_path_factory.mktemp("quantize") / "float")
+
+
+@pytest.fixture(scope="module")
+def folder(parent):
+    """The quantized artifact."""
+    where = context(parent.path.parent / "int8")
+    quantize.run(parent, Quantize(calibration_images=12), where)
+    return where.output
+
+
+@pytest.fixture(scope="module")
+def captioner(folder):
+    return runtime.Captioner(folder, threads=1)
+
+
+def optimized(path, scratch):
+    """What ONNX Runtime really runs: operators of its optimized graph, counted, and that graph."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(scratch / path.name), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(scratch / path.name).graph
+    return collections.Counter(node.op_type for node in graph.node), graph
+
+
+def test_every_convolution_addition_and_pooling_of_the_encoder_is_an_integer_kernel(folder, tmp_path):
+    kinds, _ = optimized(folder / "encoder.onnx", tmp_path)
+    assert kinds["QLinearConv"] == 11 and kinds["QLinearAdd"] == 3 and kinds["QLinearAveragePool"] == 3
+    assert not kinds.keys() & {"Conv", "FusedConv", "Add", "AveragePool", "Relu", "Clip"}
+    assert kinds["QuantizeLinear"] == kinds["DequantizeLinear"] == 1
+
+
+def test_every_product_against_a_weight_of_the_decoder_is_an_integer_kernel(model, folder, tmp_path):
+    kinds, graph = optimized(folder / "decoder.onnx", tmp_path)
+    # The grid's projection, six of each layer, one of each head, the vocabulary.
+    assert kinds["MatMulInteger"] + kinds["MatMulIntegerToFloat"] == 1 + 6 * 2 + 2 + 1
+    assert not kinds["Gemm"] and not kinds["DequantizeLinear"]
+    weights = {tensor.name for tensor in graph.initializer}
+    assert not [node for node in graph.node if node.op_type in ("MatMul", "FusedMatMul") and weights.intersection(node.input)]
+    words = [tensor for tensor in graph.initializer if model.config.vocabulary in tensor.dims and len(tensor.dims) == 2]
+    assert [tensor.data_type for tensor in words] == [TensorProto.INT8]
+
+
+def test_int8_grids_logits_and_captions_are_those_of_float(model, captioner):
+    pixels = tiny.pixels(tiny.pictures(16, seed=5))
+    with torch.no_grad():
+        grid = model.encode(torch.from_numpy(pixels))
+        past = model.prefill(grid)
+        logits, _ = model.step(torch.full((16, 1), captioner.start), 0, past)
+    got = captioner.encode(pixels)
+    cosine = (got * grid.numpy()).sum() / np.linalg.norm(got) / np.linalg.norm(grid)
+    assert 0.99 < cosine
+    scores, _ = captioner.step(np.full(16, captioner.start), 0, captioner.prefill(got))
+    assert np.corrcoef(scores.ravel(), logits.numpy().ravel())[0, 1] > 0.99
+    captions = [text for text, _ in captioner.captions(pixels)]
+    assert sum(text == tiny.caption(index) for index, text in enumerate(captions)) >= 14
+
+
+def test_weights_are_integers_in_at_most_the_promised_share(model, folder):
+    size = graphs.weight_bytes(folder)
+    whole = 4 * sum(p.numel() for part in (model.encoder, model.fusion, model.heads) for p in part.parameters())
+    assert size["integer"] + size["float"] < 0.35 * whole
+    assert size["integer"] > 0.2 * whole
+
+
+def test_the_folder_says_what_it_is_and_names_no_path(parent, folder):
+    values = json.loads((folder / "config.json").read_text())
+    assert values["quantized"] == {"scheme": "static", "weights": "int8", "activations": "uint8", "calibration_images": 12,
+                                   "calibrated_by": "neural-compressor"}
+    assert tiny.Artifact(folder).quantized
+    assert tiny.LightCap.from_pretrained(parent.path).config.to_dict() == {k: v for k, v in values.items() if k != "quantized"} | {
+        "shapes": {name: tuple(shape) for name, shape in values["shapes"].items()}}
+    for path in folder.glob("*.onnx"):
+        for trace in (b"site-packages", b".py", b"activation_post_process", b"fusion."):
+            assert trace not in path.read_bytes()
+
+
+def test_an_export_of_the_quantized_artifact_holds_its_graphs(folder, tmp_path):
+    export.export(tiny.Artifact(folder), tmp_path / "out")
+    assert (tmp_path / "out" / "decoder.onnx").read_bytes() == (folder / "decoder.onnx").read_bytes()
+    assert (tmp_path / "out" / "caption.py").is_file()
+
+
+def test_weights_that_do_not_shrink_fail_by_name(folder, tmp_path):
+    with pytest.raises(StageError, match=r"0\.\d\d of the parent's bytes, more than 0.1; still fp32: .*onnx: \w+ \(\d"):
+        quantize.check_ratio(graphs.weight_bytes(folder), graphs.weight_bytes(folder)["integer"] * 3, 0.1, folder)
+
+
+def test_a_quantized_parent_is_refused(folder, tmp_path):
+    with pytest.raises(ModelError, match="needs a float model"):
+        quantize.run(tiny.Artifact(folder), Quantize(), context(tmp_path / "out"))
+
+
+def test_calibration_captions_see_what_a_step_sees(model):
+    grid = torch.randn(1, 25, 128)
+    captions = [[2, 40, 41, 42, 3], [2, 50, 3], [2, 60, 61, 3]]
+    with torch.no_grad():
+        forced = observe.TeacherForced(model)(*decoder.teacher_forced(grid, captions))[0]
+        expected = []
+        for caption in captions:
+            past = model.prefill(grid)
+            for position, token in enumerate(caption[:-1]):
+                logits, past = model.step(torch.tensor([[token]]), position, past)
+                expected.append(logits[0])
+    torch.testing.assert_close(forced, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_calibration_images_are_the_same_for_the_same_seed():
+    data = SimpleNamespace(examples=list(range(100)))
+    assert quantize.chosen(data, 10, 1) == quantize.chosen(data, 10, 1) != quantize.chosen(data, 10, 2)
+    assert sorted(quantize.chosen(data, 500, 1)) == list(range(100))
+
+
+def test_a_pad_before_a_quantized_convolution_becomes_the_convolutions_own():
+    random = np.random.default_rng(0)
+    weights = {"pads": np.array([0, 0, 0, 1, 0, 0, 1, 2]), "step": np.float32(0.03), "point": np.uint8(120),
+               "weight": random.normal(size=(4, 3, 3, 3)).astype(np.float32)}
+    nodes = [helper.make_node("Pad", ["x", "pads"], ["padded"]), helper.make_node("QuantizeLinear", ["padded", "step", "point"], ["q"]),
+             helper.make_node("DequantizeLinear", ["q", "step", "point"], ["d"]),
+             helper.make_node("Conv", ["d", "weight"], ["y"], strides=[2, 2], pads=[0, 0, 0, 0])]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+                              [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    x = {"x": random.normal(size=(1, 3, 8, 8)).astype(np.float32)}
+    before = onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0]
+    encoder.fold_pads(model.graph)
+    assert [node.op_type for node in model.graph.node] == ["QuantizeLinear", "DequantizeLinear", "Conv"]
+    np.testing.assert_allclose(onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0], before, atol=1e-5)

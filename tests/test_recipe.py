@@ -1,0 +1,254 @@
+"""One parse path: what a recipe comes to, and the one line that each mistake gives."""
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from compress import config, recipe
+from compress.errors import RecipeError
+from compress.recipe import read_recipe
+
+CHAIN = """\
+name: chain
+seed: 3
+data: {train_images: 10}
+student: {preset: tiny, heads: 2}
+stages:
+  - train: {as: teacher, epochs: 2}
+  - train: {as: teacher-2, from: teacher, seed: 18}
+  - train: {as: other, preset: tiny}
+  - distill: {as: student, teachers: [teacher, teacher-2], match: tokens}
+  - vocabulary: {}
+  - prune: {as: pruned, macs: 0.7}
+  - quantize: {as: int8}
+  - export:
+"""
+
+
+def write(folder: Path, text: str, name: str = "chain.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(folder: Path, text: str, *settings: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(write(folder, text), settings)
+    assert caught.value.exit_code == 2
+    message = caught.value.message
+    assert "\n" not in message
+    return message.replace(str(folder) + "/", "")
+
+
+def one_stage(line: str) -> str:
+    return f"stages:\n  - train: {{as: teacher}}\n  - {line}\n"
+
+
+def test_stages_and_what_they_work_on(tmp_path):
+    read = read_recipe(write(tmp_path, CHAIN))
+    assert (read.name, read.seed) == ("chain", 3)
+    assert [(stage.kind, stage.name, stage.parent) for stage in read.stages] == [
+        ("train", "teacher", None),
+        ("train", "teacher-2", "teacher"),
+        ("train", "other", None),  # a preset starts anew
+        ("distill", "student", None),  # a new student
+        ("vocabulary", "vocabulary", "student"),
+        ("prune", "pruned", "vocabulary"),
+        ("quantize", "int8", "pruned"),
+        ("export", "export", "int8"),
+    ]
+    assert read.stages[0].config == config.Train(epochs=2.0)
+    assert read.stages[3].config.teachers == ("teacher", "teacher-2")
+    assert read.stages[3].config.match == ("tokens",)
+    assert isinstance(read.stages[0].config.epochs, float)
+
+
+def test_distill_learns_from_the_stage_before(tmp_path):
+    read = read_recipe(write(tmp_path, one_stage("distill: {}")))
+    assert read.stages[1].config.teachers == ("teacher",)
+    assert read.name == "chain"  # the file's
+
+
+def test_resolved_reads_back_the_same(tmp_path):
+    read = read_recipe(write(tmp_path, CHAIN))
+    again = read_recipe(write(tmp_path, recipe.as_yaml(read), "again.yaml"))
+    assert again == read
+    assert recipe.digest(again) == recipe.digest(read)
+    changed = read_recipe(tmp_path / "chain.yaml", ["pruned.macs=0.5"])
+    assert recipe.digest(changed) != recipe.digest(read)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in recipe.recipes()])
+def test_shipped_recipes_read(name):
+    read = read_recipe(name)
+    assert read.name == name
+    assert [stage.kind for stage in read.stages][-2:] == ["quantize", "export"]
+    assert {"teacher", "student", "pruned", "int8"} <= {stage.name for stage in read.stages}
+    assert dict(recipe.recipes())[name]
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    read = read_recipe(write(tmp_path, "stages: [{train: {learning_rate: 3e-4, epochs: 2}}]"))
+    assert read.stages[0].config.learning_rate == 3e-4
+
+
+# ---- extends
+
+
+def test_extends_merges_mappings_and_replaces_lists(tmp_path):
+    write(tmp_path, CHAIN)
+    child = "extends: chain.yaml\nstudent: {layers: 1}\nstages:\n  - train: {as: teacher}\n"
+    read = read_recipe(write(tmp_path, child, "small.yaml"))
+    assert (read.name, read.seed, len(read.stages)) == ("small", 3, 1)
+    assert (read.student.preset, read.student.heads, read.student.layers) == ("tiny", 2, 1)
+
+
+def test_extends_a_shipped_recipe(tmp_path):
+    read = read_recipe(write(tmp_path, "extends: quickstart\nseed: 5\n", "mine.yaml"))
+    assert (read.name, read.seed) == ("mine", 5)
+    assert read.stages == read_recipe("quickstart").stages
+
+
+def test_extends_in_a_circle(tmp_path):
+    write(tmp_path, "extends: b.yaml\n", "a.yaml")
+    write(tmp_path, "extends: a.yaml\n", "b.yaml")
+    with pytest.raises(RecipeError, match="comes back to a recipe that extends this one"):
+        read_recipe(tmp_path / "a.yaml")
+
+
+def test_extends_what_is_not_there(tmp_path):
+    message = error_of(tmp_path, "seed: 1\nextends: photoss\n")
+    assert message.startswith("chain.yaml:2: recipe 'photoss' is neither a file nor a shipped recipe")
+    assert message.endswith("did you mean 'photos'?")
+
+
+# ---- --set
+
+
+def test_set_by_section_stage_name_and_kind(tmp_path):
+    path = write(tmp_path, CHAIN)
+    settings = ["seed=4", "data.captions=a b.json", "pruned.macs=0.5", "quantize.calibration_images=8", "student.epochs=3"]
+    read = read_recipe(path, [*settings, "student.layers=1", "student.match=[tokens, hidden]"])
+    assert (read.seed, read.data.captions, read.student.layers) == (4, "a b.json", 1)
+    assert read.stages[5].config.macs == 0.5
+    assert read.stages[6].config.calibration_images == 8
+    assert (read.stages[3].config.epochs, read.stages[3].config.match) == (3.0, ("tokens", "hidden"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("train.epochs=2", "3 stages are a 'train'; use the stage's name: teacher, teacher-2, other"),
+        ("prunned.macs=0.5", "no section or stage 'prunned' here"),
+        ("prunned.macs=0.5", "did you mean 'pruned'?"),
+        ("pruned.mac=0.5", "unknown key 'mac' in 'prune'"),
+        ("pruned.macs=1.5", "key 'macs' must be above 0 and below 1, not 1.5"),
+        ("pruned.macs", "write it as NAME.key=value"),
+        ("macs=0.5", "'macs' has no key; write NAME.key=value, seed=N or name=NAME"),
+        ("data.source=!!python/name:os.system", "is not allowed"),
+        ("data.seed=[1", "not valid YAML"),
+        ("scst.epochs=1", "no section or stage 'scst' here"),
+    ],
+)
+def test_wrong_settings(tmp_path, setting, expected):
+    message = error_of(tmp_path, CHAIN, setting)
+    assert message.startswith(f"--set {setting}: ")
+    assert expected in message
+
+
+# ---- one line for each mistake
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sede: 1\nstages: [{train: {}}]", r"chain.yaml:1: unknown key 'sede'; allowed: name, .*; did you mean 'seed'\?"),
+        ("stages:\n  - trian: {}", r"chain.yaml:2: unknown stage 'trian'; allowed: train, .*; did you mean 'train'\?"),
+        ("stages:\n  - train:\n      epoch: 2", r"chain.yaml:3: unknown key 'epoch' in 'train'; .*did you mean 'epochs'\?"),
+        ("stages: [{train: {epochs: many}}]", r"chain.yaml:1: key 'epochs' must be a number, not 'many'"),
+        ("stages: [{train: {batch_images: 2.5}}]", r"key 'batch_images' must be a whole number, not 2.5"),
+        ("stages: [{train: {batch_images: true}}]", r"key 'batch_images' must be a whole number, not True"),
+        ("stages: [{train: {epochs: -1}}]", r"key 'epochs' must be above 0, not -1"),
+        ("stages: [{train: {epochs: .nan}}]", r"key 'epochs' must be above 0, not nan"),
+        ("stages: [{train: {epochs: .inf}}]", r"key 'epochs' must be above 0, not inf"),
+        ("stages: [{train: {epochs: [1]}}]", r"key 'epochs' must be a number, not a list"),
+        ("stages: [{train: {epochs: }}]", r"key 'epochs' has no value"),
+        ("stages: [{train: {encoder: thawed}}]", r"key 'encoder': 'thawed' is not one of frozen, tuned"),
+        ("data: {captions: 12}\nstages: [{train: {}}]", r"chain.yaml:1: key 'captions' must be text, not 12: put it in quotes"),
+        ("data: scenes\nstages: [{train: {}}]", r"chain.yaml:1: key 'data' must be a mapping"),
+        ("data: {source: flickr}\nstages: [{train: {}}]", r"'flickr' is not one of scenes, .*; did you mean 'flickr8k'\?"),
+        ("name: a/b\nstages: [{train: {}}]", r"chain.yaml:1: key 'name' must be a word"),
+        ("seed: 1", r"chain.yaml:1: key 'stages' must be a list with at least one of train, "),
+        ("stages: []", r"key 'stages' must be a list"),
+        ("stages: [train]", r"a stage is one key with its settings"),
+        ("stages: [{train: 3}]", r"the settings of 'train' must be a mapping"),
+        ("stages: [{train: {as: nearest}}]", r"key 'as' must be a word"),
+        ("stages:\n  - train: {}\n  - train: {}", r"chain.yaml:3: a second stage is named 'train'; give it its own 'as: NAME'"),
+        ("stages: [{prune: {macs: 0.5}}]", r"the first stage cannot be 'prune'"),
+        ("stages: [{distill: {}}]", r"'distill' needs a teacher"),
+        (one_stage("prune: {}"), r"chain.yaml:3: 'prune' needs exactly one target"),
+        (one_stage("prune: {macs: 0.5, mb: 3}"), r"'prune' needs exactly one target"),
+        (one_stage("vocabulary: {from: teachr}"), r"'teachr' is not a stage here; earlier stages: teacher; did you mean 'teacher'\?"),
+        (one_stage("train: {from: teacher, preset: tiny}"), r"keys 'from' and 'preset' exclude each other"),
+        (one_stage("distill: {as: s, teachers: [later]}") + "  - train: {as: later}", r"key 'teachers': 'later' comes later"),
+        (one_stage("quantize: {}") + "  - prune: {macs: 0.5}", r"'quantize' is already ONNX graphs \(quantize\), which 'prune' cannot"),
+        ("student: {heads: 3}\n" + one_stage("distill: {teachers: [teacher, teacher]}"), r"2 teachers for 3 heads; give one, or exactly"),
+        ("seed: 1\nseed: 2", r"chain.yaml:2: key 'seed' is written twice"),
+        ("a: [1", r"chain.yaml:1: not valid YAML"),
+        ("- 1", r"chain.yaml:1: a recipe is a mapping"),
+        ("", r"chain.yaml:1: a recipe is a mapping"),
+        ("? [a]\n: 1", r"a key must be one word"),
+        ("seed: 1\n---\nseed: 2", r"not valid YAML"),
+        ("data: &a {<<: *a}", r"chain.yaml:1"),
+    ],
+)
+def test_one_line_says_what_is_wrong(tmp_path, text, expected):
+    assert re.search(expected, error_of(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: !!python/object/apply:os.system [touch ran]",
+        "data: !!python/name:os.system",
+        "data: !import other.yaml",
+        "seed: !!int '3'",
+    ],
+)
+def test_no_tag_runs(tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(r"chain.yaml:1: the tag '.*' is not allowed: a recipe is data only", error_of(tmp_path, text))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_explosions_are_refused(tmp_path):
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    assert "more than 8 aliases" in error_of(tmp_path, "\n".join(levels))
+    assert "nested deeper than 16 levels" in error_of(tmp_path, "[" * 5000 + "]" * 5000)
+    assert "an alias that contains itself" in error_of(tmp_path, "seed: &a [*a, *a]")
+    assert "too large for a recipe" in error_of(tmp_path, "#" * 300_000)
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="neither a file nor a shipped recipe.*did you mean 'quickstart'"):
+        read_recipe("quikstart")
+    with pytest.raises(RecipeError, match="is a folder"):
+        read_recipe(tmp_path)
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="is not UTF-8"):
+        read_recipe(tmp_path / "x.yaml")
+
+
+def test_every_number_has_a_range_and_every_choice_a_key():
+    types = {"data": config.Data, "student": config.Student, **config.STAGES}
+    for section, type_ in types.items():
+        for name, hint in typing.get_type_hints(type_).items():
+            if {int, float} & {hint, *typing.get_args(hint)}:
+                assert name in config.RANGES, (section, name)
+    fields = {(section, field.name) for section, type_ in types.items() for field in dataclasses.fields(type_)}
+    for key in config.CHOICES:
+        assert key in fields or key[0] in {name for _, name in fields}, key

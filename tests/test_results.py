@@ -1,0 +1,75 @@
+"""Candidates matched with references, and what is wrong with either."""
+
+import json
+
+import pytest
+
+from compress import results
+from compress.errors import DataError
+
+COCO = {
+    "images": [{"id": 7}, {"id": 8}],
+    "annotations": [
+        {"image_id": 8, "caption": "a dog"},
+        {"image_id": 7, "caption": "a cat"},
+        {"image_id": 8, "caption": "the dog"},
+    ],
+}
+KARPATHY = {
+    "images": [
+        {"filename": "a.jpg", "imgid": 0, "split": "train", "sentences": [{"raw": "a tree"}]},
+        {"filename": "b.jpg", "imgid": 1, "split": "val", "sentences": [{"raw": "a car"}, {"raw": "one car"}]},
+        {"filename": "c.jpg", "imgid": 2, "split": "val", "sentences": [{"raw": "a bus"}]},
+    ]
+}
+
+
+def pair(tmp_path, candidates, references):
+    paths = tmp_path / "candidates.json", tmp_path / "references.json"
+    for path, value in zip(paths, (candidates, references), strict=True):
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return paths
+
+
+def said(**captions):
+    return [{"image_id": name, "caption": text} for name, text in captions.items()]
+
+
+def test_coco(tmp_path):
+    entries = [{"image_id": 7, "caption": "cat"}, {"image_id": 8, "caption": "dog"}]
+    assert results.read(*pair(tmp_path, entries, COCO)) == (["dog", "cat"], [["a dog", "the dog"], ["a cat"]])
+
+
+@pytest.mark.parametrize("names", [("b.jpg", "c.jpg"), (1, 2)])
+def test_karpathy_by_file_name_or_number_within_the_split(tmp_path, names):
+    entries = [{"image_id": name, "caption": f"said {name}"} for name in names]
+    written, wanted = results.read(*pair(tmp_path, entries, KARPATHY))
+    assert written == [f"said {name}" for name in names]
+    assert wanted == [["a car", "one car"], ["a bus"]]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "references", "expected"),
+    [
+        (said(**{"b.jpg": "x"}), KARPATHY, "no caption for image_id c.jpg of .*\\(1 such ids\\)"),
+        (said(**{"b.jpg": "x", "c.jpeg": "x"}), KARPATHY, "image_id c.jpeg is not in .*did you mean 'c.jpg'"),
+        ([{"image_id": 7, "caption": "x"}] * 2, COCO, "image_id 7 has two captions"),
+        ([{"image_id": 7}], COCO, "entry 0 is not"),
+        ([], COCO, "a results file is a list"),
+        ({}, COCO, "a results file is a list"),
+        ("{", COCO, "candidates.json: is not JSON"),
+        (said(a="x"), {"annotations": []}, "holds no reference caption"),
+        (said(a="x"), {"annotations": [{"caption": "x"}]}, "an entry lacks 'image_id'"),
+        (said(a="x"), [], "is neither COCO JSON"),
+    ],
+)
+def test_one_line_says_what_is_wrong(tmp_path, candidates, references, expected):
+    with pytest.raises(DataError, match=expected) as caught:
+        results.read(*pair(tmp_path, candidates, references))
+    assert caught.value.exit_code == 2 and "\n" not in caught.value.message
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    candidates, references = pair(tmp_path, said(a="x"), COCO)
+    with pytest.raises(DataError, match="did you mean 'references.json'"):
+        results.read(candidates, tmp_path / "reference.json")

@@ -1,0 +1,175 @@
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_captioner as tiny
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, functional
+
+from compress import runtime
+from compress.decode import Special, beam_search
+from students.lightcap.tokenizer import decode_caption
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.exported(tmp_path_factory.getbasetemp() / "exported")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.exported(tmp_path_factory.getbasetemp() / "exported")[1]
+
+
+@pytest.fixture(scope="module")
+def captioner(folder):
+    return runtime.Captioner(folder, threads=1)
+
+
+def photo(mode="RGB", size=(40, 30)):
+    noise = np.random.default_rng(3).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def test_pixels_equal_torchvisions_squash_and_normalisation():
+    image = photo(size=(90, 61))
+    squashed = functional.resize(image, [80, 80], InterpolationMode.BICUBIC)
+    expected = functional.normalize(functional.to_tensor(squashed), tiny.SETTINGS["mean"], tiny.SETTINGS["std"])
+    got = runtime.pixels(image, tiny.SETTINGS)
+    assert got.shape == (3, 80, 80) and got.dtype == np.float32 and got.flags.c_contiguous
+    np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(runtime.pixels(np.asarray(image), tiny.SETTINGS), got)
+
+
+def test_an_array_of_the_right_size_is_not_resampled():
+    image = tiny.pictures(1)[0]
+    mean, std = (np.array(tiny.SETTINGS[key])[:, None, None] for key in ("mean", "std"))
+    back = runtime.pixels(image, tiny.SETTINGS) * std + mean
+    np.testing.assert_array_equal((back * 255).round().astype(np.uint8), image.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
+def test_images_of_every_mode_become_rgb(mode):
+    image = photo("L").convert("I").point(lambda v: v * 257).convert("I;16") if mode == "I;16" else photo(mode)
+    array = runtime.rgb(image)
+    assert array.shape == (30, 40, 3) and array.dtype == np.uint8
+    if mode in ("L", "I;16"):
+        np.testing.assert_array_equal(array[..., 0], np.asarray(photo("L")))
+
+
+def test_what_is_transparent_becomes_white():
+    assert (runtime.rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 0))) == 255).all()
+
+
+def test_a_file_is_turned_upright(tmp_path):
+    image = photo()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(runtime.open_image(tmp_path / "turned.png"), np.rot90(np.asarray(image), -1))
+
+
+def test_images_and_settings_that_cannot_be_used_are_refused_in_one_line(tmp_path):
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
+    for path, words in ((tmp_path / "torn.jpg", "not a readable image"), (tmp_path / "none.jpg", "no such image")):
+        with pytest.raises(ValueError, match=words) as caught:
+            runtime.open_image(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="crop"):
+        runtime.pixels(tiny.pictures(1)[0], tiny.SETTINGS | {"resize": "crop"})
+    with pytest.raises(ValueError, match=r"\(80, 80\)"):
+        runtime.pixels(tiny.pictures(1)[0][..., 0], tiny.SETTINGS)
+
+
+@pytest.mark.parametrize("beam", [1, 2, 5])
+@pytest.mark.parametrize("max_tokens", [4, 12])
+def test_the_search_equals_pytorchs(model, captioner, beam, max_tokens):
+    grid = torch.randn(6, 25, 128, generator=torch.Generator().manual_seed(beam))
+    expected = beam_search(model, grid, Special.of(captioner.tokenizer), beam=beam, max_tokens=max_tokens)
+    got = captioner.decode(grid.numpy(), beam=beam, max_tokens=max_tokens)
+    assert [text for text, _ in got] == [decode_caption(captioner.tokenizer, found.tokens) for found in expected]
+    np.testing.assert_allclose([logprob for _, logprob in got], [found.logprob for found in expected], atol=1e-3)
+    assert len({text for text, _ in got}) > 1
+
+
+class Table(runtime.Captioner):
+    """A captioner whose next-piece scores are a table by position and last piece: 0 [PAD], 1 [CLS], 2 [SEP], then words."""
+
+    def __init__(self, logits):
+        self.logits, self.start, self.end, self.never = logits, 1, 2, [0, 1]
+
+    def prefill(self, grid):
+        return [grid]
+
+    def step(self, tokens, position, past):
+        return self.logits[position, tokens], past
+
+
+def test_a_wide_beam_finds_the_best_of_all_captions():
+    for seed in range(5):
+        logits = np.random.default_rng(seed).normal(0, 2, (3, 6, 6)).astype(np.float32)
+        logs = torch.from_numpy(logits).log_softmax(-1).numpy()
+        scored = []
+        for length in range(4):
+            for words in itertools.product((3, 4, 5), repeat=length):
+                ids = [1, *words] if length == 3 else [1, *words, 2]
+                total = sum(logs[position, a, b] for position, (a, b) in enumerate(itertools.pairwise(ids)))
+                scored.append((total / (len(ids) - 1), total, list(words)))
+        _, total, words = max(scored)
+        ((found, logprob),) = Table(logits).search(np.zeros((1, 1)), beam=100, max_tokens=3)
+        assert found == words
+        assert logprob == pytest.approx(total, abs=1e-5)
+
+
+def test_equal_scores_go_to_the_lower_piece():
+    ((found, _),) = Table(np.zeros((2, 6, 6), np.float32)).search(np.zeros((1, 1)), beam=1, max_tokens=2)
+    assert found == []  # [SEP] is the lowest piece that may come
+    logits = np.zeros((2, 6, 6), np.float32)
+    logits[:, :, 2] = -1
+    ((found, _),) = Table(logits).search(np.zeros((1, 1)), beam=1, max_tokens=2)
+    assert found == [3, 3]
+
+
+def test_captions_take_files_arrays_and_pixels(captioner, tmp_path):
+    pictures = tiny.pictures(3)
+    Image.fromarray(pictures[0]).save(tmp_path / "0.png")
+    expected = captioner.captions(tiny.pixels(pictures))
+    got = captioner.captions([tmp_path / "0.png", Image.fromarray(pictures[1]), pictures[2]])
+    assert [text for text, _ in got] == [text for text, _ in expected]
+    np.testing.assert_allclose([score for _, score in got], [score for _, score in expected], atol=1e-4)
+
+
+def script(folder, *arguments):
+    return subprocess.run([sys.executable, folder / "caption.py", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_script_goes_on_after_an_unreadable_photo_and_exits_1(folder, captioner, tmp_path):
+    photo().save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no")
+    done = script(folder, tmp_path / "bad.png", tmp_path / "good.png")
+    assert done.returncode == 1
+    assert done.stdout == f"{tmp_path / 'good.png'}\t{captioner.caption(tmp_path / 'good.png')[0]}\n"
+    assert done.stderr.startswith("caption.py: ") and done.stderr.count("\n") == 1
+    done = script(folder, "--json", tmp_path / "bad.png")
+    assert done.returncode == 1 and set(json.loads(done.stdout)[0]) == {"image", "error"}
+
+
+def test_the_script_without_its_files_or_with_wrong_arguments_exits_2(folder, tmp_path):
+    (tmp_path / "caption.py").write_bytes((folder / "caption.py").read_bytes())
+    done = script(tmp_path, "x.png")
+    assert done.returncode == 2 and "config.json" in done.stderr and done.stderr.count("\n") == 1
+    assert script(folder, "--beam", "0", "x.png").returncode == 2
+    assert script(folder).returncode == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "encoder.onnx"])
+def test_a_damaged_folder_is_refused_by_name(folder, tmp_path, name):
+    for file in runtime.FILES:
+        (tmp_path / file).write_bytes((folder / file).read_bytes()[: 40 if file == name else None])
+    with pytest.raises(ValueError, match=name) as caught:
+        runtime.Captioner(tmp_path, threads=1)
+    assert "\n" not in str(caught.value)
