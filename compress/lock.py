@@ -38,14 +38,17 @@ LIBRARIES = {  # top-level import name: distribution
 }
 
 
+DECLARATIONS = "compress.config"  # what it declares reaches a stage as its resolved settings, which the lock holds
+
+
 def parts(
     recipe: Recipe, stage: Stage, locks: Mapping[str, str], fingerprint: str, threads: int, root: Path = ROOT
 ) -> dict:
     """What the lock of `stage` is over. `locks` holds those of the earlier stages by name."""
     settings = next(dict(entry[stage.kind]) for entry in resolved(recipe)["stages"] if _is(entry, stage))
-    for key in ("as", "from", "teachers"):
+    for key in ("as", "from", "teachers", "max_drop_cider"):  # a gate judges an artifact, it does not make it
         settings.pop(key, None)
-    sources, libraries = imported((f"compress.stages.{stage.kind}", "compress.evaluate"), root)
+    sources, libraries = imported((f"compress.stages.{stage.kind}",), root)
     return {
         "kind": stage.kind,
         "settings": settings,
@@ -64,6 +67,13 @@ def baseline_parts(first: str, fingerprint: str, threads: int, root: Path = ROOT
     """What the lock of the `nearest` row is over: the first stage's lock names the encoder."""
     sources, libraries = imported(("compress.evaluate",), root)
     named = {"kind": "baseline", "first": first, "data": fingerprint}
+    return named | {"sources": sources, "versions": versions(libraries), "threads": threads}
+
+
+def measure_parts(recipe: Recipe, against: Sequence[str], fingerprint: str, threads: int, root: Path = ROOT) -> dict:
+    """What a ledger row's numbers are over, beside the artifact itself: another way of measuring measures again and trains nothing."""
+    sources, libraries = imported(("compress.evaluate",), root)
+    named = {"split": recipe.data.val_split, "against": list(against), "data": fingerprint}
     return named | {"sources": sources, "versions": versions(libraries), "threads": threads}
 
 
@@ -96,6 +106,8 @@ def imported(starts: Sequence[str], root: Path = ROOT) -> tuple[dict[str, str], 
         if module in sources or top not in PACKAGES:
             continue
         file = _file(module, root)
+        if module == DECLARATIONS:
+            continue
         if file is None:  # a name inside a module, such as compress.errors.DataError
             continue
         text = file.read_bytes()

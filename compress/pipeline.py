@@ -177,11 +177,12 @@ def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts
         run_.progress.log(f"{label}: process {process} is making it; waiting")
 
     built = False
-    if not _finished(target):
+    wanted = _measuring(run_, stage, artifacts)
+    if not _finished(target, wanted):
         with _only_writer(run_.cache / f"{name}.writer", wait):
-            if not _finished(target):
-                run_.progress.log(f"{label}: {stage.kind}")
-                _build(run_, stage, lock_parts, target, artifacts)
+            if not _finished(target, wanted):
+                run_.progress.log(f"{label}: {stage.kind}" + (", measured anew" if _finished(target) else ""))
+                _build(run_, stage, lock_parts, target, artifacts, wanted)
                 built = True
     if not built:
         run_.progress.log(f"{label}: cached")
@@ -190,15 +191,25 @@ def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts
     return ledger.row(measured | {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name}), built
 
 
-def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Mapping) -> None:
-    """Makes, measures and describes one artifact, then gives it its name: `target` is whole or absent."""
-    if target.exists():  # without metrics.json it was never finished under this name
+def _measuring(run_: _Run, stage: Stage, artifacts: Mapping) -> str:
+    """The digest of how this stage's row is measured, and against which artifact."""
+    names = [stage.parent] if stage.parent else list(getattr(stage.config, "teachers", ()))[:1]
+    against = [artifacts[name].path.name for name in names]
+    return lock.digest(lock.measure_parts(run_.recipe, against, run_.data.fingerprint, thread_count()))
+
+
+def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Mapping, measuring: str) -> None:
+    """Makes, measures and describes one artifact, then gives it its name: `target` is whole or absent. A finished one whose numbers
+    were measured otherwise than by `measuring` is only measured again, where it stands."""
+    began = time.time()
+    earlier = Artifact(target).row() if _finished(target) else None
+    if earlier is None and target.exists():  # without metrics.json it was never finished under this name
         shutil.rmtree(target)
     work = target.with_name(f"{target.name}.work")
-    state, model = work / "state", work / "model"
-    state.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    before = _seconds_before(work, began)
+    state, model = work / "state", target if earlier else work / "model"
+    if earlier is None:
+        state.mkdir(parents=True, exist_ok=True)
+        before = _seconds_before(work, began)
     teachers = tuple(artifacts[name] for name in getattr(stage.config, "teachers", ()))
     seed = getattr(stage.config, "seed", None)
     context = Context(
@@ -225,21 +236,24 @@ def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: 
             measured = run_.evaluator().baseline(parent, context)
         else:
             measured = run_.evaluator().measure(Artifact(model), parent, context, teachers)
-        # ru_maxrss is the most that this process has held since it began (KiB on Linux): an upper bound for the stage.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if earlier:
+            cost = {key: earlier[key] for key in ("peak_mb", "seconds")}
+        else:
+            # ru_maxrss is the most that this process has held since it began (KiB on Linux): an upper bound for the stage.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            cost = {"peak_mb": round(peak, 1), "seconds": round(before + time.time() - began, 2)}
         row = ledger.row(
-            dict(measured)
-            | {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name}
-            | {"peak_mb": round(peak, 1), "seconds": round(before + time.time() - began, 2)}
-        )
-        artifact.write_json(
-            model / "lock.json",
-            {"lock": target.name, "train_images": run_.data.splits().get("train", 0), "parts": lock_parts},
+            dict(measured) | {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name} | cost
         )
         artifact.write_text(model / "README.md", card.text(run_.recipe, stage, row))
         artifact.write_json(model / "metrics.json", row)
-        os.rename(model, target)
-    shutil.rmtree(work)
+        images = run_.data.splits().get("train", 0)
+        artifact.write_json(
+            model / "lock.json", {"lock": target.name, "measured": measuring, "train_images": images, "parts": lock_parts}
+        )
+        if earlier is None:
+            os.rename(model, target)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _seconds_before(work: Path, now: float) -> float:
@@ -313,8 +327,11 @@ def _load(wanted: Recipe, cache: Path):
     return data.load(wanted.data, cache)
 
 
-def _finished(folder: Path) -> bool:
-    return (folder / "metrics.json").is_file() and (folder / "lock.json").is_file()
+def _finished(folder: Path, measuring: str | None = None) -> bool:
+    """Whether the artifact is whole, and, where `measuring` is given, whether its numbers were measured in that way."""
+    if not ((folder / "metrics.json").is_file() and (folder / "lock.json").is_file()):
+        return False
+    return measuring is None or json.loads((folder / "lock.json").read_text(encoding="utf-8")).get("measured") == measuring
 
 
 def _passes(config) -> float:

@@ -131,7 +131,7 @@ class CiderD:
         hit = np.flatnonzero(self._key[at] == wanted) if len(self._key) else at[:0]
         ours, theirs = weight[entry[hit]], self._weight[at[hit]]
         dot = np.bincount(pair[hit] * self.n + order[entry[hit]], np.minimum(ours, theirs) * theirs, minlength=pairs * self.n)
-        dot = dot.reshape(pairs, self.n)
+        dot = dot.reshape(pairs, self.n).astype(np.float64)
 
         scale = norm[candidate] * self._norm[reference]
         delta = (length[candidate] - self._length[reference]).astype(np.float64)

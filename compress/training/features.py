@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from compress import runtime
 from compress.context import Progress
 from compress.data import CaptionSet
 from compress.training.store import found, stored
@@ -34,7 +34,7 @@ def pixels(data: CaptionSet, settings: dict, cache: Path, progress: Progress) ->
 
     def fill(start: int, stop: int) -> np.ndarray:
         with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
-            pictures = pool.map(lambda example: runtime.squash(data.image(example), settings), data.examples[start:stop])
+            pictures = pool.map(lambda example: squash(data.image(example), settings), data.examples[start:stop])
             return np.stack(list(pictures))
 
     count = len(data.examples)
@@ -63,6 +63,15 @@ def grids(model: LightCap, data: CaptionSet, settings: dict, cache: Path, progre
 
     with progress.task("features", len(data.examples)) as task:
         return stored(cache / "grids", key, shape, "float16", ROWS, fill, task.advance)
+
+
+def squash(picture: np.ndarray, settings: dict) -> np.ndarray:
+    """(H, W, 3) uint8 -> (S, S, 3) uint8, as `compress.runtime.squash` does on the device (a test holds the two together; importing it
+    here would train everything anew whenever the device's program changes)."""
+    size = settings["image_size"]
+    if picture.shape[:2] == (size, size):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def normalised(pictures: np.ndarray, settings: dict, where: torch.device) -> Tensor:

@@ -28,7 +28,8 @@ def new_captioner(
     try:
         tokenizer = load_tokenizer(student.tokenizer or "english")
         torch.manual_seed(seed)
-        config = preset(name, encoder=student.encoder, image_size=image_size, dropout=dropout, vocabulary=len(pieces_of(tokenizer)), **sizes)
+        shared = {"encoder": student.encoder, "image_size": image_size, "vocabulary": len(pieces_of(tokenizer))}
+        config = preset(name, dropout=dropout, **shared, **sizes)
         model = LightCap(config)
         load_encoder(model.encoder, config.encoder, student.encoder_weights)
         if fusion_weights:

@@ -57,7 +57,7 @@ class LightCapConfig:
         return LightCapConfig(**values)
 
 
-# Sizes of the fusion and the heads. The encoder and the tokenizer belong to a recipe's `student` section, since teacher and student share them.
+# Sizes of fusion and heads. Encoder and tokenizer belong to a recipe's `student` section: teacher and student share them.
 PRESETS: dict[str, dict] = {
     # The paper's student: CLIP RN50, TinyBERT-4L, three parallel heads.
     "lightcap": {"layers": 4, "hidden": 312, "attention_heads": 12, "ffn": 1200, "heads": 3, "modulator": 39, "concepts": 20,
