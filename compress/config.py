@@ -67,6 +67,7 @@ class Train(Optimisation):
     fusion_weights: str | None = None
     encoder: str = "frozen"
     encoder_learning_rate: float = 1e-3
+    word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,7 @@ RANGES = {
     "temperature": ABOVE_ZERO,
     "top_k": COUNT,
     "token_weight": NOT_NEGATIVE,
+    "word_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,
     "attention_weight": NOT_NEGATIVE,
     "min_count": COUNT,

@@ -23,22 +23,25 @@ class Task:
     """One piece of work of `total` units. Call `advance` as units are done."""
 
     def __init__(self, label: str, total: float | None, show) -> None:
-        self.label, self.total, self.done = label, total, 0.0
+        self.label, self.total, self.done, self.note = label, total, 0.0, ""
         self.started = time.monotonic()
         self._show = show
 
-    def advance(self, units: float = 1) -> None:
+    def advance(self, units: float = 1, note: str = "") -> None:
+        """`note`, such as a loss, stands at the end of the line until the next one."""
         self.done += units
+        self.note = note or self.note
         self._show(self)
 
     def line(self) -> str:
         """`student: 1200/3000, 85.1/s, 21 s left`"""
         seconds = max(time.monotonic() - self.started, 1e-9)
         rate = self.done / seconds
+        note = f", {self.note}" if self.note else ""
         if self.total is None:
-            return f"{self.label}: {self.done:g}, {rate:.3g}/s"
+            return f"{self.label}: {self.done:g}, {rate:.3g}/s{note}"
         left = f", {_duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
-        return f"{self.label}: {self.done:g}/{self.total:g}, {rate:.3g}/s{left}"
+        return f"{self.label}: {self.done:g}/{self.total:g}, {rate:.3g}/s{left}{note}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Progress:
 
         def show(task: Task) -> None:
             rate = task.done / max(time.monotonic() - task.started, 1e-9)
-            bars.update(number, completed=task.done, rate=f"{rate:.3g}/s")
+            bars.update(number, completed=task.done, rate=f"{rate:.3g}/s {task.note}")
 
         task = Task(label, total, show)
         try:

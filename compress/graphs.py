@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -112,6 +114,18 @@ def add_initializer(graph: GraphProto, name: str, value: np.ndarray) -> str:
 
 def attribute(node: NodeProto, name: str, default=None):
     return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
+
+
+def kernels(path: Path) -> Counter[str]:
+    """Operators of the graph that ONNX Runtime makes of `path` on this processor, counted: what really runs, after its fusions."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as scratch:
+        options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def weight_bytes(folder: str | Path) -> dict[str, int]:

@@ -77,6 +77,18 @@ def test_every_product_against_a_weight_of_the_decoder_is_an_integer_kernel(mode
     assert [tensor.data_type for tensor in words] == [TensorProto.INT8]
 
 
+def test_the_summary_counts_what_onnx_runtime_runs(folder):
+    encoding, decoding = (graphs.kernels(folder / name) for name in ("encoder.onnx", "decoder.onnx"))
+    assert quantize.summary(encoding, decoding) == "int8 kernels: 11 of 11 convolutions, 16 of 16 linear layers"
+    assert quantize.summary(encoding + collections.Counter(FusedConv=2), decoding).startswith("int8 kernels: 11 of 13 convolutions")
+
+
+def test_a_weight_without_scales_fails_by_name(model):
+    graph = export.decoder_graph(model).graph
+    with pytest.raises(StageError, match="no scales for .*layers.1.up.weight"):
+        decoder.make_integer(graph, {})
+
+
 def test_int8_grids_logits_and_captions_are_those_of_float(model, captioner):
     pixels = tiny.pixels(tiny.pictures(16, seed=5))
     with torch.no_grad():

@@ -24,7 +24,7 @@ from students.lightcap import LightCap
 from students.lightcap.fusion import PREFIX_POSITION
 
 OPSET = 20
-REQUIREMENTS = "numpy>=1.26\nonnxruntime>=1.20\npillow>=11.3\ntokenizers>=0.20\n"
+REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"
 SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 
 

@@ -14,6 +14,7 @@ from compress.training.features import device
 from compress.training.loop import Group, fit, precision
 from compress.training.losses import caption_loss
 from compress.training.start import new_captioner, read_captioner, write_captioner
+from compress.training.words import Words
 
 
 def run(parent: Artifact | None, config: Train, context: Context) -> None:
@@ -34,6 +35,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     where = device()
     model.to(where).train()
     model.encoder.to(memory_format=torch.channels_last).train(tuned).requires_grad_(tuned)
+    words = Words(model.config.channels, len(data.keep)).to(where) if tuned and config.word_weight else None
     batch_of = data.batches(config.batch_images, seed)
 
     def loss_of(step: int) -> Tensor:
@@ -44,14 +46,19 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
             real = batch.targets != IGNORED
             logits = model.heads(states[real], model.word)
             loss = caption_loss(logits.float(), batch.targets[real], config.label_smoothing)
+            if words is not None:
+                loss = loss + config.word_weight * words.loss(grid.float(), batch.targets)
         return loss
 
     fusion = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
     groups = [Group(fusion, config.learning_rate)]
     if tuned:
-        groups.append(Group(list(model.encoder.parameters()), config.encoder_learning_rate))
+        encoder = [*model.encoder.parameters(), *(words.parameters() if words is not None else ())]
+        groups.append(Group(encoder, config.encoder_learning_rate))
     steps = data.steps(config.epochs, config.batch_images)
     trained = torch.nn.ModuleDict({"fusion": model.fusion, "heads": model.heads, **({"encoder": model.encoder} if tuned else {})})
+    if words is not None:
+        trained["words"] = words
     if model.modulator is not None:
         trained["modulator"] = model.modulator
     fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)

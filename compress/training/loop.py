@@ -18,6 +18,7 @@ from compress.context import Progress
 from compress.errors import StageError
 
 SAVE_SECONDS = 20.0
+NOTE_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def fit(
             loss.backward()
             torch.nn.utils.clip_grad_norm_([p for g in groups for p in g.parameters], config.clip_norm, foreach=True)
             optimizer.step()
-            task.advance(1)
+            task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
             if time.monotonic() - saved > SAVE_SECONDS:
                 save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()

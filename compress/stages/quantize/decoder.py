@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from compress import graphs
+from compress.errors import StageError
 from compress.stages import export
 from compress.stages.quantize import observe
 from compress.stages.quantize.observe import Scales
@@ -25,7 +26,7 @@ LONGEST = 4096  # tokens of all captions of one calibration image
 
 
 def quantized_decoder(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]]) -> ModelProto:
-    """`samples`: an image's grid (1, G, C) and its captions as ids with [CLS] and [SEP]. ValueError where a weight got no scales."""
+    """`samples`: an image's grid (1, G, C) and its captions as ids with [CLS] and [SEP]. StageError where a weight got no scales."""
     proto = export.decoder_graph(model)
     make_integer(proto.graph, calibrate(model, samples))
     return proto
@@ -64,11 +65,11 @@ def graph_name(name: str) -> str:
 
 
 def make_integer(graph: GraphProto, scales: dict[str, Scales]) -> None:
-    """Every MatMul against an initializer, in place. ValueError naming the initializers that have no scales."""
+    """Every MatMul against an initializer, in place. StageError naming the initializers that have no scales."""
     weights = graphs.initializers(graph)
     products = [node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
     if missing := [name for name in products if name not in scales]:
-        raise ValueError(f"calibration gave no scales for {', '.join(missing)}")
+        raise StageError(f"calibration gave no scales for {', '.join(missing)}")
     nodes: list[NodeProto] = []
     quantized: dict[tuple[str, float, int], tuple[str, str]] = {}
     for node in graph.node:
@@ -80,7 +81,7 @@ def make_integer(graph: GraphProto, scales: dict[str, Scales]) -> None:
         elif node.op_type == "Gather" and graphs.attribute(node, "axis", 0) == 1:
             nodes += integer_lookup(node)
         else:
-            raise ValueError(f"the weight {name} is read by {node.op_type}, which has no integer form here")
+            raise StageError(f"the weight {name} is read by {node.op_type}, which has no integer form here")
     for name in scales.keys() & weights.keys():
         store_integer(graph, weights[name], scales[name])
     graphs.replace_nodes(graph, nodes)
