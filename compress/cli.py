@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from compress import __version__
-from compress.errors import LightcapError, ModelError, UsageError, expected, nearest
+from compress.errors import LightcapError, UsageError, expected, nearest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -289,7 +289,7 @@ def eval_command(model: str, captions: str, images: str, split: str, beam: int, 
     chosen = artifact.resolve(model)
     source = guess(Path(captions)) or "karpathy"  # whose reader says what is wrong with the file
     with _quietly():
-        wanted = data.load(config.Data(source=source, captions=captions, images=images, val_split=split)).split(split)
+        wanted = data.load(config.Data(source=source, captions=captions, images=images, val_split=split), only=split)
         from compress import evaluate
 
         scores = _scores(evaluate.evaluate(chosen, wanted, beam, Progress()))
@@ -341,12 +341,10 @@ def export_command(model: str, out: Path, as_json: bool) -> None:
     from compress import artifact
 
     chosen = artifact.resolve(model)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} is there already; remove it or name another folder")
-    with _quietly():
+    with artifact.writing(out) as folder, _quietly():
         from compress.stages import export
 
-        export.export(chosen, out)
+        export.export(chosen, folder)
     made = artifact.Artifact(out)
     value = {"out": str(out), "bytes": made.bytes(), "digest": made.digest(), "files": sorted(path.name for path in out.iterdir())}
     _answer(as_json, value, lambda: f"{out}: {value['bytes'] / 1e6:.2f} MB; try: python {out / 'caption.py'} PHOTO")

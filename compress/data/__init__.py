@@ -12,7 +12,7 @@ from compress.errors import DataError, nearest
 __all__ = ["CaptionSet", "Example", "SOURCES", "UnreadableImage", "load"]
 
 
-def load(data, cache: Path | None = None) -> CaptionSet:
+def load(data, cache: Path | None = None, only: str | None = None) -> CaptionSet:
     """The caption set that `data` (`compress.config.Data`) names; relative paths start at the current folder.
 
     Of `train` and of `data.val_split`, `train_images` and `val_images` take the first N of a shuffle seeded by
@@ -25,10 +25,10 @@ def load(data, cache: Path | None = None) -> CaptionSet:
         raise DataError(
             f"data.source is '{data.source}'; there are: {', '.join(SOURCES)}{nearest(data.source, SOURCES)}"
         )
-    return SOURCES[data.source](data, cache)
+    return SOURCES[data.source](data, cache, only)
 
 
-def _photos(read, data, cache: Path | None) -> CaptionSet:
+def _photos(read, data, cache: Path | None, only: str | None) -> CaptionSet:
     if data.image_size is not None:
         raise DataError(
             f"data.image_size is for source 'scenes'; source '{data.source}' keeps its images as they are: remove it"
@@ -39,17 +39,20 @@ def _photos(read, data, cache: Path | None) -> CaptionSet:
         )
     name, examples, contents = read(data)
     check(examples, name)
+    if only is not None:
+        examples = CaptionSet(tuple(examples), "", name).split(only).examples
     examples = limited(examples, {data.val_split: data.val_images} | {"train": data.train_images}, data.seed)
     return photos.readable(data.source, name, examples, contents, data.max_unreadable, cache)
 
 
-def _scenes(data, cache: Path | None) -> CaptionSet:
+def _scenes(data, cache: Path | None, only: str | None) -> CaptionSet:
     for key in ("captions", "images"):
         if getattr(data, key):
             raise DataError(
                 f"data.{key} is set, but source 'scenes' reads no file: --set data.source={_suggested(data)}"
             )
-    return scenes.load(data)
+    found = scenes.load(data)
+    return found if only is None else found.split(only)
 
 
 def _suggested(data) -> str:

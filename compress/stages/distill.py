@@ -9,7 +9,7 @@ from __future__ import annotations
 from compress.artifact import Artifact
 from compress.config import Distill
 from compress.context import Context
-from compress.errors import StageError
+from compress.errors import RecipeError
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.distillation import Goal, distil, teach
 from compress.training.start import new_captioner, read_captioner, write_captioner
@@ -23,22 +23,21 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     """Writes the student, taught by the artifacts that `config.teachers` names."""
     seed = context.seed if config.seed is None else config.seed
     sources = [context.artifacts[name] for name in config.teachers]
-    first, tokenizer, settings = read_captioner(sources[0].path)
+    first, _, settings = read_captioner(sources[0].path)
     student = context.recipe.student
     if parent is not None:
         model, tokenizer, settings = read_captioner(parent.path)
     else:
         weights = student.fusion_weights if config.init == "weights" else None
-        model, _, _ = new_captioner(student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed)
-        model.encoder.load_state_dict(first.encoder.state_dict())
-        if config.init == "teacher":
-            start_from(model, first, [read_captioner(source.path)[0] for source in sources])
+        model, tokenizer, _ = new_captioner(student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed)
     if len(sources) not in (1, model.config.heads):
-        raise StageError(f"{len(sources)} teachers for {model.config.heads} heads; name one, or one per head")
+        raise RecipeError(f"{len(sources)} teachers for {model.config.heads} heads; name one, or one per head")
     teachers = [load(source.path) for source in sources]
-    for source, teacher in zip(sources, teachers, strict=True):
+    for name, teacher in zip(config.teachers, teachers, strict=True):
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
-            raise StageError(f"{source.path.name}: its vocabulary is not the student's; tokens cannot be distilled between them")
+            raise RecipeError(f"teacher '{name}': its vocabulary is not the student's; tokens cannot be distilled between them")
+    if parent is None:
+        start_from(model, first, [read_captioner(source.path)[0] for source in sources] if config.init == "teacher" else [])
     data = corpus(model, tokenizer, settings, context)
     for teacher in teachers:
         teacher.narrow(data.keep)
@@ -55,11 +54,17 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
 
 
 def start_from(model: LightCap, first: LightCap, teachers: list[LightCap]) -> None:
-    """Embeddings and every n-th layer of the first teacher; head i begins as teacher i's head."""
+    """The first teacher's encoder; where `teachers` are given, also its embeddings and every n-th layer, and head i as teacher i's head.
+
+    RecipeError where their sizes differ.
+    """
     try:
+        model.encoder.load_state_dict(first.encoder.state_dict())
+        if not teachers:
+            return
         copy_layers(model.fusion, first.fusion)
-    except ValueError as error:
-        raise StageError(str(error)) from None
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError(f"the student cannot start from its first teacher: {str(error).splitlines()[-1].strip()}") from None
     for index, branch in enumerate(model.heads.branches):
         branch.load_state_dict(teachers[index % len(teachers)].heads.branches[0].state_dict())
     model.heads.bias.data.copy_(first.heads.bias)

@@ -1,0 +1,126 @@
+"""Losses against closed forms and PyTorch's own, in float64 where that matters."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from compress.training.losses import attention_loss, caption_loss, hidden_loss, token_loss
+
+
+def drawn(*shape, seed=0, scale=2.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_caption_loss_is_label_smoothing_in_closed_form():
+    logits, targets = drawn(6, 9), torch.tensor([0, 3, 8, 8, 2, 5])
+    logs = logits.double().log_softmax(-1)
+    for smoothing in (0.0, 0.1, 0.3):
+        wanted = -((1 - smoothing) * logs[range(6), targets] + smoothing * logs.mean(-1)).mean()
+        assert float(caption_loss(logits, targets, smoothing)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_caption_loss_of_heads_is_their_mean():
+    logits, targets = drawn(3, 6, 9), torch.tensor([0, 3, 8, 8, 2, 5])
+    each = [float(caption_loss(head, targets, 0.1)) for head in logits]
+    assert len(set(each)) == 3
+    assert float(caption_loss(logits, targets, 0.1)) == pytest.approx(sum(each) / 3, rel=1e-5)
+
+
+def best(teacher: torch.Tensor, k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    probabilities, ids = (teacher / temperature).softmax(-1).topk(k)
+    return ids, probabilities
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_token_loss_over_the_whole_vocabulary_is_the_kl(temperature):
+    student, teacher = drawn(3, 5, 12, seed=1), drawn(3, 5, 12, seed=2)
+    p, q = ((x / temperature).log_softmax(-1) for x in (teacher, student))
+    wanted = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean() * temperature**2
+    found = token_loss(student, *best(teacher, 12, temperature), temperature)
+    assert float(wanted) > 0.5
+    assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_token_loss_bins_the_tail(k, temperature):
+    student, teacher = drawn(4, 12, seed=1), drawn(4, 12, seed=2)
+    ids, probabilities = best(teacher, k, temperature)
+    total = 0.0
+    for row in range(4):
+        q = (student[row].double() / temperature).softmax(-1)
+        p = probabilities[row].double()
+        kept = sum(float(a * (a / q[i]).log()) for a, i in zip(p, ids[row], strict=True))
+        rest, tail = float(1 - p.sum()), float(1 - q[ids[row]].sum())
+        total += kept + rest * float(torch.tensor(rest / tail).log())
+    assert float(token_loss(student, ids, probabilities, temperature)) == pytest.approx(total / 4 * temperature**2, rel=1e-4)
+
+
+def test_token_loss_is_zero_only_at_the_teacher():
+    teacher = drawn(4, 12, seed=2)
+    ids, probabilities = best(teacher, 4, 1.0)
+    assert float(token_loss(teacher, ids, probabilities, 1.0)) == pytest.approx(0.0, abs=1e-5)
+    assert float(token_loss(teacher + 7, ids, probabilities, 1.0)) == pytest.approx(0.0, abs=1e-5)
+    for seed in range(5):
+        assert float(token_loss(teacher + drawn(4, 12, seed=seed, scale=0.1), ids, probabilities, 1.0)) > 0
+
+
+def test_token_loss_teaches_the_teacher_s_probabilities():
+    """Its gradient at each kept piece is the student's probability less the teacher's: that of the full KL, once the tails agree."""
+    teacher = drawn(2, 8, seed=2)
+    student = drawn(2, 8, seed=3).requires_grad_()
+    ids, probabilities = best(teacher, 8, 1.0)
+    token_loss(student, ids, probabilities, 1.0).backward()
+    torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)).detach() / 2, atol=1e-4, rtol=1e-3)
+
+
+def test_token_loss_survives_certainty_and_half_precision():
+    logits = torch.zeros(2, 12)
+    logits[:, 3] = 60.0
+    logits.requires_grad_()
+    ids, probabilities = torch.tensor([[3, 1], [4, 1]]), torch.tensor([[1.0, 0.0], [0.9995, 0.0010]])
+    loss = token_loss(logits, ids, probabilities, 1.0)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+    teacher, student = drawn(50, 30, seed=4), drawn(50, 30, seed=5)
+    ids, probabilities = best(teacher, 6, 1.0)
+    exact, halved = (float(token_loss(student, ids, p, 1.0)) for p in (probabilities, probabilities.half().float()))
+    assert halved == pytest.approx(exact, rel=2e-3)
+
+
+def test_losses_are_means_over_pieces():
+    """A batch of everything is the mean over its pieces: no matter how they were batched, nor how many images there are."""
+    student, teacher = drawn(3, 10, 12, seed=1), drawn(3, 10, 12, seed=2)
+    ids, probabilities = best(teacher, 4, 1.0)
+    whole = token_loss(student, ids, probabilities, 1.0)
+    parts = [token_loss(student[:, i : i + 1], ids[:, i : i + 1], probabilities[:, i : i + 1], 1.0) for i in range(10)]
+    assert float(whole) == pytest.approx(float(sum(parts)) / 10, rel=1e-5)
+    doubled = token_loss(*(x.repeat(1, 2, 1) for x in (student, ids, probabilities)), 1.0)
+    assert float(doubled) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_hidden_loss_looks_at_real_places_alone():
+    student, teacher = drawn(2, 4, 5, seed=1), drawn(2, 4, 5, seed=2)
+    real = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    wanted = sum(float((student[b, t] - teacher[b, t]).square().mean()) for b, t in ((0, 0), (0, 1), (0, 2), (1, 0))) / 4
+    assert float(hidden_loss(student, teacher, real)) == pytest.approx(wanted, rel=1e-5)
+    other = student.clone()
+    other[~real] = 1e6
+    assert float(hidden_loss(other, teacher, real)) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+def test_attention_loss_by_hand(heads):
+    student, teacher = drawn(2, heads, 4, 6, seed=1).softmax(-1), drawn(2, 3, 4, 6, seed=2).softmax(-1)
+    real = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    total = 0.0
+    for b, t in real.nonzero().tolist():
+        if heads == 3:
+            total += sum(float((student[b, h, t] - teacher[b, h, t]).square().sum()) for h in range(3)) / 3
+        else:
+            total += float((student[b, :, t].mean(0) - teacher[b, :, t].mean(0)).square().sum())
+    found = attention_loss(student, teacher, real)
+    assert float(found) == pytest.approx(total / 5, rel=1e-5)
+    padded = student.clone()
+    padded.transpose(1, 2)[~real] = 3.0
+    assert float(attention_loss(padded, teacher, real)) == pytest.approx(total / 5, rel=1e-5)

@@ -1,0 +1,338 @@
+"""Pruning: what is removed equals what is silenced, the target is met and not overshot, importance is a gate's derivative."""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from compress import cost, data
+from compress.artifact import Artifact
+from compress.config import Data, Prune, Recipe, Stage, Student
+from compress.context import Context, Progress
+from compress.errors import StageError
+from compress.stages import prune
+from compress.stages.prune import channels, target
+from compress.training.batches import IGNORED, Captions, pack
+from compress.training.losses import caption_loss
+from compress.training.start import write_captioner
+from students.lightcap import LightCap, preset
+from students.lightcap.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, EncoderSpec, preprocessor
+from students.lightcap.shapes import shapes_of
+from students.lightcap.tokenizer import load_tokenizer
+
+importance = importlib.import_module("compress.stages.prune.importance")  # the package names its function alike
+
+ENCODER_UNITS = {  # by hand: convolutions whose channels no residual sum and no grid shares
+    "resnet-small": 5,  # both of the stem, the first of each block
+    "clip-small": 3 + 2 * 4,  # the stem, the first two of each bottleneck
+    "efficientnet-lite0": 1 + 1 + 15 + 1,  # the stem, the first block's output, each expansion, the last block's output
+}
+
+
+def small_clip(size: int) -> nn.Module:
+    from open_clip.modified_resnet import ModifiedResNet
+
+    trunk = ModifiedResNet(layers=(1, 1, 1, 1), output_dim=32, heads=4, image_size=size, width=16)
+    trunk.attnpool = nn.Identity()
+    return trunk
+
+
+@pytest.fixture(autouse=True)
+def clip_small(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "clip-small", EncoderSpec(64, 32, 512, CLIP_MEAN, CLIP_STD, small_clip))
+
+
+def build(encoder: str = "resnet-small", vocabulary: int = 40, **sizes) -> LightCap:
+    """Random weights, and batch norms that do something."""
+    torch.manual_seed(1)
+    model = LightCap(preset("tiny", encoder=encoder, vocabulary=vocabulary, dropout=0.0, **sizes)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, weight.shape[1] ** -0.5)
+            elif name.startswith("fusion.layers") and name.endswith("bias"):
+                weight.normal_(0, 0.3)
+        for module in model.encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.6, 1.4)
+                module.bias.uniform_(-0.5, 0.5)
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def outputs(model: LightCap) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid of two pictures, and the logits of their captions."""
+    size = model.config.image_size
+    batch = pack(Captions.of([[[2, 7, 9, 3], [2, 30, 3]], [[2, 5, 6, 3]]]), [0, 1])
+    with torch.no_grad():
+        grid = model.encode(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3)))
+        states = model.states(grid / grid.std(), batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+        return grid / grid.std(), model.heads(states[batch.segments > 0], model.word)
+
+
+def norms_of(encoder: str, name: str) -> list[str]:
+    """The batch norms behind a convolution's channels, its depthwise reader's too, as the architecture's paper draws it."""
+    name = name.removeprefix("encoder.")
+    if encoder == "resnet-small":
+        return [{"stem.0": "stem.1", "stem.3": "stem.4"}.get(name, name.replace("conv", "bn"))]
+    if encoder == "clip-small":
+        return [name.replace("conv", "bn")]
+    if name == "net.conv_stem":
+        return ["net.bn1", "net.blocks.0.0.bn1"]
+    if name == "net.blocks.0.0.conv_pw":
+        return ["net.blocks.0.0.bn2"]
+    block, kind = re.fullmatch(r"(net\.blocks\.\d\.\d)\.conv_(pw|pwl)", name).groups()
+    return [f"{block}.bn1", f"{block}.bn2"] if kind == "pw" else [f"{block}.bn3"]
+
+
+def silence(model: LightCap, chosen: list[channels.Block]) -> None:
+    """Sets what the removed channels give to zero, at full width."""
+    with torch.no_grad():
+        for block in chosen:
+            gone = list(block.channels)
+            if block.unit.kind == "conv":
+                for name in norms_of(model.config.encoder, block.unit.name):
+                    norm = model.encoder.get_submodule(name)
+                    norm.weight[gone], norm.bias[gone] = 0.0, 0.0
+                continue
+            layer = model.get_submodule(block.unit.name)
+            if block.unit.kind == "ffn":
+                layer.down.weight[:, gone] = 0.0
+            else:
+                for head in gone:
+                    layer.output.weight[:, head * layer.head_dim : (head + 1) * layer.head_dim] = 0.0
+
+
+def ranked(model: LightCap, round_to: int = 8, parts=("encoder", "fusion"), seed: int = 5) -> list[channels.Block]:
+    source = torch.Generator().manual_seed(seed)
+    scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, parts)}
+    return channels.blocks(scores, round_to, target.savings(model, True))
+
+
+@pytest.mark.parametrize("encoder", ENCODER_UNITS)
+def test_removing_is_silencing(encoder, tmp_path):
+    model = build(encoder)
+    units = channels.units(model, ("encoder", "fusion"))
+    assert len(units) == len(set(units)) == ENCODER_UNITS[encoder] + 2 * 2
+    chosen = ranked(model, parts=("encoder", "fusion"))
+    chosen = [block for i, block in enumerate(chosen) if i < 0.6 * len(chosen)]
+    assert {block.unit.kind for block in chosen} == {"conv", "ffn", "head"}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    smaller = channels.remove(model, chosen)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # a copy was cut
+    untouched = outputs(model)
+    silence(model, chosen)
+    for mine, wanted, plain in zip(outputs(smaller), outputs(model), untouched, strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)
+        assert (wanted - plain).abs().max() > 1e-2
+    assert target.parameters(smaller) < 0.9 * target.parameters(model)
+    smaller.save_pretrained(tmp_path)
+    loaded = LightCap.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), smaller.state_dict().values(), strict=True))
+    for mine, again in zip(outputs(smaller), outputs(loaded), strict=True):
+        torch.testing.assert_close(again, mine, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("encoder", ENCODER_UNITS)
+@pytest.mark.parametrize("round_to", [8, 4])
+def test_what_stays(encoder, round_to):
+    """All blocks gone: widths are multiples, at least a quarter; vocabulary, hidden size, grid and head width are as they were."""
+    model = build(encoder)
+    order = ranked(model, round_to)
+    smaller = channels.remove(model, order)
+    left = {(unit.kind, unit.name): unit.width for unit in channels.units(smaller, ("encoder", "fusion"))}
+    for unit in channels.units(model, ("encoder", "fusion")):
+        width = left[unit.kind, unit.name]
+        gone = [channel for block in order if block.unit == unit for channel in block.channels]
+        assert len(gone) == len(set(gone)) == unit.width - width
+        if unit.kind == "head":
+            assert width == 1
+        elif width < unit.width:
+            assert width % round_to == 0 and width >= 0.25 * unit.width - round_to / 2
+    assert smaller.word.shape == model.word.shape and smaller.fusion.grid.weight.shape == model.fusion.grid.weight.shape
+    assert [layer.head_dim for layer in smaller.fusion.layers] == [16, 16]
+    size = model.config.image_size
+    with torch.no_grad():
+        grid = smaller.encode(torch.zeros(1, 3, size, size))
+    assert grid.shape == (1, model.config.grid**2, model.config.channels)
+    for layer in smaller.fusion.layers:
+        assert layer.output.out_features == layer.down.out_features == 32
+
+
+def test_the_least_important_leave_first():
+    unit = channels.Unit("ffn", "fusion.layers.0", 20)
+    other = channels.Unit("ffn", "fusion.layers.1", 16)
+    score = torch.arange(20.0).flip(0)
+    found = channels.blocks({unit: score, other: torch.full((16,), 100.0)}, 8, {("ffn", unit.name): 2.0, ("ffn", other.name): 2.0})
+    assert [block.unit.name[-1] for block in found] == ["0", "0", "1"]
+    assert found[0].channels == (19, 18, 17, 16)  # 20 is no multiple of 8: the first block leaves 16
+    assert found[1].channels == tuple(range(15, 7, -1))
+    assert found[0].cost == pytest.approx((0 + 1 + 2 + 3) / 4 / 2) and found[2].cost == 50.0
+    cheap = channels.blocks({unit: score, other: score[:16]}, 8, {("ffn", unit.name): 1.0, ("ffn", other.name): 1000.0})
+    assert cheap[0].unit == other  # what saves more goes first
+
+
+# ---- targets
+
+
+def settings(**changes) -> Prune:
+    return Prune(**changes)
+
+
+@pytest.mark.parametrize("wanted", [{"macs": 0.7}, {"params": 0.8}, {"mb": 1.6}])
+def test_the_target_is_reached_and_not_overshot(wanted):
+    model = build()
+    aim = target.Target.of(settings(**wanted), model)
+    order = ranked(model)
+    count = target.choose(model, order, aim.wanted, aim)
+    assert aim.measure(channels.remove(model, order[:count])) <= aim.wanted < aim.measure(channels.remove(model, order[: count - 1]))
+    [(name, value)] = wanted.items()
+    assert aim.wanted == pytest.approx(value if name == "mb" else value * aim.before)
+    assert aim.at(0.5) == pytest.approx((aim.before + aim.wanted) / 2) and aim.at(1.0) == pytest.approx(aim.wanted)
+
+
+def test_megabytes_are_those_on_disk(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    assert target.megabytes(model) == pytest.approx((tmp_path / "model.safetensors").stat().st_size / 1e6, rel=0.02)
+
+
+def test_macs_of_a_model_are_those_of_its_config():
+    model = build()
+    smaller = channels.remove(model, ranked(model)[:9])
+    assert target.macs(model) == cost.count_macs(model.config).caption > target.macs(smaller)
+
+
+def test_savings_are_what_a_channel_costs():
+    """One channel of each unit removed: the exact counts fall by what `savings` says (the attention's own products apart)."""
+    model = build()
+
+    def products(model: LightCap) -> int:
+        macs = cost.count_macs(dataclasses.replace(model.config, shapes=shapes_of(model)))
+        return macs.encoder + macs.prefix + macs.steps
+
+    for as_macs, measure in ((True, products), (False, target.parameters)):
+        said, whole = target.savings(model, as_macs), measure(model)
+        for unit in channels.units(model, ("encoder", "fusion")):
+            fell = whole - measure(channels.remove(model, [channels.Block(unit, (0,), 0.0)]))
+            assert fell == pytest.approx(said[unit.kind, unit.name], rel=0.05), (as_macs, unit)
+
+
+def test_impossible_targets_are_one_line():
+    model = build()
+    aim = target.Target.of(settings(macs=0.01), model)
+    with pytest.raises(StageError, match="prune: macs .* cannot be reached; with every removable block gone it is") as raised:
+        target.choose(model, ranked(model), aim.wanted, aim)
+    assert "\n" not in str(raised.value) and raised.value.exit_code == 1
+    with pytest.raises(StageError, match="prune to mb: 99 is not below the parent's"):
+        target.Target.of(settings(mb=99.0), model)
+
+
+# ---- importance and the whole stage
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return data.load(Data(train_images=40, val_images=4))
+
+
+@pytest.fixture
+def world(scenes, tmp_path):
+    """A captioner on scenes, and the context in which a stage is called."""
+    tokenizer = load_tokenizer("english")
+    model = build(vocabulary=tokenizer.get_vocab_size())
+    preprocessing = preprocessor("resnet-small", 80)
+    (tmp_path / "parent").mkdir()
+    write_captioner(tmp_path / "parent", model, tokenizer, preprocessing)
+    stage = Stage("prune", "pruned", None, Prune(macs=0.7))
+    recipe = Recipe("x", 17, Data(), Student(preset="tiny"), (stage,), tmp_path / "x.yaml")
+
+    def context(name: str) -> Context:
+        for folder in (f"{name}/out", f"{name}/work"):
+            (tmp_path / folder).mkdir(parents=True)
+        return Context(recipe, stage, scenes, 17, 1, tmp_path / name / "out", tmp_path / name / "work", tmp_path / "cache", {},
+                       Progress(quiet=True))  # fmt: skip
+
+    return model, tokenizer, preprocessing, Artifact(tmp_path / "parent"), context
+
+
+def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
+    model, tokenizer, preprocessing, _, context = world
+    monkeypatch.setattr(importance, "BATCHES", 2)
+    monkeypatch.setattr(importance, "IMAGES", 4)
+    wanted = channels.units(model, ("encoder", "fusion"))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    config, here = Prune(macs=0.7), context("a")
+    scores = importance.importance(model, tokenizer, preprocessing, wanted, config, 17, here)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert {unit: tuple(score.shape) for unit, score in scores.items()} == {unit: (unit.width,) for unit in wanted}
+
+    corpus = importance.corpus(model, tokenizer, preprocessing, here, tuned=True)
+    model.narrow(corpus.keep)
+    batch_of = corpus.batches(4, 17)
+
+    def loss(step: int, unit: channels.Unit, channel: int, gate: float) -> float:
+        if unit.kind == "conv":
+            module = model.encoder.get_submodule(norms_of("resnet-small", unit.name)[0])
+        else:
+            layer = model.get_submodule(unit.name)
+            module = layer.down if unit.kind == "ffn" else layer.output
+        width = layer.head_dim if unit.kind == "head" else 1
+        places = slice(channel * width, (channel + 1) * width)
+
+        def after(_, inputs, out):
+            out = out.clone()
+            out[:, places] *= gate
+            return out
+
+        def before(_, inputs):
+            x = inputs[0].clone()
+            x[..., places] *= gate
+            return (x,)
+
+        handle = module.register_forward_hook(after) if unit.kind == "conv" else module.register_forward_pre_hook(before)
+        batch = batch_of(step)
+        with torch.no_grad():
+            grid = corpus.grid_of(model, batch.images)
+            states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+            real = batch.targets != IGNORED
+            value = caption_loss(model.heads(states[real], model.word).double(), batch.targets[real], config.label_smoothing)
+        handle.remove()
+        return float(value)
+
+    eps = 0.01
+    for unit in [wanted[0], wanted[3], wanted[-4], wanted[-1]]:
+        for channel in {int(scores[unit].argmax()), 0}:
+            slopes = [abs(loss(s, unit, channel, 1 + eps) - loss(s, unit, channel, 1 - eps)) / (2 * eps) for s in range(2)]
+            assert float(scores[unit][channel]) == pytest.approx(sum(slopes) / 2, rel=0.05, abs=1e-4), unit
+
+
+def test_the_stage_meets_its_target_and_is_the_same_twice(world, monkeypatch):
+    model, tokenizer, _, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    config = Prune(macs=0.7, steps=2, recover_epochs=1, recover_encoder_epochs=1, batch_images=20, learning_rate=1e-3)
+    made = []
+    for name in ("a", "b"):
+        here = context(name)
+        prune.run(parent, config, here)
+        made.append(Artifact(here.output))
+    assert made[0].digest() == made[1].digest() != parent.digest()
+    pruned = LightCap.from_pretrained(made[0].path)
+    assert 0.6 < target.macs(pruned) / target.macs(model) <= 0.7
+    assert pruned.config.vocabulary == model.config.vocabulary
+    assert dataclasses.replace(pruned.config, shapes={}) == model.config
+    assert (made[0].path / "tokenizer.json").read_bytes() == (parent.path / "tokenizer.json").read_bytes()
+
+
+def test_parts_are_left_alone(world, monkeypatch):
+    model, _, _, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    here = context("a")
+    prune.run(parent, Prune(params=0.99, parts=("fusion",), round_to=8, batch_images=40), here)
+    pruned = LightCap.from_pretrained(here.output)
+    assert all(torch.equal(a, b) for a, b in zip(pruned.encoder.state_dict().values(), model.encoder.state_dict().values(), strict=True))
+    assert {name.split(".")[0] for name in pruned.config.shapes} == {"fusion"}
