@@ -10,6 +10,7 @@ A kill leaves nothing half-written under a finished name, and the same command g
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import importlib
@@ -17,6 +18,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +33,7 @@ from compress.context import Context, Progress
 from compress.errors import GateError, LightcapError, StageError, UsageError, expected
 
 BASELINE = "nearest"
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class _Run:
         import torch
 
         torch.set_num_threads(thread_count())
+        _give_back_memory()
         return importlib.import_module(f"compress.stages.{kind}").run
 
     def evaluator(self):
@@ -315,6 +319,14 @@ def thread_count() -> int:
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _give_back_memory() -> None:
+    """Tells glibc to return blocks of 1 MB and more to the system when they are freed. It would keep those below 32 MB, and batches of ever
+    other lengths cut them up: 14 steps of the photos teacher held 1,900 MB so, and hold 710 MB."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _cache(out: Path) -> Path:

@@ -35,7 +35,10 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     where = device()
     model.to(where).train()
     model.encoder.to(memory_format=torch.channels_last).train(tuned).requires_grad_(tuned)
-    words = Words(model.config.channels, len(data.keep)).to(where) if tuned and config.word_weight else None
+    words = None
+    if tuned and config.word_weight:
+        shares = torch.from_numpy(data.captions.shares(len(data.keep)))
+        words = Words(model.config.channels, model.config.grid**2, shares).to(where)
     batch_of = data.batches(config.batch_images, seed)
 
     def loss_of(step: int) -> Tensor:

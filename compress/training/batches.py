@@ -39,8 +39,12 @@ class Captions:
     def length(self, image: int) -> int:
         return sum(len(self.pieces[c]) - 1 for c in self.images[image])
 
-    def seen(self) -> list[int]:
-        return sorted({piece for caption in self.pieces for piece in caption})
+    def shares(self, vocabulary: int) -> np.ndarray:
+        """(vocabulary,) float32: the share of images whose captions hold each piece."""
+        counts = np.zeros(vocabulary, np.float32)
+        for captions in self.images:
+            counts[list({piece for c in captions for piece in self.pieces[c]})] += 1
+        return counts / len(self.images)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ def run(parent, config, context) -> None:
     for proto, name in ((encoder, "encoder.onnx"), (decoder, "decoder.onnx")):
         graphs.write(graphs.clean(proto), context.output / name)
     context.progress.log(summary(graphs.kernels(context.output / "encoder.onnx"), graphs.kernels(context.output / "decoder.onnx")))
-    check_ratio(graphs.weight_bytes(context.output), float_bytes(model), config.max_weight_ratio, context.output)
+    kept, whole = graphs.weight_bytes(context.output), float_bytes(model)
+    context.progress.log(f"int8 weights: {kept['integer']} integer and {kept['float']} float bytes, {sum(kept.values()) / whole:.3f} of {whole}")
+    check_ratio(kept, whole, config.max_weight_ratio, context.output)
     for name in export.SETTINGS[1:]:
         shutil.copyfile(parent.path / name, context.output / name)
     described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(examples),
