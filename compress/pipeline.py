@@ -10,15 +10,12 @@ A kill leaves nothing half-written under a finished name, and the same command g
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import fcntl
 import importlib
 import json
 import os
 import resource
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -31,9 +28,9 @@ from compress.artifact import Artifact
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import GateError, LightcapError, StageError, UsageError, expected
+from compress.process import give_back_memory, only_writer
 
 BASELINE = "nearest"
-M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def run(
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
         run_ = _Run(wanted, out, cache, data, progress or Progress(), stages, evaluation)
         try:
-            with _only_writer(out / ".writer", _refuse):
+            with only_writer(out / ".writer", _refuse):
                 return _stage_by_stage(run_)
         finally:
             artifact.remove_empty([cache, *made])
@@ -125,7 +122,7 @@ class _Run:
         import torch
 
         torch.set_num_threads(thread_count())
-        _give_back_memory()
+        give_back_memory()
         return importlib.import_module(f"compress.stages.{kind}").run
 
     def evaluator(self):
@@ -183,7 +180,7 @@ def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts
     built = False
     wanted = _measuring(run_, stage, artifacts)
     if not _finished(target, wanted):
-        with _only_writer(run_.cache / f"{name}.writer", wait):
+        with only_writer(run_.cache / f"{name}.writer", wait):
             if not _finished(target, wanted):
                 run_.progress.log(f"{label}: {stage.kind}" + (", measured anew" if _finished(target) else ""))
                 _build(run_, stage, lock_parts, target, artifacts, wanted)
@@ -321,12 +318,8 @@ def thread_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _give_back_memory() -> None:
-    """Tells glibc to return blocks of 1 MB and more to the system when they are freed. It would keep those below 32 MB, and batches of ever
-    other lengths cut them up: 14 steps of the photos teacher held 1,900 MB so, and hold 710 MB."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
+def _refuse(process: str) -> None:
+    raise StageError(f"process {process} is writing this run now; wait for it, or run elsewhere with --out DIR")
 
 
 def _cache(out: Path) -> Path:
@@ -363,42 +356,3 @@ def _rates(cache: Path) -> dict[str, float]:
             seconds = Artifact(file.parent).row()["seconds"]
             rates[noted["parts"]["kind"]] = seconds / (passes * max(noted["train_images"], 1))
     return rates
-
-
-def _refuse(process: str) -> None:
-    raise StageError(f"process {process} is writing this run now; wait for it, or run elsewhere with --out DIR")
-
-
-@contextlib.contextmanager
-def _only_writer(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
-    """Holds `path` locked, with this process's number in it. If another holds it, calls `busy(its number)`, then waits.
-
-    A POSIX record lock: it ends with the process however that dies, and children do not inherit it.
-    """
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise StageError(f"cannot write {path} ({error.strerror})") from None
-        try:
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                busy(os.pread(descriptor, 32, 0).decode().strip() or "(unknown)")
-                fcntl.lockf(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, path):  # else its holder removed it while this process waited
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False

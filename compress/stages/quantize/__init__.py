@@ -45,7 +45,8 @@ def run(parent, config, context) -> None:
         graphs.write(graphs.clean(proto), context.output / name)
     context.progress.log(summary(graphs.kernels(context.output / "encoder.onnx"), graphs.kernels(context.output / "decoder.onnx")))
     kept, whole = graphs.weight_bytes(context.output), float_bytes(model)
-    context.progress.log(f"int8 weights: {kept['integer']} integer and {kept['float']} float bytes, {sum(kept.values()) / whole:.3f} of {whole}")
+    share = sum(kept.values()) / whole
+    context.progress.log(f"int8 weights: {kept['integer']} integer and {kept['float']} float bytes, {share:.3f} of the parent's {whole}")
     check_ratio(kept, whole, config.max_weight_ratio, context.output)
     for name in export.SETTINGS[1:]:
         shutil.copyfile(parent.path / name, context.output / name)
