@@ -149,7 +149,6 @@ def test_captions_are_counted():
     assert CAPTIONS.images == ((0, 1), (2,))
     assert CAPTIONS.offsets.tolist() == [0, 3, 5, 10] and CAPTIONS.predicted == 10
     assert (CAPTIONS.length(0), CAPTIONS.length(1)) == (5, 5)
-    assert CAPTIONS.seen() == [2, 3, 5, 6, 7, 8, 9]
 
 
 def test_pack_by_hand():
@@ -239,7 +238,8 @@ def test_a_store_goes_on_after_a_kill(tmp_path):
 def test_a_store_that_was_killed_before_its_first_block(tmp_path):
     with pytest.raises(Killed):
         stored(tmp_path, "k", (4, 2), "float32", 2, lambda a, b: (_ for _ in ()).throw(Killed))
-    assert stored(tmp_path, "k", (4, 2), "float32", 2, lambda a, b: np.full((b - a, 2), a, np.float32)).tolist() == [[0, 0], [0, 0], [2, 2], [2, 2]]
+    array = stored(tmp_path, "k", (4, 2), "float32", 2, lambda a, b: np.full((b - a, 2), a, np.float32))
+    assert array.tolist() == [[0, 0], [0, 0], [2, 2], [2, 2]]
 
 
 class Softmax:
@@ -300,7 +300,7 @@ def test_a_real_teacher_s_targets_are_its_steps(tmp_path):
     torch.manual_seed(0)
     model = LightCap(preset("tiny", vocabulary=30, dropout=0.0)).eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.dim() == 2:
                 weight.normal_(0, weight.shape[1] ** -0.5)
     keep = torch.tensor([2, 3, 5, 9, 11, 20])

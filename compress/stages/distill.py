@@ -15,6 +15,7 @@ from compress.training.distillation import Goal, distil, teach
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.bert import copy_layers
+from students.lightcap.dropout import set_dropout
 from students.lightcap.tokenizer import pieces_of
 from teachers.teacher import load
 
@@ -27,6 +28,7 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     student = context.recipe.student
     if parent is not None:
         model, tokenizer, settings = read_captioner(parent.path)
+        set_dropout(model, config.dropout)
     else:
         weights = student.fusion_weights if config.init == "weights" else None
         model, tokenizer, _ = new_captioner(student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed)

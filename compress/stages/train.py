@@ -15,6 +15,7 @@ from compress.training.loop import Group, fit, precision
 from compress.training.losses import caption_loss
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from compress.training.words import Words
+from students.lightcap.dropout import set_dropout
 
 
 def run(parent: Artifact | None, config: Train, context: Context) -> None:
@@ -28,6 +29,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         )
     else:
         model, tokenizer, settings = read_captioner(parent.path)
+        set_dropout(model, config.dropout)
     tuned = config.encoder == "tuned"
     data = corpus(model, tokenizer, settings, context, tuned)
     full = model.word.detach().clone()
@@ -38,6 +40,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     words = None
     if tuned and config.word_weight:
         shares = torch.from_numpy(data.captions.shares(len(data.keep)))
+        torch.manual_seed(seed)
         words = Words(model.config.channels, model.config.grid**2, shares).to(where)
     batch_of = data.batches(config.batch_images, seed)
 

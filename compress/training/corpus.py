@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.context import Context
 from compress.training.batches import Batch, Captions, order, pack
-from compress.training.features import device, grids, normalised, pixels
+from compress.training.features import device, grids, grids_key, normalised, pixels
 from students.lightcap import LightCap
 from students.lightcap.tokenizer import encode_captions
 
@@ -21,11 +21,13 @@ UNSEEN_BIAS = -100.0  # the logit bias of a piece that no training caption holds
 
 @dataclass(frozen=True)
 class Corpus:
-    """`captions` speak in positions of `keep` (ids of the full vocabulary, ascending); `grid_of(model, images)` gives features."""
+    """`captions` speak in positions of `keep` (ids of the full vocabulary, ascending); `grid_of(model, images)` gives features, whose
+    digest is `features` (empty where the encoder is trained)."""
 
     captions: Captions
     keep: Tensor
     grid_of: Callable[[LightCap, np.ndarray], Tensor]
+    features: str
 
     def steps(self, epochs: float, batch_images: int) -> int:
         return max(1, round(epochs * -(-len(self.captions.images) // batch_images)))
@@ -53,6 +55,7 @@ def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Conte
     place = {int(piece): index for index, piece in enumerate(keep)}
     captions = Captions.of([[[place[piece] for piece in caption] for caption in captions] for captions in encoded])
     where = device()
+    key = "" if tuned else grids_key(model, data, settings)
     if tuned:
         pictures = pixels(data, settings, context.cache, context.progress)
 
@@ -64,4 +67,4 @@ def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Conte
         def grid_of(model: LightCap, images: np.ndarray) -> Tensor:
             return torch.from_numpy(features[images]).to(where, non_blocking=True).float()
 
-    return Corpus(captions, keep, grid_of)
+    return Corpus(captions, keep, grid_of, key)

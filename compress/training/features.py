@@ -44,8 +44,7 @@ def pixels(data: CaptionSet, settings: dict, cache: Path, progress: Progress) ->
 
 def grids(model: LightCap, data: CaptionSet, settings: dict, cache: Path, progress: Progress) -> np.ndarray:
     """The encoder's grid for every picture of `data`, (N, G, channels) float16."""
-    config = model.config
-    key = digest("grids", encoder_digest(model.encoder), settings, data.fingerprint, [e.image_id for e in data.examples])
+    config, key = model.config, grids_key(model, data, settings)
     shape = (len(data.examples), config.grid**2, config.channels)
     if (whole := found(cache / "grids", key)) is not None:
         return whole
@@ -63,6 +62,11 @@ def grids(model: LightCap, data: CaptionSet, settings: dict, cache: Path, progre
 
     with progress.task("features", len(data.examples)) as task:
         return stored(cache / "grids", key, shape, "float16", ROWS, fill, task.advance)
+
+
+def grids_key(model: LightCap, data: CaptionSet, settings: dict) -> str:
+    """The digest under which `grids` are kept: of the encoder's weights, the preprocessor and the pictures."""
+    return digest("grids", encoder_digest(model.encoder), settings, data.fingerprint, [e.image_id for e in data.examples])
 
 
 def squash(picture: np.ndarray, settings: dict) -> np.ndarray:

@@ -25,7 +25,7 @@ def targets(
     The teacher must have been narrowed to `data.keep`.
     """
     captions = data.captions
-    key = digest("targets", teacher_digest, fingerprint, top_k, temperature, data.keep.tolist(), captions.pieces)
+    key = digest("targets", teacher_digest, data.features, fingerprint, top_k, temperature, data.keep.tolist(), captions.pieces)
     count, width = len(captions.images), min(top_k, len(data.keep))
     longest = max(captions.length(i) for i in range(count))
     where = device()

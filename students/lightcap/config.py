@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+PREFIX_POSITION = 64  # captions use the positions before it, prefix tokens the ones from it on
+
 
 @dataclass(frozen=True)
 class LightCapConfig:
@@ -54,7 +56,12 @@ class LightCapConfig:
         if values.get("alignment"):
             values["alignment"] = tuple(values["alignment"])
         values["shapes"] = {name: tuple(shape) for name, shape in values.get("shapes", {}).items()}
-        return LightCapConfig(**values)
+        config = LightCapConfig(**values)
+        wrong = [f.name for f in dataclasses.fields(LightCapConfig) if f.type == "int" and not isinstance(getattr(config, f.name), int)]
+        if wrong:
+            raise ValueError(f"config.json: {', '.join(wrong)} must be whole numbers")
+        encoder_spec(config.encoder)
+        return config
 
 
 # Sizes of fusion and heads. Encoder and tokenizer belong to a recipe's `student` section: teacher and student share them.
@@ -80,22 +87,31 @@ DEFAULT_ENCODER = {"lightcap": "clip-rn50", "teacher": "clip-rn50", "minilm-teac
 
 def preset(name: str, **overrides) -> LightCapConfig:
     """The named preset with the given fields changed (None changes nothing). ValueError names the nearest preset."""
-    from students.lightcap.encoder import ENCODERS
-
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"no preset '{name}' (there are: {', '.join(PRESETS)}){hint}")
     fields = PRESETS[name] | {key: value for key, value in overrides.items() if value is not None}
     encoder = fields.setdefault("encoder", DEFAULT_ENCODER.get(name, "resnet-small"))
-    if encoder not in ENCODERS:
-        close = difflib.get_close_matches(encoder, ENCODERS, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"no image encoder '{encoder}' (there are: {', '.join(ENCODERS)}){hint}")
-    spec = ENCODERS[encoder]
+    spec = encoder_spec(encoder)
     size = fields.get("image_size", spec.image_size)
+    if size % spec.stride:
+        raise ValueError(f"image_size ({size}) must be a multiple of {spec.stride}, the stride of {encoder}")
     fields |= {"image_size": size, "grid": size // spec.stride, "channels": spec.channels}
     config = LightCapConfig(**fields)
     if config.hidden % config.attention_heads:
         raise ValueError(f"hidden ({config.hidden}) must be a multiple of attention_heads ({config.attention_heads})")
+    if config.positions < (needed := PREFIX_POSITION + config.grid**2 + config.concepts):
+        raise ValueError(f"positions ({config.positions}) must be at least {needed} for a grid of {config.grid} x {config.grid}")
     return config
+
+
+def encoder_spec(encoder: str):
+    """The entry of ENCODERS; ValueError names the nearest."""
+    from students.lightcap.encoder import ENCODERS
+
+    if encoder not in ENCODERS:
+        close = difflib.get_close_matches(encoder, ENCODERS, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"no image encoder '{encoder}' (there are: {', '.join(ENCODERS)}){hint}")
+    return ENCODERS[encoder]

@@ -25,3 +25,10 @@ class Dropout(nn.Module):
         drawn = source.integers(0, 256, x.numel(), dtype=np.uint8)
         mask = torch.from_numpy(drawn).view(x.shape).ge(level).to(x.dtype).mul_(256 / (256 - level))
         return x * mask
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Sets every Dropout of `model`."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.p = p

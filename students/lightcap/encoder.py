@@ -113,8 +113,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: refused, it holds more than tensors or is damaged ({reason}); convert it to safetensors") from None
-    state = state.get("state_dict", state)
-    if not all(isinstance(value, Tensor) for value in state.values()):
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: not a flat state dict of tensors; convert it to safetensors")
     return state
 

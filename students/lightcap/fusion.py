@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from students.lightcap.config import PREFIX_POSITION
 from students.lightcap.dropout import Dropout
 
 Past = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each (N, heads, length, head_dim)
-PREFIX_POSITION = 64  # captions use the positions before it, prefix tokens the ones from it on
 
 
 class Layer(nn.Module):

@@ -12,10 +12,11 @@ from compress.context import Context
 from compress.stages.prune.channels import blocks, remove, units
 from compress.stages.prune.importance import importance
 from compress.stages.prune.recover import recover_encoder
-from compress.stages.prune.target import Target, choose
+from compress.stages.prune.target import Target, choose, give_back
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.distillation import Goal, distil, teach
 from compress.training.start import read_captioner, write_captioner
+from students.lightcap.dropout import set_dropout
 from teachers.teacher import load
 
 
@@ -23,6 +24,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     """Writes the pruned captioner; its shapes stand in config.json."""
     seed = context.seed if config.seed is None else config.seed
     model, tokenizer, settings = read_captioner(parent.path)
+    set_dropout(model, config.dropout)
     full = model.word.detach().clone()
     target = Target.of(config, model)
     teacher = load(parent.path)
@@ -31,7 +33,9 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         label = f"{context.stage.name} {step}/{config.steps}"
         scores = importance(model, tokenizer, settings, units(model, config.parts), config, seed, context)
         order = blocks(scores, config.round_to, target.savings)
-        model = remove(model, order[: choose(model, order, target.at(step / config.steps), target)])
+        wanted = target.at(step / config.steps)
+        chosen = order[: choose(model, order, wanted, target)]
+        model = remove(model, give_back(model, chosen, wanted, target))
         context.progress.log(f"{label}: {target.describe(model)}")
         if "encoder" in config.parts:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
@@ -39,12 +43,12 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         if taught is None:
             teacher.narrow(data.keep)
             taught = teach_from_parent(parent, teacher, tokenizer, settings, data, config, context)
-        word = model.word.detach().clone()
-        model.narrow(data.keep)
-        steps = data.steps(config.recover_epochs, config.batch_images)
-        distil(model, data, taught, None, Goal(("tokens",), 0.0, config.temperature, config.token_weight), config, steps, seed + step,
-               f"{label} fusion", context)
-        model.widen(data.keep, word if step < config.steps else full, UNSEEN_BIAS)
+        if config.recover_epochs:
+            model.narrow(data.keep)
+            goal = Goal(("tokens",), 0.0, config.temperature, config.token_weight)
+            steps = data.steps(config.recover_epochs, config.batch_images)
+            distil(model, data, taught, None, goal, config, steps, seed + step, f"{label} fusion", context)
+            model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)
 
 

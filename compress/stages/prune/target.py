@@ -17,6 +17,8 @@ from compress.stages.prune.channels import Block, dependency_graph, remove
 from students.lightcap import LightCap
 from students.lightcap.shapes import shapes_of
 
+RETURNS = 12
+
 
 @dataclass(frozen=True)
 class Target:
@@ -63,6 +65,22 @@ def choose(model: LightCap, order: Sequence[Block], wanted: float, target: Targe
     return high
 
 
+def give_back(model: LightCap, chosen: Sequence[Block], wanted: float, target: Target) -> list[Block]:
+    """`chosen` without those blocks that the target did not need: the last block may save far more than what was still missing. A unit's
+    last block alone may return, the most important first; RETURNS are tried, since each is an exact count."""
+    kept, tried = list(chosen), 0
+    for index in range(len(kept) - 2, -1, -1):
+        if tried == RETURNS:
+            break
+        if any(later.unit == kept[index].unit for later in kept[index + 1 :]):
+            continue
+        tried += 1
+        rest = kept[:index] + kept[index + 1 :]
+        if target.measure(remove(model, rest)) <= wanted:
+            kept = rest
+    return kept
+
+
 def macs(model: LightCap) -> float:
     return float(cost.count_macs(dataclasses.replace(model.config, shapes=shapes_of(model))).caption)
 
@@ -78,7 +96,8 @@ def megabytes(model: LightCap) -> float:
 
 def savings(model: LightCap, as_macs: bool) -> dict[tuple[str, str], float]:
     """What one channel of each unit costs where it is written, transformed and read. With `as_macs`, times the places it is computed at:
-    pixels of the map, or the tokens of prefix and caption (in the last layer the prefix has keys and values alone)."""
+    pixels of the map, or the tokens of prefix and caption (in the last layer the prefix has keys and values alone); a head's include its
+    attention's own products."""
     found: dict[tuple[str, str], float] = {}
     places: dict[nn.Module, float] = {}
     hooks = [
@@ -107,5 +126,6 @@ def savings(model: LightCap, as_macs: bool) -> dict[tuple[str, str], float]:
         asked = cost.TOKENS + (0 if last else prefix) if as_macs else 1
         seen = cost.TOKENS + prefix if as_macs else 1
         found["ffn", f"fusion.layers.{index}"] = 2.0 * hidden * asked
-        found["head", f"fusion.layers.{index}"] = 2.0 * hidden * layer.head_dim * (asked + seen)
+        pairs = (0 if last else prefix**2) + sum(prefix + t for t in range(1, cost.TOKENS + 1)) if as_macs else 0
+        found["head", f"fusion.layers.{index}"] = 2.0 * layer.head_dim * (hidden * (asked + seen) + pairs)
     return found

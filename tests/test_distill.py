@@ -1,0 +1,210 @@
+"""Ensemble distillation end to end on a few scenes: which teacher teaches which head, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from compress import data
+from compress.artifact import Artifact
+from compress.config import Data, Distill, Recipe, Stage, Student
+from compress.context import Context, Progress
+from compress.errors import RecipeError, UsageError
+from compress.stages import distill, vocabulary
+from compress.training.corpus import corpus
+from compress.training.losses import token_loss
+from compress.training.start import new_captioner, write_captioner
+from students.lightcap import LightCap, preset
+from students.lightcap.bert import copy_layers
+from students.lightcap.tokenizer import load_tokenizer, narrowed, pieces_of, read_tokenizer
+
+STUDENT = Student(preset="tiny", heads=3)
+ALL = ("tokens", "hidden", "attention")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return data.load(Data(train_images=40, val_images=4))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, Artifact]:
+    """Three captioners that agree on their encoder and differ in what they say: each has its own head on the same fusion."""
+    folder = tmp_path_factory.mktemp("teachers")
+    model, tokenizer, settings = new_captioner(dataclasses.replace(STUDENT, heads=1), "tiny", None, None, 0.0, 5)
+    found = {}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and not name.startswith("encoder."):
+                weight.normal_(0, weight.shape[1] ** -0.5)
+        for name in ("teacher", "teacher-2", "teacher-3"):
+            model.heads.branches[0].transform.weight.normal_(0, 0.3)
+            model.heads.branches[0].norm.bias.normal_(0, 0.5)
+            (folder / name).mkdir()
+            write_captioner(folder / name, model.eval(), tokenizer, settings)
+            found[name] = Artifact(folder / name)
+    return found
+
+
+@pytest.fixture
+def run(tmp_path, scenes, teachers):
+    """Runs the stage, and gives the artifact that it wrote."""
+
+    def go(config: Distill, student: Student = STUDENT, sources=None, parent: Artifact | None = None, name: str = "x") -> Artifact:
+        config = config if config.teachers else dataclasses.replace(config, teachers=tuple(teachers))
+        stage = Stage("distill", "student", None, config)
+        for folder in (f"{name}/out", f"{name}/work"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        recipe = Recipe("x", 17, Data(), student, (stage,), tmp_path / "x.yaml")
+        context = Context(recipe, stage, scenes, 17, 1, tmp_path / name / "out", tmp_path / name / "work", tmp_path / "cache",
+                          sources or teachers, Progress(quiet=True))  # fmt: skip
+        distill.run(parent, config, context)
+        return Artifact(context.output)
+
+    return go
+
+
+def losses(student: LightCap, tokenizer, teachers: dict[str, Artifact], scenes, tmp_path) -> np.ndarray:
+    """(head, teacher): how far each head's pieces are from each teacher's, over the whole vocabulary."""
+    context = Context(None, None, scenes, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(quiet=True))
+    settings = {"image_size": 80, "resize": "squash", "interpolation": "bicubic"} | distill.read_captioner(teachers["teacher"].path)[2]
+    words = corpus(student, tokenizer, settings, context)
+    batch = words.batches(20, 3)(0)
+    real = batch.targets > -1
+    grid = words.grid_of(student, batch.images)
+    found = np.zeros((3, 3))
+    with torch.no_grad():
+        mask = batch.mask(grid.shape[1])
+        student.narrow(words.keep)
+        said = student.heads.separate(student.states(grid, batch.tokens, batch.positions, mask)[real], student.word)
+        for column, source in enumerate(teachers.values()):
+            model = LightCap.from_pretrained(source.path)
+            model.narrow(words.keep)
+            best, ids = model.heads(model.states(grid, batch.tokens, batch.positions, mask)[real], model.word).softmax(-1).topk(8)
+            for head in range(3):
+                found[head, column] = float(token_loss(said[head], ids, best, 1.0))
+    return found
+
+
+def test_each_teacher_teaches_its_own_head(run, teachers, scenes, tmp_path):
+    config = Distill(init="weights", match=("tokens",), epochs=40, batch_images=40, learning_rate=1e-2, token_weight=1.0, dropout=0.0)
+    made = run(config)
+    student = LightCap.from_pretrained(made.path)
+    assert student.config.heads == 3 and student.config.vocabulary == LightCap.from_pretrained(teachers["teacher"].path).config.vocabulary
+    found = losses(student, read_tokenizer(made.path / "tokenizer.json"), teachers, scenes, tmp_path)
+    for head in range(3):
+        others = [found[head, other] for other in range(3) if other != head]
+        assert found[head, head] < 0.7 * min(others), found
+        assert found[head, head] < 0.7 * min(found[other, head] for other in range(3) if other != head), found
+
+
+def test_a_student_that_starts_as_its_teachers_says_what_they_say(run, teachers, scenes, tmp_path):
+    config = Distill(init="teacher", match=("tokens",), epochs=0.01, batch_images=40, learning_rate=1e-9, dropout=0.0)
+    made = run(config)
+    found = losses(LightCap.from_pretrained(made.path), read_tokenizer(made.path / "tokenizer.json"), teachers, scenes, tmp_path)
+    assert np.diag(found) == pytest.approx(np.zeros(3), abs=1e-3) and found[0, 1] > 0.1
+    mine, theirs = (LightCap.from_pretrained(path) for path in (made.path, teachers["teacher"].path))
+    same = zip(mine.encoder.state_dict().values(), theirs.encoder.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+
+
+def test_the_same_seed_gives_the_same_student(run):
+    config = Distill(init="teacher", match=ALL, epochs=1, match_epochs=0.5, batch_images=10, learning_rate=1e-3)
+    first, again = run(config, name="a"), run(config, name="b")
+    other = run(dataclasses.replace(config, seed=18), name="c")
+    assert first.digest() == again.digest() != other.digest()
+    tokens = run(dataclasses.replace(config, match=("tokens",)), name="d")
+    assert tokens.digest() != first.digest()  # hidden states and attention were compared
+
+
+def test_one_teacher_teaches_every_head(run, teachers):
+    made = run(Distill(teachers=("teacher-2",), init="weights", epochs=1, batch_images=40))
+    assert LightCap.from_pretrained(made.path).config.heads == 3
+
+
+def test_teachers_of_other_sizes_teach_through_maps(run, teachers):
+    student = Student(preset="scenes-student", layers=1, hidden=48, attention_heads=3, ffn=64, heads=3)
+    made = run(Distill(init="weights", match=ALL, epochs=1, batch_images=40), student)
+    config = LightCap.from_pretrained(made.path).config
+    assert (config.hidden, config.layers, config.vocabulary) == (48, 1, preset("tiny", vocabulary=config.vocabulary).vocabulary)
+
+
+# ---- what cannot be distilled
+
+
+def refused(run, *arguments, **more) -> str:
+    with pytest.raises(RecipeError) as raised:
+        run(*arguments, **more)
+    assert isinstance(raised.value, UsageError) and raised.value.exit_code == 2 and "\n" not in raised.value.message
+    return raised.value.message
+
+
+def test_two_teachers_for_three_heads(run):
+    assert "2 teachers for 3 heads; name one, or one per head" in refused(run, Distill(teachers=("teacher", "teacher-2")))
+
+
+def test_another_hidden_size_cannot_start_from_its_teacher(run):
+    message = refused(run, Distill(init="teacher"), Student(preset="scenes-student", heads=3))
+    assert "hidden size 96 cannot start from a teacher of 32; set init: weights" in message
+
+
+def test_another_feed_forward_width_cannot_start_from_its_teacher(run):
+    assert "size mismatch for" in refused(run, Distill(init="teacher"), dataclasses.replace(STUDENT, ffn=48))
+
+
+def rewritten(teachers, folder, change) -> dict[str, Artifact]:
+    """The teachers with another vocabulary in the second."""
+    model, tokenizer, settings = distill.read_captioner(teachers["teacher-2"].path)
+    pieces = pieces_of(tokenizer)
+    keep = change(list(range(len(pieces))))
+    model.narrow(torch.tensor(keep))
+    (folder / "other").mkdir()
+    write_captioner(folder / "other", model, narrowed(tokenizer, keep), settings)
+    return teachers | {"teacher-2": Artifact(folder / "other")}
+
+
+@pytest.mark.parametrize("change", [lambda ids: [*ids[:200], ids[201], ids[200], *ids[202:]], lambda ids: ids[:500]], ids=["order", "size"])
+def test_another_vocabulary_is_refused_by_its_content(run, teachers, tmp_path, change):
+    sources = rewritten(teachers, tmp_path, change)
+    assert "teacher 'teacher-2': its vocabulary is not the student's" in refused(run, Distill(), sources=sources)
+
+
+@pytest.mark.parametrize("init", ["teacher", "weights"])
+def test_a_teacher_of_fewer_pieces_is_refused_before_the_student_is_built(run, teachers, tmp_path, init):
+    """All teachers agree, but not with the recipe's tokenizer: the student would hold rows that no piece names."""
+    other = rewritten(teachers, tmp_path, lambda ids: ids[:500])["teacher-2"]
+    assert "its vocabulary is not the student's" in refused(run, Distill(teachers=("one",), init=init), sources={"one": other})
+
+
+# ---- vocabulary
+
+
+def test_vocabulary_keeps_what_training_captions_use(scenes, teachers, tmp_path):
+    from compress.config import Vocabulary
+    from students.lightcap.tokenizer import decode_caption, encode_captions
+
+    parent = teachers["teacher"]
+    stage = Stage("vocabulary", "vocabulary", "teacher", Vocabulary())
+    (tmp_path / "out").mkdir()
+    recipe = Recipe("x", 17, Data(), STUDENT, (stage,), tmp_path / "x.yaml")
+    context = Context(recipe, stage, scenes, 17, 1, tmp_path / "out", tmp_path, tmp_path, {}, Progress(quiet=True))
+    vocabulary.run(parent, stage.config, context)
+    small, tokenizer = LightCap.from_pretrained(tmp_path / "out"), read_tokenizer(tmp_path / "out" / "tokenizer.json")
+    large, whole = LightCap.from_pretrained(parent.path), load_tokenizer("english")
+    assert small.config.vocabulary == tokenizer.get_vocab_size() < 0.1 * large.config.vocabulary
+    captions = [caption for example in scenes.split("train").examples for caption in example.captions][:20]
+    before, after = (encode_captions(t, [*captions, "a zebra"], 20) for t in (whole, tokenizer))
+    for old, new in zip(before[:-1], after[:-1], strict=True):
+        assert [pieces_of(whole)[i] for i in old] == [pieces_of(tokenizer)[i] for i in new]
+        assert torch.equal(small.word[new], large.word[old]) and torch.equal(small.heads.bias[new], large.heads.bias[old])
+    spelled = [pieces_of(tokenizer)[i] for i in after[-1][1:-1]]
+    assert spelled == ["a", "z", "##e", "##b", "##r", "##a"]  # never seen, and still said
+    assert decode_caption(tokenizer, after[-1]) == "a zebra"
+
+
+def test_layers_start_from_the_layers_they_learn_from():
+    teacher, student = (LightCap(preset("tiny", vocabulary=20, layers=layers)).fusion for layers in (5, 2))
+    copy_layers(student, teacher)
+    sources = [[i for i, layer in enumerate(teacher.layers) if torch.equal(layer.up.weight, mine.up.weight)] for mine in student.layers]
+    assert sources == [[2], [4]]
