@@ -96,14 +96,12 @@ def test_every_shipped_recipe_is_tested_here():
     assert {entry[0] for entry in recipes()} == {"quickstart", "photos"}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1200)
 def test_quickstart(tmp_path):
     check("quickstart", QUICKSTART, tmp_path, ["teacher", "student", "vocabulary", "pruned", "int8", "export"])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1200)
 def test_photos(tmp_path):
     karpathy(tmp_path)
     check("photos", PHOTOS, tmp_path, ["teacher", "teacher-2", "teacher-3", "student", "vocabulary", "pruned", "int8", "export"])

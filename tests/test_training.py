@@ -200,7 +200,7 @@ def test_an_epoch_is_every_image_once():
 
 
 def test_steps_walk_through_epochs():
-    data = Corpus(Captions.of([[[2, 5, 3]]] * 10), torch.arange(6), lambda model, images: None)
+    data = Corpus(Captions.of([[[2, 5, 3]]] * 10), torch.arange(6), lambda model, images: None, "")
     assert [data.steps(epochs, 4) for epochs in (0.01, 1, 2, 2.5)] == [1, 3, 6, 8]
     batch_of = data.batches(4, seed=3)
     for epoch in range(2):
@@ -268,7 +268,7 @@ def test_targets_are_the_teacher_s_softmax_at_each_place(tmp_path, temperature):
     source = np.random.default_rng(1)
     encoded = [[[2, *source.integers(4, 8, source.integers(1, 5)).tolist(), 3] for _ in range(1 + i % 3)] for i in range(70)]
     captions = Captions.of(encoded)
-    data = Corpus(captions, torch.arange(8), lambda model, images: torch.tensor(np.asarray(images), dtype=torch.float32).view(-1, 1, 1))
+    data = Corpus(captions, torch.arange(8), lambda model, images: torch.tensor(np.asarray(images), dtype=torch.float32).view(-1, 1, 1), "")
     teacher = Softmax()
     ids, best = targets(teacher, "digest", data, "print", 3, temperature, tmp_path, "teacher", QUIET)
     assert ids.shape == best.shape == (captions.predicted, 3) and teacher.calls == 2
@@ -288,7 +288,7 @@ def test_targets_are_the_teacher_s_softmax_at_each_place(tmp_path, temperature):
 
 
 def test_more_targets_than_pieces_are_all_of_them(tmp_path):
-    data = Corpus(Captions.of([[[2, 5, 3]]]), torch.arange(8), lambda model, images: torch.zeros(len(images), 1, 1))
+    data = Corpus(Captions.of([[[2, 5, 3]]]), torch.arange(8), lambda model, images: torch.zeros(len(images), 1, 1), "")
     ids, best = targets(Softmax(), "d", data, "p", 50, 1.0, tmp_path, "teacher", QUIET)
     assert ids.shape == (2, 8) and best.astype(np.float32).sum(1) == pytest.approx([1, 1], abs=1e-2)
 
@@ -317,7 +317,7 @@ def test_a_real_teacher_s_targets_are_its_steps(tmp_path):
                     logits, past = model.step(keep[piece].view(1, 1), position, past)
                     wanted.append(logits[0, keep].softmax(-1))
     teacher.narrow(keep)
-    data = Corpus(Captions.of(encoded), keep, lambda model, images: grid[np.asarray(images)])
+    data = Corpus(Captions.of(encoded), keep, lambda model, images: grid[np.asarray(images)], "")
     ids, best = targets(teacher, "d", data, "p", 6, 1.0, tmp_path, "teacher", QUIET)
     for row, place in enumerate(wanted):
         found = np.zeros(6)

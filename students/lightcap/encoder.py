@@ -38,11 +38,19 @@ def clip_rn50(image_size: int) -> nn.Module:
 
 
 class Lite0(nn.Module):
+    """timm's network, its fused norm-and-activation modules taken apart: torch-pruning sees a norm only where it is a module of its own."""
+
     def __init__(self) -> None:
         super().__init__()
         import timm
+        from timm.layers import BatchNormAct2d
 
         self.net = timm.create_model("tf_efficientnet_lite0", num_classes=0, global_pool="")
+        for name, fused in list(self.net.named_modules()):
+            if isinstance(fused, BatchNormAct2d):
+                parent, _, leaf = name.rpartition(".")
+                norm = nn.BatchNorm2d(fused.num_features, fused.eps, fused.momentum)
+                setattr(self.net.get_submodule(parent), leaf, nn.Sequential(norm, fused.act))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net.forward_features(pixels)

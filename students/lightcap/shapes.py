@@ -43,10 +43,4 @@ def resized(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
             shape[1] * groups, shape[0], module.kernel_size, stride=module.stride, padding=module.padding, dilation=module.dilation,
             groups=groups, bias=module.bias is not None,
         )
-    # BatchNorm, and timm's subclass that carries an activation: keep the class and its extras, change the width.
-    module.num_features = shape[0]
-    for key in ("weight", "bias"):
-        setattr(module, key, nn.Parameter(getattr(module, key).new_ones(shape[0])))
-    for key in ("running_mean", "running_var"):
-        setattr(module, key, getattr(module, key).new_ones(shape[0]))
-    return module
+    return nn.BatchNorm2d(shape[0], module.eps, module.momentum)
