@@ -28,7 +28,7 @@ from compress.artifact import Artifact
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import GateError, LightcapError, StageError, UsageError, expected
-from compress.process import give_back_memory, only_writer
+from compress.process import only_writer
 
 BASELINE = "nearest"
 
@@ -122,7 +122,6 @@ class _Run:
         import torch
 
         torch.set_num_threads(thread_count())
-        give_back_memory()
         return importlib.import_module(f"compress.stages.{kind}").run
 
     def evaluator(self):

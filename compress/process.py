@@ -12,8 +12,6 @@ from pathlib import Path
 
 from compress.errors import StageError
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
-
 
 @contextlib.contextmanager
 def only_writer(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
@@ -51,8 +49,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def give_back_memory() -> None:
-    """Tells glibc to return blocks of 1 MB and more to the system when they are freed. It would keep those below 32 MB, and batches of ever
-    other lengths cut them up: 14 steps of the photos teacher held 1,900 MB so, and hold 710 MB."""
+    """Returns freed blocks to the system (glibc's malloc_trim). Batches of ever other lengths cut the heap up: the photos teacher held
+    4 GB after 700 steps, of which less than 2 were in use. Mapping every block by itself (mallopt) trains 25 % slower."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

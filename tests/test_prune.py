@@ -96,6 +96,7 @@ def silence(model: LightCap, chosen: list[channels.Block]) -> None:
             if block.unit.kind == "conv":
                 for name in norms_of(model.config.encoder, block.unit.name):
                     norm = model.encoder.get_submodule(name)
+                    norm = norm[0] if isinstance(norm, torch.nn.Sequential) else norm
                     norm.weight[gone], norm.bias[gone] = 0.0, 0.0
                 continue
             layer = model.get_submodule(block.unit.name)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from compress.config import Optimisation
 from compress.context import Progress
 from compress.errors import StageError
+from compress.process import give_back_memory
 
 SAVE_SECONDS = 20.0
 NOTE_STEPS = 10
+TRIM_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def fit(
             torch.nn.utils.clip_grad_norm_([p for g in groups for p in g.parameters], config.clip_norm, foreach=True)
             optimizer.step()
             task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
+            if step % TRIM_STEPS == 0:
+                give_back_memory()
             if time.monotonic() - saved > SAVE_SECONDS:
                 save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()
