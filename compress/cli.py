@@ -292,17 +292,8 @@ def eval_command(model: str, captions: str, images: str, split: str, beam: int, 
         wanted = data.load(config.Data(source=source, captions=captions, images=images, val_split=split), only=split)
         from compress import evaluate
 
-        scores = _scores(evaluate.evaluate(chosen, wanted, beam, Progress()))
+        scores = evaluate.evaluate(chosen, wanted, beam, Progress())
     _answer(as_json, scores, lambda: show.scores(scores))
-
-
-SCORES = ("cider", "cider_ci95", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "images")
-
-
-def _scores(found) -> dict:
-    """The table of `score` and `eval`, from a mapping or from `compress.metrics.Scores`."""
-    value = found if isinstance(found, dict) else {key: getattr(found, key) for key in SCORES}
-    return {key: list(value[key]) if isinstance(value[key], tuple) else value[key] for key in SCORES}
 
 
 @cli.command("score")
@@ -315,7 +306,7 @@ def score_command(candidates: Path, references: Path, as_json: bool) -> None:
 
     written, wanted = results.read(candidates, references)
     with _quietly():
-        scores = _scores(metrics.score(written, wanted))
+        scores = metrics.score(written, wanted).row()
     _answer(as_json, scores, lambda: show.scores(scores))
 
 

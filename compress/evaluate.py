@@ -116,7 +116,7 @@ def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress
     with tempfile.TemporaryDirectory() as cache, progress.task("captions", len(data)) as task:
         said = captions(artifact, data, beam, Path(cache), progress, task.advance)
     scores = metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples])
-    return {key: value for key, value in vars(scores).items() if key != "per_image"}
+    return scores.row()
 
 
 # ---- costs

@@ -21,21 +21,6 @@ ALONE = (
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.exported(tmp_path_factory.getbasetemp() / "exported")[0]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.exported(tmp_path_factory.getbasetemp() / "exported")[1]
-
-
-@pytest.fixture(scope="module")
-def captioner(folder):
-    return runtime.Captioner(folder, threads=1)
-
-
 def test_the_encoder_gives_pytorchs_grid_for_any_number_of_images(model, captioner):
     for count in (1, 3):
         pixels = tiny.pixels(tiny.pictures(count))

@@ -15,21 +15,6 @@ from compress.decode import Special, beam_search
 from students.lightcap.tokenizer import decode_caption
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.exported(tmp_path_factory.getbasetemp() / "exported")[0]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.exported(tmp_path_factory.getbasetemp() / "exported")[1]
-
-
-@pytest.fixture(scope="module")
-def captioner(folder):
-    return runtime.Captioner(folder, threads=1)
-
-
 def photo(mode="RGB", size=(40, 30)):
     noise = np.random.default_rng(3).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(noise).convert(mode)

@@ -1,0 +1,21 @@
+"""The exported tiny captioner that the tests of graphs and of the runtime share."""
+
+import pytest
+import tiny_captioner as tiny
+
+from compress import runtime
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.exported(tmp_path_factory.getbasetemp() / "exported")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.exported(tmp_path_factory.getbasetemp() / "exported")[1]
+
+
+@pytest.fixture(scope="module")
+def captioner(folder):
+    return runtime.Captioner(folder, threads=1)
