@@ -42,7 +42,7 @@ from compress.stages import distill, train  # noqa: E402
 from compress.training.batches import IGNORED, Batch, Captions, order, pack  # noqa: E402
 from compress.training.features import device, normalised  # noqa: E402
 from compress.training.loop import Group, linear, optimizer_of, precision  # noqa: E402
-from compress.training.losses import caption_loss, token_loss  # noqa: E402
+from compress.training.losses import token_loss  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap import LightCap  # noqa: E402
 from students.lightcap.dropout import Dropout  # noqa: E402
@@ -152,7 +152,8 @@ def multiply_accumulates(model: LightCap, batch: Batch, separate: bool) -> int:
 
     def forward() -> None:
         states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
-        (model.heads.separate if separate else model.heads)(states[real], model.word)
+        branches = model.heads.branch_states(states[real])
+        F.linear(branches if separate else branches.mean(0), model.word)
 
     return 3 * sum(cost.counted(forward)) - grid.numel() * model.config.hidden
 
@@ -190,12 +191,15 @@ class Plain:
         encoded = time.perf_counter()
         real = batch.targets != IGNORED
         states = self.model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
-        heads = self.model.heads.separate if self.separate else self.model.heads
-        logits, targets = heads(states[real], self.model.word), batch.targets[real]
-        loss = caption_loss(logits, targets, self.config.label_smoothing)
+        branches, targets = self.model.heads.branch_states(states[real]), batch.targets[real]
+        branches = branches if self.separate else branches.mean(0, keepdim=True)
+        logits = F.linear(branches, self.model.word, self.model.heads.bias)
+        smoothing = self.config.label_smoothing
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), label_smoothing=smoothing)
         if self.separate:
             ids, best = self.taught(logits)
-            loss = (1 - self.config.token_weight) * loss + self.config.token_weight * token_loss(logits, ids, best, 1.0)
+            logs = logits.log_softmax(-1).gather(-1, ids)
+            loss = (1 - self.config.token_weight) * loss + self.config.token_weight * token_loss(logs, best, 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.group.parameters, self.config.clip_norm, foreach=True)
@@ -224,11 +228,12 @@ def with_torch_dropout(model: LightCap, p: float) -> LightCap:
 
 
 class Peak:
-    """One fp32 product of each shape per call; GFLOP/s of each."""
+    """One product of each shape per call, in the precision that our step trains in; GFLOP/s of each."""
 
     def __init__(self) -> None:
         where = device()
-        self.operands = [(torch.randn(m, k, device=where), torch.randn(k, n, device=where)) for m, k, n in PEAK_SHAPES]
+        kind = torch.bfloat16 if precision("auto", where)._enabled else torch.float32
+        self.operands = [[torch.randn(size, device=where).to(kind) for size in ((m, k), (k, n))] for m, k, n in PEAK_SHAPES]
         self.rates: list[list[float]] = [[] for _ in PEAK_SHAPES]
 
     def measure(self) -> None:

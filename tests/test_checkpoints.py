@@ -217,6 +217,17 @@ def test_minilm_is_a_bert():
         torch.testing.assert_close(x, theirs(ids).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
+def test_a_caption_that_was_cut_does_not_end():
+    from students.lightcap.tokenizer import encode_captions, load_tokenizer
+
+    tokenizer = load_tokenizer("english")
+    start, end = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    fits, cut = encode_captions(tokenizer, ["a red dog .", "a red dog and a cat"], 3)
+    assert [len(fits), len(cut)] == [5, 4]
+    assert fits[:4] == cut and fits[0] == start and fits[-1] == end and end not in cut
+
+
+
 # ---- encoders
 
 

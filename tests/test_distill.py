@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from compress import data
 from compress.artifact import Artifact
@@ -77,13 +78,14 @@ def losses(student: LightCap, tokenizer, teachers: dict[str, Artifact], scenes, 
     with torch.no_grad():
         mask = batch.mask(grid.shape[1])
         student.narrow(words.keep)
-        said = student.heads.separate(student.states(grid, batch.tokens, batch.positions, mask)[real], student.word)
+        states = student.heads.branch_states(student.states(grid, batch.tokens, batch.positions, mask)[real])
+        said = F.linear(states, student.word, student.heads.bias).log_softmax(-1)
         for column, source in enumerate(teachers.values()):
             model = LightCap.from_pretrained(source.path)
             model.narrow(words.keep)
             best, ids = model.heads(model.states(grid, batch.tokens, batch.positions, mask)[real], model.word).softmax(-1).topk(8)
             for head in range(3):
-                found[head, column] = float(token_loss(said[head], ids, best, 1.0))
+                found[head, column] = float(token_loss(said[head].gather(-1, ids), best, 1.0))
     return found
 
 

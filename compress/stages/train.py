@@ -13,6 +13,7 @@ from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.features import device
 from compress.training.loop import Group, fit, precision
 from compress.training.losses import caption_loss
+from compress.training.softmax import logits_at
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from compress.training.words import Words
 from students.lightcap.dropout import set_dropout
@@ -50,8 +51,9 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
             grid = data.grid_of(model, batch.images)
             states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
             real = batch.targets != IGNORED
-            logits = model.heads(states[real], model.word)
-            loss = caption_loss(logits.float(), batch.targets[real], config.label_smoothing)
+            mean = model.heads.branch_states(states[real]).mean(0)
+            logits = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1))
+            loss = caption_loss(logits, config.label_smoothing)
             if words is not None:
                 loss = loss + config.word_weight * words.loss(grid.float(), batch.targets)
         return loss

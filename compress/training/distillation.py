@@ -17,6 +17,7 @@ from compress.training.corpus import Corpus
 from compress.training.features import device
 from compress.training.loop import Group, fit, precision
 from compress.training.losses import attention_loss, caption_loss, hidden_loss, token_loss
+from compress.training.softmax import logits_at
 from compress.training.targets import targets
 from students.lightcap import LightCap
 from students.lightcap.bert import layer_map
@@ -28,12 +29,12 @@ class Goal:
     """What is compared, and its weight. `token_weight` is the share of the teachers' tokens against the captions' own; hidden states and
     attention are added during the first `match_epochs` epochs."""
 
-    match: tuple[str, ...] = ("tokens",)
-    match_epochs: float = 1.0
-    temperature: float = 1.0
-    token_weight: float = 0.8
-    hidden_weight: float = 1.0
-    attention_weight: float = 1.0
+    match: tuple[str, ...]
+    match_epochs: float
+    temperature: float
+    token_weight: float
+    hidden_weight: float
+    attention_weight: float
 
 
 def teach(
@@ -74,13 +75,7 @@ def distil(
             mask, real = batch.mask(grid.shape[1]), batch.targets != IGNORED
             seen: list | None = [] if step < matched else None
             hidden = model.states(grid, batch.tokens, batch.positions, mask, probe=seen)
-            logits = model.heads.separate(hidden[real], model.word).float()
-            loss = caption_loss(logits, batch.targets[real], config.label_smoothing)
-            if taught is not None:
-                ids, best = taught_at(taught, batch, where)
-                if len(taught) == 1:
-                    ids, best = ids.expand(len(logits), -1, -1), best.expand(len(logits), -1, -1)
-                loss = (1 - goal.token_weight) * loss + goal.token_weight * token_loss(logits, ids, best, goal.temperature)
+            loss = head_loss(model, hidden[real], batch, taught, goal, config.label_smoothing)
             if seen is not None:
                 shown = teacher.probe(grid, batch.tokens, batch.positions, mask)
                 for mine, linear, index in zip(seen, maps, pairs, strict=True):
@@ -96,6 +91,26 @@ def distil(
     parameters = [p for p in trained.parameters() if p.requires_grad]
     fit(trained, [Group(parameters, config.learning_rate)], steps, loss_of, config, seed, context.work, label, context.progress)
     model.cpu().eval().requires_grad_(True)
+
+
+def head_loss(model: LightCap, states: Tensor, batch: Batch, taught: list | None, goal: Goal, smoothing: float) -> Tensor:
+    """The mean over heads of what each learns, from the captions and from its teacher. states (n, hidden) at the predicted places."""
+    branches = model.heads.branch_states(states)
+    heads = len(branches)
+    ids = batch.targets[batch.targets != IGNORED].view(1, -1, 1)
+    if taught is not None:
+        best_ids, best = taught_at(taught, batch, states.device)
+        ids = torch.cat([ids.expand(len(taught), -1, -1), best_ids], -1)
+    flat = [x.expand(heads, -1, -1).flatten(0, 1) for x in ((ids,) if taught is None else (ids, best))]
+    logits = logits_at(branches.flatten(0, 1), model.word, model.heads.bias, flat[0])
+    loss = caption_loss(logits, smoothing)
+    if taught is None:
+        return loss
+    if goal.temperature == 1.0:
+        logs = logits.logs[:, 1:]
+    else:
+        logs = logits_at(branches.flatten(0, 1) / goal.temperature, model.word, model.heads.bias / goal.temperature, flat[0][:, 1:]).logs
+    return (1 - goal.token_weight) * loss + goal.token_weight * token_loss(logs, flat[1], goal.temperature)
 
 
 def taught_at(taught: list[tuple[np.ndarray, np.ndarray]], batch: Batch, where: torch.device) -> tuple[Tensor, Tensor]:

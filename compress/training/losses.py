@@ -6,21 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def caption_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Label-smoothed cross-entropy. logits (n, V), or (heads, n, V): then the mean over heads; targets (n,)."""
-    if logits.dim() == 3:
-        targets = targets.expand(len(logits), -1).reshape(-1)
-        logits = logits.flatten(0, 1)
-    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+from compress.training.softmax import Logits
 
 
-def token_loss(logits: Tensor, ids: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
+def caption_loss(logits: Logits, smoothing: float) -> Tensor:
+    """Label-smoothed cross-entropy; the first of the picked pieces is the true one."""
+    return (logits.total - (1 - smoothing) * logits.picked[:, 0] - smoothing * logits.mean).mean()
+
+
+def token_loss(logs: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) over the teacher's top k pieces and one bin for all others, times temperature squared (Hinton et al., 2015).
 
-    logits (..., n, V); ids (..., n, k); probabilities (..., n, k), the teacher's at this temperature, whose missing mass is the tail's.
+    Both (n, k) and at this temperature: `logs` the student's log-probabilities of those pieces, `probabilities` the teacher's, whose
+    missing mass is the tail's.
     """
-    logs = F.log_softmax(logits / temperature, -1).gather(-1, ids)
     tail = torch.log1p(-logs.exp().sum(-1).clamp(max=1 - 1e-6))
     rest = (1 - probabilities.sum(-1)).clamp(min=1e-6)
     kept = (probabilities * (probabilities.clamp(min=1e-9).log() - logs)).sum(-1)

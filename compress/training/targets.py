@@ -10,6 +10,7 @@ from compress.context import Progress
 from compress.training.batches import pack
 from compress.training.corpus import Corpus
 from compress.training.features import device, digest
+from compress.training.loop import precision
 from compress.training.store import found, stored
 from teachers.teacher import Teacher
 
@@ -36,7 +37,8 @@ def targets(
         batch = pack(captions, range(start, stop)).to(where)
         grid = data.grid_of(None, batch.images)
         real = batch.segments > 0
-        logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]), real)
+        with precision("auto", where):
+            logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]), real)
         best, ids = (logits.float() / temperature).softmax(-1).topk(width, dim=-1)
         filled = block[:, : real.shape[1]]
         filled[real.cpu().numpy()] = np.stack([ids.cpu().numpy(), best.cpu().numpy()], -1)

@@ -28,12 +28,11 @@ class Heads(nn.Module):
             nn.init.normal_(branch.transform.weight, std=0.02)
             nn.init.zeros_(branch.transform.bias)
 
+    def branch_states(self, x: Tensor) -> Tensor:
+        """x (..., hidden) -> (heads, ..., hidden), of which `word` makes each head's own logits."""
+        return torch.stack([branch(x) for branch in self.branches])
+
     def forward(self, x: Tensor, word: Tensor) -> Tensor:
         """x (..., hidden), word (V, hidden) -> logits (..., V), averaged over heads. The mean of E h_i + b is E mean(h_i) + b, so any
         number of heads costs one vocabulary product. This holds for logits, not for probabilities."""
-        mean = torch.stack([branch(x) for branch in self.branches]).mean(0)
-        return F.linear(mean, word, self.bias)
-
-    def separate(self, x: Tensor, word: Tensor) -> Tensor:
-        """Each head's own logits, (heads, ..., V), as one stacked product: what distillation from one teacher per head compares."""
-        return F.linear(torch.stack([branch(x) for branch in self.branches]), word, self.bias)
+        return F.linear(self.branch_states(x).mean(0), word, self.bias)

@@ -95,10 +95,12 @@ def english() -> list[str]:
 
 
 def encode_captions(tokenizer: Tokenizer, captions: Iterable[str], max_tokens: int) -> list[list[int]]:
-    """[CLS] pieces [SEP] for each caption, at most `max_tokens` pieces between them; a final full stop is not learned."""
+    """[CLS] pieces [SEP] for each caption; a final full stop is not learned. Of a caption longer than `max_tokens` pieces the first ones
+    are kept, without [SEP]: it must not be learned that captions end there."""
     start, end = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     cleaned = [caption.strip().rstrip(".").strip() for caption in captions]
-    return [[start, *item.ids[:max_tokens], end] for item in tokenizer.encode_batch(cleaned, add_special_tokens=False)]
+    encoded = (item.ids for item in tokenizer.encode_batch(cleaned, add_special_tokens=False))
+    return [[start, *ids, end] if len(ids) <= max_tokens else [start, *ids[:max_tokens]] for ids in encoded]
 
 
 def decode_caption(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

@@ -45,7 +45,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
             taught = teach_from_parent(parent, teacher, tokenizer, settings, data, config, context)
         if config.recover_epochs:
             model.narrow(data.keep)
-            goal = Goal(("tokens",), 0.0, config.temperature, config.token_weight)
+            goal = Goal(("tokens",), 0.0, config.temperature, config.token_weight, 0.0, 0.0)
             steps = data.steps(config.recover_epochs, config.batch_images)
             distil(model, data, taught, None, goal, config, steps, seed + step, f"{label} fusion", context)
             model.widen(data.keep, full, UNSEEN_BIAS)

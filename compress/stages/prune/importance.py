@@ -7,6 +7,7 @@ a feed-forward channel, or on a head, sits before the linear layer that reads it
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from compress.stages.prune.channels import Unit, dependency_graph
 from compress.training.batches import IGNORED
 from compress.training.corpus import corpus
 from compress.training.features import device
-from compress.training.losses import caption_loss
 from students.lightcap import LightCap
 
 BATCHES = 16
@@ -43,7 +43,8 @@ def importance(
             grid = data.grid_of(model, batch.images)
             states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
             real = batch.targets != IGNORED
-            caption_loss(model.heads(states[real], model.word), batch.targets[real], config.label_smoothing).backward()
+            logits = model.heads(states[real], model.word)
+            F.cross_entropy(logits, batch.targets[real], label_smoothing=config.label_smoothing).backward()
             for unit in wanted:
                 total[unit] += gate(model, unit, norms).abs().cpu()
             model.zero_grad(set_to_none=True)
