@@ -65,6 +65,7 @@ class Train(Optimisation):
 
     preset: str | None = None
     fusion_weights: str | None = None
+    new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
     encoder: str = "frozen"
     encoder_learning_rate: float = 1e-3
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
@@ -169,6 +170,7 @@ RANGES = {
     "epochs": ABOVE_ZERO,
     "batch_images": COUNT,
     "learning_rate": ABOVE_ZERO,
+    "new_learning_rate": ABOVE_ZERO,
     "encoder_learning_rate": NOT_NEGATIVE,
     "warmup": PART,
     "final_learning_rate": WHOLE,

@@ -26,6 +26,11 @@ class Special:
         never = (tokenizer.token_to_id(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[MASK]"))
         return Special(tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"), tuple(i for i in never if i is not None))
 
+    def among(self, keep: Tensor) -> Special:
+        """Their places in `keep`, the ids that a model was narrowed to."""
+        place = {piece: index for index, piece in enumerate(keep.tolist())}
+        return Special(place[self.start], place[self.end], tuple(place[i] for i in self.never if i in place))
+
 
 @dataclass(frozen=True, order=True)
 class Hypothesis:

@@ -227,7 +227,6 @@ def test_a_caption_that_was_cut_does_not_end():
     assert fits[:4] == cut and fits[0] == start and fits[-1] == end and end not in cut
 
 
-
 # ---- encoders
 
 

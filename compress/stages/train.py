@@ -18,6 +18,8 @@ from compress.training.start import new_captioner, read_captioner, write_caption
 from compress.training.words import Words
 from students.lightcap.dropout import set_dropout
 
+NEW = ("fusion.grid.", "modulator.", "heads.")  # what a language model's checkpoint does not fill
+
 
 def run(parent: Artifact | None, config: Train, context: Context) -> None:
     """Writes a trained captioner: the preset's, or the parent's further trained with this stage's seed and order."""
@@ -58,8 +60,11 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
                 loss = loss + config.word_weight * words.loss(grid.float(), batch.targets)
         return loss
 
-    fusion = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
-    groups = [Group(fusion, config.learning_rate)]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
+    groups = [
+        Group([p for name, p in trainable if not name.startswith(NEW)], config.learning_rate),
+        Group([p for name, p in trainable if name.startswith(NEW)], config.new_learning_rate or config.learning_rate),
+    ]
     if tuned:
         encoder = [*model.encoder.parameters(), *(words.parameters() if words is not None else ())]
         groups.append(Group(encoder, config.encoder_learning_rate))
