@@ -151,7 +151,7 @@ def multiply_accumulates(model: LightCap, batch: Batch, separate: bool) -> int:
     real = batch.targets != IGNORED
 
     def forward() -> None:
-        states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+        states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix))
         branches = model.heads.branch_states(states[real])
         F.linear(branches if separate else branches.mean(0), model.word)
 
@@ -190,7 +190,7 @@ class Plain:
         synchronise()
         encoded = time.perf_counter()
         real = batch.targets != IGNORED
-        states = self.model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+        states = self.model.states(grid, batch.tokens, batch.positions, batch.mask(self.model.config.prefix))
         branches, targets = self.model.heads.branch_states(states[real]), batch.targets[real]
         branches = branches if self.separate else branches.mean(0, keepdim=True)
         logits = F.linear(branches, self.model.word, self.model.heads.bias)

@@ -10,6 +10,7 @@ from compress.config import Recipe, Stage
 from compress.recipe import resolved
 
 MADE = {
+    "concepts": "a concept extractor; its captions were not trained",
     "train": "trained with cross-entropy on captions",
     "distill": "distilled from its teachers",
     "scst": "tuned for CIDEr",
@@ -66,6 +67,8 @@ def _numbers(row: Mapping) -> list[tuple[str, str]]:
         ("CIDEr against its parent", delta),
         ("BLEU-4 x100", number("bleu4", ".1f")),
         ("ROUGE-L x100", number("rouge_l", ".1f")),
+        ("precision of the concepts found", number("concept_precision", ".1%")),
+        ("recall of the concepts in val's captions", number("concept_recall", ".1%")),
         ("parameters", number("params", ",.0f")),
         ("GMACs per caption", number("gmacs_caption", ".3f")),
         ("MB on disk needed to caption", number("bytes", ".2f", 1e6)),

@@ -52,11 +52,25 @@ class Optimisation:
     warmup: float = 0.05
     final_learning_rate: float = 0.02
     weight_decay: float = 0.05
-    label_smoothing: float = 0.1
     dropout: float = 0.1
     clip_norm: float = 1.0
     precision: str = "auto"
     seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concepts(Optimisation):
+    """The concept extractor: from labelled regions where there are some, else from the words of the captions."""
+
+    learning_rate: float = 1e-3
+    preset: str | None = None
+    vocabulary: str | None = None  # a file with a concept a line; the shipped list if absent
+    text_encoder: str | None = None
+    inner: int = 1024
+    pieces: int = 20
+    regions: str | None = None
+    image_sizes: str | None = None
+    region_weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +79,9 @@ class Train(Optimisation):
 
     preset: str | None = None
     fusion_weights: str | None = None
+    label_smoothing: float = 0.1
+    extractor: str | None = None  # the stage whose image encoder and concept extractor a new captioner takes
+    modulator: int | None = None  # inner width; 0: none
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
     encoder: str = "frozen"
     encoder_learning_rate: float = 1e-3
@@ -77,6 +94,7 @@ class Distill(Optimisation):
 
     teachers: tuple[str, ...] = ()
     init: str = "teacher"
+    label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)
     match_epochs: float = 1.0
     temperature: float = 1.0
@@ -84,6 +102,15 @@ class Distill(Optimisation):
     token_weight: float = 0.8
     hidden_weight: float = 1.0
     attention_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scst(Optimisation):
+    """CIDEr optimisation: `samples` captions drawn per image, each rewarded against the mean of the others or the greedy caption."""
+
+    learning_rate: float = 1e-5
+    samples: int = 5
+    baseline: str = "mean"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +134,7 @@ class Prune(Optimisation):
     recover_epochs: float = 1.0
     recover_encoder_epochs: float = 1.0
     encoder_learning_rate: float = 1e-3
+    label_smoothing: float = 0.1
     temperature: float = 1.0
     top_k: int = 16
     token_weight: float = 0.8
@@ -129,8 +157,10 @@ class Export:
 
 
 STAGES = {
+    "concepts": Concepts,
     "train": Train,
     "distill": Distill,
+    "scst": Scst,
     "vocabulary": Vocabulary,
     "prune": Prune,
     "quantize": Quantize,
@@ -142,6 +172,7 @@ CHOICES = {
     ("train", "encoder"): ("frozen", "tuned"),
     ("distill", "init"): ("teacher", "weights"),
     ("distill", "match"): ("tokens", "hidden", "attention"),
+    ("scst", "baseline"): ("mean", "greedy"),
     ("prune", "parts"): ("encoder", "fusion"),
     ("quantize", "scheme"): ("static",),
     ("vocabulary", "keep"): ("seen",),
@@ -169,6 +200,10 @@ RANGES = {
     "heads": COUNT,
     "epochs": ABOVE_ZERO,
     "batch_images": COUNT,
+    "inner": COUNT,
+    "pieces": (1, 63, True, True),
+    "region_weight": NOT_NEGATIVE,
+    "modulator": NOT_NEGATIVE,
     "learning_rate": ABOVE_ZERO,
     "new_learning_rate": ABOVE_ZERO,
     "encoder_learning_rate": NOT_NEGATIVE,
@@ -185,6 +220,7 @@ RANGES = {
     "word_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,
     "attention_weight": NOT_NEGATIVE,
+    "samples": (2, math.inf, True, False),
     "min_count": COUNT,
     "macs": SHARE,
     "params": SHARE,
@@ -199,6 +235,12 @@ RANGES = {
 }
 
 
+def references(config) -> tuple[str, ...]:
+    """The earlier stages that a stage's settings name, beside the one it works on."""
+    extractor = getattr(config, "extractor", None)
+    return (*getattr(config, "teachers", ()), *((extractor,) if extractor else ()))
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of a recipe: `kind` is its key, `name` its `as:` label, `parent` the stage it works on (None: it starts anew)."""
@@ -206,7 +248,7 @@ class Stage:
     kind: str
     name: str
     parent: str | None
-    config: Train | Distill | Vocabulary | Prune | Quantize | Export
+    config: Concepts | Train | Distill | Scst | Vocabulary | Prune | Quantize | Export
 
 
 @dataclass(frozen=True)

@@ -17,27 +17,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from students.lightcap import LightCap, LightCapConfig
+from students.lightcap.concepts import windows
 
 TOKENS = 12
 
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one caption: products with weights in the encoder, in the prefix and in the steps, and attention's
-    products of activations."""
+    """Multiply-accumulates of one caption: products with weights in the encoder, in the concept extractor, in the prefix and in the
+    steps, and attention's products of activations."""
 
     encoder: int
+    concepts: int
     prefix: int
     steps: int
     attention: int
 
     @property
     def caption(self) -> int:
-        return self.encoder + self.prefix + self.steps + self.attention
+        return self.encoder + self.concepts + self.prefix + self.steps + self.attention
 
     def gbops(self, bits: int) -> float:
         """Bit operations x 1e-9: MACs x weight bits x activation bits; products of activations stay in 32 bits."""
-        return (bits * bits * (self.encoder + self.prefix + self.steps) + 32 * 32 * self.attention) / 1e9
+        return (bits * bits * (self.encoder + self.concepts + self.prefix + self.steps) + 32 * 32 * self.attention) / 1e9
 
 
 def count_macs(config: LightCapConfig, tokens: int = TOKENS) -> Macs:
@@ -47,7 +49,8 @@ def count_macs(config: LightCapConfig, tokens: int = TOKENS) -> Macs:
         pixels = torch.zeros(1, 3, config.image_size, config.image_size)
         encoder, _ = counted(lambda: model.encode(pixels))
         grid = torch.zeros(1, config.grid**2, config.channels)
-        concepts = torch.ones(1, config.concepts, dtype=torch.long) if config.modulator else None
+        concepts = torch.ones(1, config.concepts, dtype=torch.long) if config.concepts else None
+        extraction = sum(counted(lambda: extract(model, grid)))
         prefix, among = counted(lambda: model.prefill(grid, concepts))
         with torch.no_grad():
             past = model.prefill(grid, concepts)
@@ -58,7 +61,15 @@ def count_macs(config: LightCapConfig, tokens: int = TOKENS) -> Macs:
                 _, here = model.step(torch.zeros(1, 1, dtype=torch.long), position, here)
 
         steps, between = counted(generate)
-    return Macs(encoder, prefix, steps, among + between)
+    return Macs(encoder, extraction, prefix, steps, among + between)
+
+
+def extract(model: LightCap, grid: torch.Tensor) -> None:
+    """The concept extractor's work; of a preset, which does not say how many concepts there will be, that of its MLP alone."""
+    if model.concepts is not None:
+        model.concept_scores(grid)
+    elif model.alignment is not None:
+        model.alignment(grid, windows(model.config.grid))
 
 
 def counted(work: Callable[[], object]) -> tuple[int, int]:

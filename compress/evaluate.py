@@ -14,11 +14,13 @@ from compress import cost, metrics, runtime
 from compress.artifact import Artifact, write_json
 from compress.context import Context, Progress
 from compress.data import CaptionSet
+from compress.data.concepts import read_concepts
 from compress.decode import Special, beam_search
 from compress.errors import ModelError
 from compress.metrics.bootstrap import paired
 from compress.training.corpus import UNSEEN_BIAS
 from compress.training.features import device, grids, pixels
+from compress.training.mentions import mentioned, precision_recall
 from compress.training.start import read_captioner
 from students.lightcap import PRESETS, LightCap, LightCapConfig, preset
 from students.lightcap.tokenizer import decode_caption
@@ -32,6 +34,10 @@ CAPTIONS = "captions.json"  # beside metrics.json: what the artifact said of eac
 def measure(artifact: Artifact, parent: Artifact | None, context: Context, teachers: Sequence[Artifact]) -> dict:
     """The ledger row of `artifact` on the recipe's val split, beam 5; compared with `parent`, or the first of `teachers`."""
     against = parent or (teachers[0] if teachers else None)
+    if context.stage.kind == "concepts":
+        return extraction(artifact, context)
+    if against is not None and not (against.path / CAPTIONS).is_file():
+        against = None  # a concept extractor, which says nothing yet
     data = context.data.split(context.recipe.data.val_split)
     with context.progress.task(f"captions of {data.examples[0].split}", len(data)) as task:
         said = captions(artifact, data, BEAM, context.cache, context.progress, task.advance)
@@ -53,6 +59,17 @@ def measure(artifact: Artifact, parent: Artifact | None, context: Context, teach
 def accuracy(scores: metrics.Scores) -> dict:
     return {"cider": scores.cider, "cider_ci95": list(scores.cider_ci95), "bleu4": scores.bleu4, "rouge_l": scores.rouge_l,
             "images": scores.images}
+
+
+def extraction(artifact: Artifact, context: Context) -> dict:
+    """The row of a concept extractor, whose captions were not trained: what it costs, and how well it finds what captions mention."""
+    model, _, settings = read_captioner(artifact.path)
+    val = context.data.split(context.recipe.data.val_split)
+    features = grids(model, val, settings, context.cache, context.progress)
+    names = read_concepts(context.stage.config.vocabulary)
+    precision, recall = precision_recall(model, features, mentioned(val, names))
+    found = {"split": context.recipe.data.val_split, "concept_precision": precision, "concept_recall": recall, "images": len(val)}
+    return found | costs(artifact, None)
 
 
 def baseline(artifact: Artifact, context: Context) -> dict:

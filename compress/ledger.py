@@ -28,6 +28,8 @@ ROW = (
     "cider_ci95",
     "bleu4",
     "rouge_l",
+    "concept_precision",  # of a concept extractor: the share of the concepts it found that the image's captions mention
+    "concept_recall",  # and of those that they mention, the share that it found
     "images",
     "delta_cider",  # against the artifact it worked on; a student: against its teacher
     "delta_ci95",  # the 95 % interval of that difference, by paired bootstrap over images

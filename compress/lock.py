@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from compress.config import Recipe, Stage
+from compress.config import Recipe, Stage, references
 from compress.recipe import resolved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def parts(
 ) -> dict:
     """What the lock of `stage` is over. `locks` holds those of the earlier stages by name."""
     settings = next(dict(entry[stage.kind]) for entry in resolved(recipe)["stages"] if _is(entry, stage))
-    for key in ("as", "from", "teachers", "max_drop_cider"):  # a gate judges an artifact, it does not make it
+    for key in ("as", "from", "teachers", "extractor", "max_drop_cider"):  # a gate judges an artifact, it does not make it
         settings.pop(key, None)
     sources, libraries = imported((f"compress.stages.{stage.kind}",), root)
     return {
@@ -55,7 +55,7 @@ def parts(
         "student": resolved(recipe)["student"],
         "seed": recipe.seed,
         "parent": locks[stage.parent] if stage.parent else None,
-        "teachers": [locks[name] for name in getattr(stage.config, "teachers", ())],
+        "teachers": [locks[name] for name in references(stage.config)],
         "data": fingerprint,
         "sources": sources,
         "versions": versions(libraries),

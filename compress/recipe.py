@@ -27,6 +27,7 @@ from compress.errors import RecipeError, nearest
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 SECTIONS = {"data": Data, "student": Student}
 TOP = ("name", "extends", "seed", "data", "student", "stages")
+NEW = ("concepts", "train")  # kinds that can start a captioner from nothing
 GRAPHS = ("quantize", "export")  # kinds whose artifacts are ONNX graphs, which no later training can change
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -307,13 +308,17 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             earlier(parent, start, "from")
             if getattr(config, "preset", None):
                 raise RecipeError(f"{start.place}keys 'from' and 'preset' exclude each other: a preset starts anew")
-        elif kind == "distill" or (kind == "train" and (config.preset or before is None)):
+        elif kind == "distill" or (kind in NEW and (config.preset or before is None or getattr(config, "extractor", None))):
             parent = None
         elif before is None:
             raise RecipeError(f"{place}the first stage cannot be '{kind}': there is nothing to work on; begin with 'train'")
         else:
             parent = before
             earlier(parent, Located(None, place), kind)
+        if getattr(config, "extractor", None):
+            earlier(config.extractor, settings["extractor"], "extractor")
+            if start is not None:
+                raise RecipeError(f"{start.place}keys 'from' and 'extractor' exclude each other: an extractor starts a new captioner")
         if kind == "distill":
             config = _with_teachers(config, settings, before, place, student, earlier)
         if kind == "prune" and sum(getattr(config, key) is not None for key in ("macs", "params", "mb")) != 1:

@@ -5,7 +5,8 @@ This file is self-contained. Every export carries a copy of it as `caption.py`, 
     python caption.py [--beam N] [--max-tokens N] [--threads N] [--json] PHOTO...
 
 Its folder holds `encoder.onnx` (pixels -> grid), `decoder.onnx` (grid -> keys and values of the prefix; token -> logits), `config.json`,
-`tokenizer.json` and `preprocessor_config.json`. Float and INT8 graphs have the same inputs and outputs.
+`tokenizer.json`, `preprocessor_config.json` and, where the model reads concepts, `concepts.onnx` (grid -> word pieces of what it shows).
+Float and INT8 graphs have the same inputs and outputs.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Captioner:
         from tokenizers import Tokenizer
 
         folder = Path(folder)
-        for name in FILES:
+        reads_concepts = (folder / FILES[0]).is_file() and read_json(folder / FILES[0]).get("concepts")
+        for name in (*FILES, *(["concepts.onnx"] if reads_concepts else [])):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: no {name} there, so it is not an exported captioner")
         self.folder = folder
@@ -101,7 +103,8 @@ class Captioner:
         self.encoder = open_session(folder / "encoder.onnx", self.threads)
         self.decoder = open_session(folder / "decoder.onnx", self.threads)
         self.channels = self.decoder.get_inputs()[0].shape[2]
-        pasts = self.decoder.get_inputs()[3:]
+        self.extractor = open_session(folder / "concepts.onnx", self.threads) if reads_concepts else None
+        pasts = [item for item in self.decoder.get_inputs() if item.name.startswith("past_")]
         self.past_names = [item.name for item in pasts]
         self.empty = [(item.shape[1], item.shape[3]) for item in pasts]  # heads and their width, which differ by layer when pruned
 
@@ -112,20 +115,26 @@ class Captioner:
     def prefill(self, grid: np.ndarray) -> list[np.ndarray]:
         """grid (B, G, channels) -> the prefix's keys and values, layer by layer, each (B, heads, G, head width)."""
         images = len(grid)
+        grid = np.ascontiguousarray(grid, np.float32)
+        concepts = self.extractor.run(None, {"grid": grid})[0] if self.extractor else None
         none = np.zeros((images, 0), np.int64)
         past = [np.zeros((images, heads, 0, width), np.float32) for heads, width in self.empty]
-        return self.run_decoder(np.ascontiguousarray(grid, np.float32), none, none, past)[1:]
+        return self.run_decoder(grid, none, none, past, concepts)[1:]
 
     def step(self, tokens: np.ndarray, position: int, past: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """tokens (N,) at `position` -> logits (N, V), and keys and values with this token's own."""
         n = len(tokens)
         nothing = np.zeros((n, 0, self.channels), np.float32)
         tokens = np.asarray(tokens, np.int64)[:, None]
-        logits, *present = self.run_decoder(nothing, tokens, np.full_like(tokens, position), past)
+        logits, *present = self.run_decoder(nothing, tokens, np.full_like(tokens, position), past, tokens[:, :0])
         return logits[:, -1], present
 
-    def run_decoder(self, grid: np.ndarray, tokens: np.ndarray, positions: np.ndarray, past: list[np.ndarray]) -> list[np.ndarray]:
+    def run_decoder(
+        self, grid: np.ndarray, tokens: np.ndarray, positions: np.ndarray, past: list[np.ndarray], concepts: np.ndarray | None
+    ) -> list[np.ndarray]:
         feeds = {"grid": grid, "tokens": tokens, "positions": positions, **dict(zip(self.past_names, past, strict=True))}
+        if self.extractor:
+            feeds["concepts"] = concepts
         return self.decoder.run(None, feeds)
 
     def decode(self, grid: np.ndarray, beam: int = 1, max_tokens: int | None = None) -> list[tuple[str, float]]:

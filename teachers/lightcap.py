@@ -15,15 +15,14 @@ class LightCapTeacher:
     def __init__(self, folder: Path) -> None:
         self.model = LightCap.from_pretrained(folder).requires_grad_(False)
         self.vocabulary = tuple(pieces_of(read_tokenizer(Path(folder) / "tokenizer.json")))
-        self.hidden, self.layers = self.model.config.hidden, self.model.config.layers
+        self.hidden, self.layers, self.prefix = self.model.config.hidden, self.model.config.layers, self.model.config.prefix
 
     def narrow(self, keep: Tensor) -> None:
         """Scores the word pieces `keep` alone from here on: the logits of all others are not computed."""
         self.model.narrow(keep)
 
     def to(self, where: torch.device) -> LightCapTeacher:
-        self.model.fusion.to(where)
-        self.model.heads.to(where)
+        self.model.to(where)
         return self
 
     @torch.inference_mode()

@@ -11,11 +11,12 @@ from torch import Tensor
 
 class Teacher(Protocol):
     """A captioner that scores given captions. `vocabulary` lists its word pieces by id: distilling tokens needs them equal to the
-    student's (equal sizes do not make equal vocabularies)."""
+    student's (equal sizes do not make equal vocabularies). `prefix` is the number of tokens before the caption."""
 
     vocabulary: tuple[str, ...]
     hidden: int
     layers: int
+    prefix: int
 
     def narrow(self, keep: Tensor) -> None:
         """Scores the word pieces `keep` (ids) alone from here on."""
@@ -26,11 +27,12 @@ class Teacher(Protocol):
         ...
 
     def logits(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, real: Tensor) -> Tensor:
-        """grid (B, G, channels); tokens, positions (B, T); mask (B, 1, G + T, G + T); real (B, T) bool -> (n, V) at the real places."""
+        """grid (B, G, channels); tokens, positions (B, T); mask (B, 1, P + T, P + T), P = `prefix`; real (B, T) bool -> logits (n, V) at
+        the real places."""
         ...
 
     def probe(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Per layer: caption states (B, T, hidden) and attention rows (B, heads, T, G + T)."""
+        """Per layer: caption states (B, T, hidden) and attention rows (B, heads, T, P + T)."""
         ...
 
 

@@ -217,6 +217,15 @@ def test_minilm_is_a_bert():
         torch.testing.assert_close(x, theirs(ids).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("text", ["a man's t-shirt", "a black-and-white dog isn't here", "the boy , who 's six , jumps ."])
+def test_words_that_bert_splits_are_joined_again(text):
+    from students.lightcap.tokenizer import decode_caption, encode_captions, load_tokenizer
+
+    tokenizer = load_tokenizer("minilm")
+    ids = encode_captions(tokenizer, [text], 20)[0]
+    assert decode_caption(tokenizer, ids) == text.replace(" ,", ",").replace(" 's", "'s").replace(" .", "")
+
+
 def test_a_caption_that_was_cut_does_not_end():
     from students.lightcap.tokenizer import encode_captions, load_tokenizer
 

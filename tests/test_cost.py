@@ -20,6 +20,9 @@ CONFIGS = {
     "minilm-student": preset("minilm-student"),
     "tiny": preset("tiny", vocabulary=100),
     "tiny, pruned": dataclasses.replace(preset("tiny", vocabulary=100), shapes=PRUNED),
+    "tiny, concepts": dataclasses.replace(
+        preset("tiny", vocabulary=100), concepts=6, alignment=(16, 8), concept_vocabulary=(9, 2), modulator=4
+    ),
     "tiny, other encoder": preset("tiny", vocabulary=100, encoder="clip-rn50"),
 }
 
@@ -52,11 +55,15 @@ def layer_sizes(config: LightCapConfig, index: int) -> tuple[int, int]:
 
 def closed_form(config: LightCapConfig, tokens: int) -> dict[str, int]:
     hidden, grid = config.hidden, config.grid**2
-    concepts = config.concepts if config.modulator else 0
-    prefix_length = grid + concepts
-    prefix, steps, attention = grid * config.channels * hidden, 0, 0
+    prefix_length = grid + config.concepts
+    prefix, steps, attention, extraction = grid * config.channels * hidden, 0, 0, 0
     if config.modulator:
-        prefix += concepts * config.modulator * (hidden + config.channels)
+        prefix += config.concepts * config.modulator * (hidden + config.channels)
+    if config.alignment:
+        inner, text = config.alignment
+        looked_at = sum((config.grid - side + 1) ** 2 for side in (1, 3, 5) if side < config.grid) + 1
+        known = config.concept_vocabulary[0] if config.concept_vocabulary else 0
+        extraction = grid * config.channels * inner + looked_at * (grid * inner + inner * text + text * known)
     for index in range(config.layers):
         width, ffn = layer_sizes(config, index)
         last = index == config.layers - 1
@@ -67,7 +74,7 @@ def closed_form(config: LightCapConfig, tokens: int) -> dict[str, int]:
             steps += 4 * hidden * width + 2 * hidden * ffn
             attention += 2 * width * (prefix_length + position + 1)
     steps += tokens * (config.heads * hidden * hidden + hidden * config.vocabulary)  # one vocabulary product for all heads
-    return {"prefix": prefix, "steps": steps, "attention": attention}
+    return {"concepts": extraction, "prefix": prefix, "steps": steps, "attention": attention}
 
 
 @pytest.mark.parametrize(("name", "tokens"), [*((name, 12) for name in CONFIGS), ("tiny", 3)])
@@ -78,7 +85,7 @@ def test_counted_macs_are_the_closed_form(name, tokens):
         encoder = trunk(LightCap(config).eval())
     wanted = closed_form(config, tokens)
     assert counted.encoder == encoder
-    assert (counted.prefix, counted.steps, counted.attention) == (wanted["prefix"], wanted["steps"], wanted["attention"])
+    assert dataclasses.asdict(counted) == {"encoder": encoder} | wanted
     assert counted.caption == encoder + sum(wanted.values())
 
 
@@ -96,7 +103,7 @@ def test_pruning_saves_what_it_removes():
 
 
 def test_bit_operations():
-    macs = cost.Macs(encoder=3_000_000, prefix=2_000_000, steps=1_000_000, attention=500_000)
+    macs = cost.Macs(encoder=2_000_000, concepts=1_000_000, prefix=2_000_000, steps=1_000_000, attention=500_000)
     assert macs.gbops(32) == pytest.approx(6.5e6 * 1024 / 1e9)
     assert macs.gbops(8) == pytest.approx((6e6 * 64 + 0.5e6 * 1024) / 1e9)  # products of activations stay float
 

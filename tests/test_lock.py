@@ -53,6 +53,14 @@ def test_names_are_not_in_the_lock(tmp_path):
     assert list(renamed.values()) == list(base.values())
 
 
+def test_an_extractor_is_in_the_lock(tmp_path):
+    text = "stages:\n  - concepts: {as: a}\n  - train: {as: teacher, preset: tiny, extractor: a}\n"
+    base, other = locks_of(tmp_path, text), locks_of(tmp_path, text.replace("as: a", "as: a, pieces: 9"))
+    assert base["a"] != other["a"] and base["teacher"] != other["teacher"]
+    renamed = locks_of(tmp_path, text.replace("as: a", "as: b").replace("extractor: a", "extractor: b"))
+    assert list(renamed.values()) == list(base.values())
+
+
 def test_defaults_written_out_are_the_same(tmp_path):
     written = RECIPE.replace("epochs: 2", "epochs: 2, weight_decay: 0.05")
     assert locks_of(tmp_path, written) == locks_of(tmp_path)

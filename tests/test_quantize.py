@@ -177,3 +177,29 @@ def test_a_pad_before_a_quantized_convolution_becomes_the_convolutions_own():
     encoder.fold_pads(model.graph)
     assert [node.op_type for node in model.graph.node] == ["QuantizeLinear", "DequantizeLinear", "Conv"]
     np.testing.assert_allclose(onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0], before, atol=1e-5)
+
+
+def test_concepts_are_quantized_too(tmp_path):
+    """A model with concepts: three integer products find the same concepts as the float extractor, but for near ties."""
+    model = tiny.build(steps=0)
+    count, text = 24, 16
+    torch.manual_seed(5)
+    pieces = torch.arange(10, 10 + count).unsqueeze(1)
+    model.start_concepts(torch.nn.functional.normalize(torch.randn(count, text), dim=1), pieces, torch.zeros(count), 32, 6)
+    with torch.no_grad():
+        model.alignment.second.weight.mul_(8)
+    parent = tiny.artifact(model.eval(), tmp_path / "float")
+    where = context(tmp_path / "int8")
+    quantize.run(parent, Quantize(calibration_images=12), where)
+    kernels = graphs.kernels(where.output / "concepts.onnx")
+    assert kernels["MatMulInteger"] + kernels["MatMulIntegerToFloat"] == 3
+    assert graphs.weight_bytes(where.output)["integer"] > 0.8 * sum(graphs.weight_bytes(where.output).values())
+    captioner = runtime.Captioner(where.output, threads=1)
+    grid = captioner.encode(np.stack([runtime.pixels(picture, captioner.settings) for picture in tiny.pictures(16)]))
+    found = captioner.extractor.run(None, {"grid": grid})[0]
+    scores = model.concept_scores(torch.from_numpy(grid))
+    for row, ids in zip(scores.detach(), found, strict=True):
+        assert len(set(ids.tolist())) == 6
+        worst = row[torch.from_numpy(ids) - 10].min()
+        assert worst > row.topk(6).values[-1] - 0.1 * row.std()
+    assert all(text for text, _ in captioner.decode(grid, beam=2))

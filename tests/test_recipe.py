@@ -47,6 +47,13 @@ def one_stage(line: str) -> str:
     return f"stages:\n  - train: {{as: teacher}}\n  - {line}\n"
 
 
+def test_an_extractor_starts_a_new_captioner(tmp_path):
+    text = "stages:\n  - concepts: {}\n  - train: {as: teacher, preset: tiny, extractor: concepts}\n  - scst: {}\n"
+    read = read_recipe(write(tmp_path, text))
+    assert [(stage.name, stage.parent) for stage in read.stages] == [("concepts", None), ("teacher", None), ("scst", "teacher")]
+    assert [config.references(stage.config) for stage in read.stages] == [(), ("concepts",), ()]
+
+
 def test_stages_and_what_they_work_on(tmp_path):
     read = read_recipe(write(tmp_path, CHAIN))
     assert (read.name, read.seed) == ("chain", 3)
@@ -166,7 +173,7 @@ def test_wrong_settings(tmp_path, setting, expected):
     ("text", "expected"),
     [
         ("sede: 1\nstages: [{train: {}}]", r"chain.yaml:1: unknown key 'sede'; allowed: name, .*; did you mean 'seed'\?"),
-        ("stages:\n  - trian: {}", r"chain.yaml:2: unknown stage 'trian'; allowed: train, .*; did you mean 'train'\?"),
+        ("stages:\n  - trian: {}", r"chain.yaml:2: unknown stage 'trian'; allowed: concepts, train, .*; did you mean 'train'\?"),
         ("stages:\n  - train:\n      epoch: 2", r"chain.yaml:3: unknown key 'epoch' in 'train'; .*did you mean 'epochs'\?"),
         ("stages: [{train: {epochs: many}}]", r"chain.yaml:1: key 'epochs' must be a number, not 'many'"),
         ("stages: [{train: {batch_images: 2.5}}]", r"key 'batch_images' must be a whole number, not 2.5"),
@@ -181,7 +188,7 @@ def test_wrong_settings(tmp_path, setting, expected):
         ("data: scenes\nstages: [{train: {}}]", r"chain.yaml:1: key 'data' must be a mapping"),
         ("data: {source: flickr}\nstages: [{train: {}}]", r"'flickr' is not one of scenes, .*; did you mean 'flickr8k'\?"),
         ("name: a/b\nstages: [{train: {}}]", r"chain.yaml:1: key 'name' must be a word"),
-        ("seed: 1", r"chain.yaml:1: key 'stages' must be a list with at least one of train, "),
+        ("seed: 1", r"chain.yaml:1: key 'stages' must be a list with at least one of concepts, train, "),
         ("stages: []", r"key 'stages' must be a list"),
         ("stages: [train]", r"a stage is one key with its settings"),
         ("stages: [{train: 3}]", r"the settings of 'train' must be a mapping"),
@@ -194,6 +201,10 @@ def test_wrong_settings(tmp_path, setting, expected):
         (one_stage("vocabulary: {from: teachr}"), r"'teachr' is not a stage here; earlier stages: teacher; did you mean 'teacher'\?"),
         (one_stage("train: {from: teacher, preset: tiny}"), r"keys 'from' and 'preset' exclude each other"),
         (one_stage("distill: {as: s, teachers: [later]}") + "  - train: {as: later}", r"key 'teachers': 'later' comes later"),
+        (one_stage("train: {as: s, extractor: later}") + "  - concepts: {as: later}", r"key 'extractor': 'later' comes later"),
+        (one_stage("train: {as: s, from: teacher, extractor: teacher}"), r"keys 'from' and 'extractor' exclude each other"),
+        ("stages: [{scst: {}}]", r"the first stage cannot be 'scst'"),
+        (one_stage("scst: {samples: 1}"), r"key 'samples' must be 2 or more"),
         (one_stage("quantize: {}") + "  - prune: {macs: 0.5}", r"'quantize' is already ONNX graphs \(quantize\), which 'prune' cannot"),
         ("student: {heads: 3}\n" + one_stage("distill: {teachers: [teacher, teacher]}"), r"2 teachers for 3 heads; give one, or exactly"),
         ("seed: 1\nseed: 2", r"chain.yaml:2: key 'seed' is written twice"),

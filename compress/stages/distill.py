@@ -31,15 +31,17 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         set_dropout(model, config.dropout)
     else:
         weights = student.fusion_weights if config.init == "weights" else None
-        model, tokenizer, _ = new_captioner(student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed)
+        model, tokenizer, _ = new_captioner(
+            student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed, first, first.config.modulator or 0
+        )
     if len(sources) not in (1, model.config.heads):
         raise RecipeError(f"{len(sources)} teachers for {model.config.heads} heads; name one, or one per head")
     teachers = [load(source.path) for source in sources]
     for name, teacher in zip(config.teachers, teachers, strict=True):
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
             raise RecipeError(f"teacher '{name}': its vocabulary is not the student's; tokens cannot be distilled between them")
-    if parent is None:
-        start_from(model, first, [read_captioner(source.path)[0] for source in sources] if config.init == "teacher" else [])
+    if parent is None and config.init == "teacher":
+        start_from(model, first, [read_captioner(source.path)[0] for source in sources])
     data = corpus(model, tokenizer, settings, context)
     for teacher in teachers:
         teacher.narrow(data.keep)
@@ -56,14 +58,11 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
 
 
 def start_from(model: LightCap, first: LightCap, teachers: list[LightCap]) -> None:
-    """The first teacher's encoder; where `teachers` are given, also its embeddings and every n-th layer, and head i as teacher i's head.
+    """The first teacher's embeddings and every n-th layer, its modulator, and head i as teacher i's head.
 
     RecipeError where their sizes differ.
     """
     try:
-        model.encoder.load_state_dict(first.encoder.state_dict())
-        if not teachers:
-            return
         copy_layers(model.fusion, first.fusion)
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"the student cannot start from its first teacher: {str(error).splitlines()[-1].strip()}") from None

@@ -1,12 +1,14 @@
 """A captioner as two ONNX graphs and one script: a folder that captions by itself, without torch.
 
-`encoder.onnx`: pixels (B, 3, S, S) -> grid (B, G, C). `decoder.onnx` is prefix and step in one graph, so that no weight is stored twice:
+`encoder.onnx`: pixels (B, 3, S, S) -> grid (B, G, C). `concepts.onnx`, where the model reads concepts: grid -> their word pieces (B, K).
+`decoder.onnx` is prefix and step in one graph, so that no weight is stored twice:
 over no past and no token it gives the grid's keys and values, over an empty grid it takes one token further.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import warnings
@@ -74,6 +76,21 @@ class DecoderLayer(nn.Module):
         return self.norm2(x + self.down(F.gelu(self.up(x)))), keys, values
 
 
+class Extractor(nn.Module):
+    """grid (N, G, C) -> the word pieces (N, K) of the concepts in it."""
+
+    def __init__(self, model: LightCap) -> None:
+        super().__init__()
+        self.first, self.second = Product(model.alignment.first), Product(model.alignment.second)
+        self.matrix = nn.Parameter(model.concepts.matrix.T.contiguous(), requires_grad=False)
+        self.most, self.known = model.config.concepts, model.concepts
+        self.register_buffer("windows", model.windows)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        found = self.second(F.relu(self.windows @ self.first(grid))) @ self.matrix
+        return self.known.choose(found.logsumexp(1) + self.known.prior, self.most)
+
+
 class Branch(nn.Module):
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -81,6 +98,18 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(F.gelu(self.transform(x)))
+
+
+class Modulation(nn.Module):
+    """`students.lightcap.modulator.Modulator`; the number of concepts is a constant, so that none (in a step) is no division by zero."""
+
+    def __init__(self, modulator: nn.Module, concepts: int) -> None:
+        super().__init__()
+        self.down, self.up, self.concepts = Product(modulator.down), Product(modulator.up), concepts
+
+    def forward(self, grid: Tensor, words: Tensor) -> Tensor:
+        gates = torch.sigmoid(self.up(F.relu(self.down(words))))
+        return grid * (gates.sum(1, keepdim=True) / self.concepts)
 
 
 class Decoder(nn.Module):
@@ -95,8 +124,10 @@ class Decoder(nn.Module):
         self.grid, self.norm = Product(fusion.grid), fusion.norm
         position, segment = fusion.position.weight.detach(), fusion.segment.weight.detach()
         self.places = nn.Parameter(position[:PREFIX_POSITION] + segment[0], requires_grad=False)
-        longest = PREFIX_POSITION + model.config.grid**2 + model.config.concepts
-        self.grid_places = nn.Parameter(position[PREFIX_POSITION:longest] + segment[1], requires_grad=False)
+        longest = PREFIX_POSITION + model.config.prefix
+        self.prefix_places = nn.Parameter(position[PREFIX_POSITION:longest] + segment[1], requires_grad=False)
+        self.concepts = model.config.concepts
+        self.modulator = Modulation(model.modulator, self.concepts) if model.modulator is not None else None
         self.layers = nn.ModuleList(DecoderLayer(layer) for layer in fusion.layers)
         self.branches = nn.ModuleList(Branch(head) for head in model.heads.branches)
 
@@ -105,16 +136,24 @@ class Decoder(nn.Module):
         columns = torch.index_select(self.vocabulary, 1, tokens.flatten())
         return columns.T.view(*tokens.shape, len(self.vocabulary))
 
-    def forward(self, grid: Tensor, tokens: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """grid (N, G, C); tokens, positions (N, T) with T at most 1; past keys and values, layer by layer, each (N, heads, P, width).
-        Returns logits (N, T, V), then all keys and values (N, heads, P + G + T, width). Every position sees every other, so a
-        pass holds either the grid or a token."""
-        prefix = self.grid(grid) + self.grid_places[: grid.shape[1]]
+    def forward(
+        self, grid: Tensor, tokens: Tensor, positions: Tensor, past: list[Tensor], concepts: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """grid (N, G, C); tokens, positions (N, T) with T at most 1; past keys and values, layer by layer, each (N, heads, P, width);
+        concepts (N, K) word pieces, for a model that reads them. Returns logits (N, T, V), then all keys and values
+        (N, heads, P + K + G + T, width). Every position sees every other, so a pass holds either the prefix or a token."""
+        if concepts is None:
+            prefix = self.grid(grid)
+        else:
+            words = self.lookup(concepts)
+            prefix = torch.cat([words, self.grid(grid if self.modulator is None else self.modulator(grid, words))], 1)
+        first = prefix.shape[1]
+        prefix = prefix + self.prefix_places[:first]
         x = self.norm(torch.cat([prefix, self.lookup(tokens) + F.embedding(positions, self.places)], 1))
         present: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)
-            x, *pair = layer(x, *past[2 * index : 2 * index + 2], grid.shape[1] if last else None)
+            x, *pair = layer(x, *past[2 * index : 2 * index + 2], first if last else None)
             present += pair
         states = torch.stack([branch(x) for branch in self.branches]).mean(0)
         return states @ self.vocabulary + self.bias, *present
@@ -125,7 +164,7 @@ def past_names(model: LightCap, kind: str) -> list[str]:
     return [f"{kind}_{part}_{layer}" for layer in range(len(model.fusion.layers)) for part in ("key", "value")]
 
 
-def example(model: LightCap) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def example(model: LightCap) -> tuple[Tensor, ...]:
     """Decoder inputs of odd and unequal lengths, so that no two dynamic sizes look alike."""
     n, grid, tokens, past = 2, 7, 3, 5
     keys = []
@@ -133,7 +172,8 @@ def example(model: LightCap) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         heads = layer.query.out_features // layer.head_dim
         keys += [torch.randn(n, heads, past, layer.head_dim) for _ in range(2)]
     places = torch.arange(tokens).expand(n, tokens).contiguous()
-    return torch.randn(n, grid, model.config.channels), torch.ones(n, tokens, dtype=torch.int64), places, keys
+    inputs = torch.randn(n, grid, model.config.channels), torch.ones(n, tokens, dtype=torch.int64), places, keys
+    return (*inputs, torch.ones(n, 4, dtype=torch.int64)) if model.config.concepts else inputs
 
 
 @contextlib.contextmanager
@@ -170,12 +210,20 @@ def encoder_graph(model: LightCap) -> ModelProto:
     return proto
 
 
+def concepts_graph(model: LightCap) -> ModelProto:
+    """The float extractor, its initializers named as the parameters of `Extractor`."""
+    grid = torch.randn(2, model.config.grid**2, model.config.channels)
+    return to_onnx(Extractor(model).eval(), (grid,), ["grid"], ["concepts"], ({0: Dim("n")},))
+
+
 def decoder_graph(model: LightCap) -> ModelProto:
     """The float decoder, its initializers still named as the parameters of `Decoder` (`graphs.clean` renames them)."""
     n, grid, tokens, past = (Dim(name) for name in ("n", "grid_length", "token_length", "past_length"))
     inputs = example(model)
     dynamic = ({0: n, 1: grid}, {0: n, 1: tokens}, {0: n, 1: tokens}, [{0: n, 2: past} for _ in inputs[3]])
     names = ["grid", "tokens", "positions", *past_names(model, "past")]
+    if model.config.concepts:
+        dynamic, names = (*dynamic, {0: n, 1: Dim("concept_length")}), [*names, "concepts"]
     proto = to_onnx(Decoder(model).eval(), inputs, names, ["logits", *past_names(model, "present")], dynamic)
     graphs.fix_reshapes(proto.graph)
     return proto
@@ -198,8 +246,11 @@ def export(artifact, out: str | Path) -> None:
             raise ModelError(str(error)) from None
         graphs.write(graphs.clean(encoder_graph(model)), out / "encoder.onnx")
         graphs.write(graphs.clean(decoder_graph(model)), out / "decoder.onnx")
+        if model.config.concepts:
+            graphs.write(graphs.clean(concepts_graph(model)), out / "concepts.onnx")
     else:
-        for name in ("encoder.onnx", "decoder.onnx"):
+        config = json.loads((source / "config.json").read_text())
+        for name in ("encoder.onnx", "decoder.onnx", *(["concepts.onnx"] if config.get("concepts") else [])):
             if not (source / name).is_file():
                 raise ModelError(f"{source}: neither model.safetensors nor {name} there, so it is not a whole artifact")
             shutil.copyfile(source / name, out / name)

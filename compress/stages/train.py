@@ -8,13 +8,14 @@ from torch import Tensor
 from compress.artifact import Artifact
 from compress.config import Train
 from compress.context import Context
+from compress.errors import RecipeError
 from compress.training.batches import IGNORED
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.features import device
 from compress.training.loop import Group, fit, precision
 from compress.training.losses import caption_loss
 from compress.training.softmax import logits_at
-from compress.training.start import new_captioner, read_captioner, write_captioner
+from compress.training.start import language, new_captioner, read_captioner, write_captioner
 from compress.training.words import Words
 from students.lightcap.dropout import set_dropout
 
@@ -26,10 +27,14 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     seed = context.seed if config.seed is None else config.seed
     if parent is None:
         student = context.recipe.student
+        extractor = read_captioner(context.artifacts[config.extractor].path)[0] if config.extractor else None
         model, tokenizer, settings = new_captioner(
             student, config.preset or student.preset, config.fusion_weights or (student.fusion_weights if not config.preset else None),
-            context.recipe.data.image_size, config.dropout, seed,
+            context.recipe.data.image_size, config.dropout, seed, extractor, config.modulator,
         )
+        if model.config.concepts and model.concepts is None:
+            name = config.preset or student.preset
+            raise RecipeError(f"preset '{name}' reads concepts: put a 'concepts' stage first, and name it here (extractor: NAME)")
     else:
         model, tokenizer, settings = read_captioner(parent.path)
         set_dropout(model, config.dropout)
@@ -39,7 +44,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     model.narrow(data.keep)
     where = device()
     model.to(where).train()
-    model.encoder.to(memory_format=torch.channels_last).train(tuned).requires_grad_(tuned)
+    model.encoder.to(memory_format=torch.channels_last).train(tuned)
     words = None
     if tuned and config.word_weight:
         shares = torch.from_numpy(data.captions.shares(len(data.keep)))
@@ -51,7 +56,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         batch = batch_of(step)
         with precision(config.precision, where):
             grid = data.grid_of(model, batch.images)
-            states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+            states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix))
             real = batch.targets != IGNORED
             mean = model.heads.branch_states(states[real]).mean(0)
             logits = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1))
@@ -60,20 +65,18 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
                 loss = loss + config.word_weight * words.loss(grid.float(), batch.targets)
         return loss
 
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
+    trained = language(model)
     groups = [
-        Group([p for name, p in trainable if not name.startswith(NEW)], config.learning_rate),
-        Group([p for name, p in trainable if name.startswith(NEW)], config.new_learning_rate or config.learning_rate),
+        Group([p for name, p in trained.named_parameters() if not name.startswith(NEW)], config.learning_rate),
+        Group([p for name, p in trained.named_parameters() if name.startswith(NEW)], config.new_learning_rate or config.learning_rate),
     ]
     if tuned:
+        trained["encoder"] = model.encoder.requires_grad_(True)
+        if words is not None:
+            trained["words"] = words
         encoder = [*model.encoder.parameters(), *(words.parameters() if words is not None else ())]
         groups.append(Group(encoder, config.encoder_learning_rate))
     steps = data.steps(config.epochs, config.batch_images)
-    trained = torch.nn.ModuleDict({"fusion": model.fusion, "heads": model.heads, **({"encoder": model.encoder} if tuned else {})})
-    if words is not None:
-        trained["words"] = words
-    if model.modulator is not None:
-        trained["modulator"] = model.modulator
     fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)

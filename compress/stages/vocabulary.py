@@ -19,7 +19,8 @@ def run(parent: Artifact, config: Vocabulary, context: Context) -> None:
     model, tokenizer, settings = read_captioner(parent.path)
     captions = [caption for example in context.data.split("train").examples for caption in example.captions]
     counts = Counter(piece for ids in encode_captions(tokenizer, captions, model.config.max_tokens) for piece in ids)
-    keep = keep_pieces(tokenizer, (piece for piece, count in counts.items() if count >= config.min_count))
+    seen = [piece for piece, count in counts.items() if count >= config.min_count]
+    keep = keep_pieces(tokenizer, [*seen, *model.concept_pieces()])
     context.progress.log(f"{context.stage.name}: {len(keep)} of {model.config.vocabulary} word pieces kept")
     model.narrow(torch.tensor(keep))
     write_captioner(context.output, model, narrowed(tokenizer, keep), settings)

@@ -51,7 +51,8 @@ def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Conte
     """The train split of `context.data` for `model`. `tuned`: the encoder is trained too, so pictures are encoded in every step."""
     data = context.data.split("train")
     encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
-    keep = torch.tensor(sorted({piece for captions in encoded for caption in captions for piece in caption}))
+    used = {piece for captions in encoded for caption in captions for piece in caption}
+    keep = torch.tensor(sorted(used.union(model.concept_pieces())))
     place = {int(piece): index for index, piece in enumerate(keep)}
     captions = Captions.of([[[place[piece] for piece in caption] for caption in captions] for captions in encoded])
     where = device()

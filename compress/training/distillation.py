@@ -18,6 +18,7 @@ from compress.training.features import device
 from compress.training.loop import Group, fit, precision
 from compress.training.losses import attention_loss, caption_loss, hidden_loss, token_loss
 from compress.training.softmax import logits_at
+from compress.training.start import language
 from compress.training.targets import targets
 from students.lightcap import LightCap
 from students.lightcap.bert import layer_map
@@ -54,7 +55,8 @@ def distil(
     """Trains `model` (already narrowed) towards `taught`, one entry per head or one for all, and towards `teacher`'s layers."""
     where = device()
     model.to(where).train()
-    model.encoder.eval().requires_grad_(False)
+    model.encoder.eval()
+    trained = language(model)
     states = {"hidden", "attention"} & set(goal.match)
     maps = nn.ModuleList()
     if states:
@@ -72,12 +74,12 @@ def distil(
         batch = batch_of(step)
         with precision(config.precision, where):
             grid = data.grid_of(model, batch.images)
-            mask, real = batch.mask(grid.shape[1]), batch.targets != IGNORED
+            mask, real = batch.mask(model.config.prefix), batch.targets != IGNORED
             seen: list | None = [] if step < matched else None
             hidden = model.states(grid, batch.tokens, batch.positions, mask, probe=seen)
             loss = head_loss(model, hidden[real], batch, taught, goal, config.label_smoothing)
             if seen is not None:
-                shown = teacher.probe(grid, batch.tokens, batch.positions, mask)
+                shown = teacher.probe(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix))
                 for mine, linear, index in zip(seen, maps, pairs, strict=True):
                     if "hidden" in goal.match:
                         loss = loss + goal.hidden_weight * hidden_loss(linear(mine[0]), shown[index][0], real) / len(pairs)
@@ -85,9 +87,7 @@ def distil(
                         loss = loss + goal.attention_weight * attention_loss(mine[1], shown[index][1], real) / len(pairs)
         return loss
 
-    trained = nn.ModuleDict({"fusion": model.fusion, "heads": model.heads, "maps": maps})
-    if model.modulator is not None:
-        trained["modulator"] = model.modulator
+    trained["maps"] = maps
     parameters = [p for p in trained.parameters() if p.requires_grad]
     fit(trained, [Group(parameters, config.learning_rate)], steps, loss_of, config, seed, context.work, label, context.progress)
     model.cpu().eval().requires_grad_(True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from compress.config import Student
 from compress.errors import ModelError
@@ -17,11 +19,13 @@ from students.lightcap.tokenizer import load_tokenizer, pieces_of, read_tokenize
 
 
 def new_captioner(
-    student: Student, name: str, fusion_weights: str | None, image_size: int | None, dropout: float, seed: int
+    student: Student, name: str, fusion_weights: str | None, image_size: int | None, dropout: float, seed: int,
+    like: LightCap | None = None, modulator: int | None = None,
 ) -> tuple[LightCap, Tokenizer, dict]:
     """The preset `name` with the recipe's encoder and tokenizer: model, tokenizer, preprocessor settings.
 
-    Sizes set in the `student` section change the student's own preset alone. ModelError for weights that are absent or do not fit.
+    Sizes set in the `student` section change the student's own preset alone. Encoder and concept extractor are those of `like`, if it is
+    given. `modulator` (0: none) takes the place of the preset's. ModelError for weights that are absent or do not fit.
     """
     own = name == student.preset
     sizes = {key: getattr(student, key) if own else None for key in ("layers", "hidden", "attention_heads", "ffn", "heads")}
@@ -30,10 +34,21 @@ def new_captioner(
         torch.manual_seed(seed)
         shared = {"encoder": student.encoder, "image_size": image_size, "vocabulary": len(pieces_of(tokenizer))}
         config = preset(name, dropout=dropout, **shared, **sizes)
+        if like is not None:
+            known = ("concepts", "alignment", "concept_vocabulary")
+            config = dataclasses.replace(config, **{key: getattr(like.config, key) for key in known})
+        if modulator is not None or not config.concepts:
+            config = dataclasses.replace(config, modulator=modulator if modulator and config.concepts else None)
         model = LightCap(config)
-        load_encoder(model.encoder, config.encoder, student.encoder_weights)
+        if like is None:
+            load_encoder(model.encoder, config.encoder, student.encoder_weights)
+        else:
+            for part in ("encoder", *(("alignment", "concepts") if config.concepts else ())):
+                getattr(model, part).load_state_dict(getattr(like, part).state_dict())
         if fusion_weights:
             load_bert(model.fusion, fusion_weights)
+    except RuntimeError as error:
+        raise ModelError(f"the recipe's encoder is not the one it starts from: {str(error).splitlines()[-1].strip()}") from None
     except (ValueError, FileNotFoundError) as error:
         raise ModelError(str(error)) from None
     return model, tokenizer, preprocessor(config.encoder, config.image_size)
@@ -54,3 +69,12 @@ def write_captioner(folder: Path, model: LightCap, tokenizer: Tokenizer, setting
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def language(model: LightCap) -> nn.ModuleDict:
+    """What is trained behind the image encoder and the concept extractor; all else is frozen."""
+    parts = nn.ModuleDict({"fusion": model.fusion, "heads": model.heads})
+    if model.modulator is not None:
+        parts["modulator"] = model.modulator
+    model.requires_grad_(False)
+    return parts.requires_grad_(True)

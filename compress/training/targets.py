@@ -38,7 +38,7 @@ def targets(
         grid = data.grid_of(None, batch.images)
         real = batch.segments > 0
         with precision("auto", where):
-            logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]), real)
+            logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix), real)
         best, ids = (logits.float() / temperature).softmax(-1).topk(width, dim=-1)
         filled = block[:, : real.shape[1]]
         filled[real.cpu().numpy()] = np.stack([ids.cpu().numpy(), best.cpu().numpy()], -1)

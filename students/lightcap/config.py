@@ -15,7 +15,10 @@ class LightCapConfig:
     """Every size that `LightCap` is built from.
 
     `shapes` maps the name of a pruned module to the shape of its weight; the model is built by the other fields, its changed modules are
-    rebuilt by `shapes`, and then weights load strictly. `grid` is the side of the encoder's output, `channels` its depth.
+    rebuilt by `shapes`, and then weights load strictly. `grid` is the side of the encoder's output, `channels` its depth. `concepts` is the
+    number of word pieces that they fill in the prefix (0: none); `alignment` the widths (inner, text) of the MLP that finds them;
+    `concept_vocabulary` how many concepts there are and the most word pieces that one has (None: not trained yet); `modulator` its inner
+    width (None: none).
     """
 
     encoder: str = "clip-rn50"
@@ -32,9 +35,15 @@ class LightCapConfig:
     modulator: int | None = None
     concepts: int = 0
     alignment: tuple[int, int] | None = None
+    concept_vocabulary: tuple[int, int] | None = None
     dropout: float = 0.1
     max_tokens: int = 20
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the caption: concepts and grid."""
+        return self.grid**2 + self.concepts
 
     @property
     def head_dim(self) -> int:
@@ -53,8 +62,9 @@ class LightCapConfig:
         known = {f.name for f in dataclasses.fields(LightCapConfig)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config.json holds keys that this version does not know: {', '.join(unknown)}")
-        if values.get("alignment"):
-            values["alignment"] = tuple(values["alignment"])
+        for name in ("alignment", "concept_vocabulary"):
+            if values.get(name):
+                values[name] = tuple(values[name])
         values["shapes"] = {name: tuple(shape) for name, shape in values.get("shapes", {}).items()}
         config = LightCapConfig(**values)
         wrong = [f.name for f in dataclasses.fields(LightCapConfig) if f.type == "int" and not isinstance(getattr(config, f.name), int)]
@@ -101,7 +111,7 @@ def preset(name: str, **overrides) -> LightCapConfig:
     config = LightCapConfig(**fields)
     if config.hidden % config.attention_heads:
         raise ValueError(f"hidden ({config.hidden}) must be a multiple of attention_heads ({config.attention_heads})")
-    if config.positions < (needed := PREFIX_POSITION + config.grid**2 + config.concepts):
+    if config.positions < (needed := PREFIX_POSITION + config.prefix):
         raise ValueError(f"positions ({config.positions}) must be at least {needed} for a grid of {config.grid} x {config.grid}")
     return config
 

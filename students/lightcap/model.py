@@ -1,4 +1,4 @@
-"""LightCap: image encoder, modulator, fusion and heads as one module, with its file format."""
+"""LightCap: image encoder, concept extractor, modulator, fusion and heads as one module, with its file format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from students.lightcap.concepts import Alignment
+from students.lightcap.concepts import NONE, Alignment, ConceptVocabulary, windows
 from students.lightcap.config import LightCapConfig
 from students.lightcap.encoder import ENCODERS
 from students.lightcap.fusion import Fusion, Past
@@ -32,6 +32,9 @@ class LightCap(nn.Module):
         self.config = config
         self.encoder = ENCODERS[config.encoder].build(config.image_size)
         self.alignment = Alignment(config.channels, *config.alignment) if config.alignment else None
+        known = config.concept_vocabulary
+        self.concepts = ConceptVocabulary(known[0], config.alignment[1], known[1]) if known else None
+        self.register_buffer("windows", windows(config.grid) if known else None, persistent=False)
         self.modulator = Modulator(config.hidden, config.modulator, config.channels) if config.modulator else None
         self.fusion = Fusion(
             config.vocabulary, config.positions, config.hidden, config.layers, config.attention_heads, config.ffn, config.channels,
@@ -49,12 +52,40 @@ class LightCap(nn.Module):
         """Preprocessed pixels (B, 3, S, S) -> grid tokens (B, grid * grid, channels), row by row."""
         return self.encoder(pixels).flatten(2).transpose(1, 2)
 
+    def start_concepts(self, matrix: Tensor, pieces: Tensor, prior: Tensor, inner: int, most: int) -> None:
+        """Gives the model an untrained extractor of the concepts with text embeddings `matrix` (count, text), word pieces `pieces`
+        (count, longest) and log-odds `prior` (count,), of which it puts `most` word pieces into the prefix."""
+        (count, text), longest = matrix.shape, pieces.shape[1]
+        self.config = dataclasses.replace(self.config, concepts=most, alignment=(inner, text), concept_vocabulary=(count, longest))
+        self.alignment = Alignment(self.config.channels, inner, text)
+        self.concepts = ConceptVocabulary(count, text, longest)
+        self.concepts.load_state_dict({"matrix": matrix, "pieces": pieces, "prior": prior})
+        self.windows = windows(self.config.grid)
+
+    def concept_scores(self, grid: Tensor, regions: Tensor | None = None) -> Tensor:
+        """grid (B, G, channels) -> log-odds (B, count) that each concept is there. `regions` (R, G) or (B, R, G): pooling weights of what
+        is looked at, by default the windows of every size."""
+        return self.concepts.scores(self.alignment(grid, self.windows if regions is None else regions))
+
+    @torch.no_grad()
+    def find_concepts(self, grid: Tensor) -> Tensor | None:
+        """grid (B, G, channels) -> word pieces (B, K) of the concepts found; None where the model has no concepts. ValueError where it has
+        them, but not what they are."""
+        if not self.config.concepts:
+            return None
+        if self.concepts is None:
+            raise ValueError("the model's concepts were never trained: begin with a 'concepts' stage, or set concepts to 0")
+        with torch.autocast(grid.device.type, enabled=False):  # near ties would fall otherwise in bf16 than on the device
+            return self.concepts.choose(self.concept_scores(grid.float()), self.config.concepts)
+
     def embed_prefix(self, grid: Tensor, concepts: Tensor | None = None) -> Tensor:
-        """grid (B, G, channels), concept word pieces (B, K) with 0 as padding -> prefix embeddings (B, K + G, hidden)."""
-        if concepts is None or self.modulator is None:
+        """grid (B, G, channels) -> prefix embeddings (B, K + G, hidden). `concepts` (B, K): other word pieces than the model would find."""
+        if concepts is None:
+            concepts = self.find_concepts(grid)
+        if concepts is None:
             return self.fusion.embed_prefix(grid)
         words = self.fusion.word(concepts)
-        return self.fusion.embed_prefix(self.modulator(grid, words, concepts != 0), words)
+        return self.fusion.embed_prefix(grid if self.modulator is None else self.modulator(grid, words), words)
 
     def prefill(self, grid: Tensor, concepts: Tensor | None = None) -> Past:
         """The prefix's keys and values, computed once per image."""
@@ -67,15 +98,29 @@ class LightCap(nn.Module):
         states, present = self.fusion(self.fusion.embed_caption(tokens, places), first=0, past=past)
         return self.heads(states[:, -1], self.word), present
 
-    def states(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, probe: list | None = None) -> Tensor:
+    def states(
+        self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, probe: list | None = None, concepts: Tensor | None = None
+    ) -> Tensor:
         """Teacher forcing. grid (B, G, channels); tokens, positions (B, T): an image's captions one after the other; mask
-        (B, 1, G + T, G + T) bool. Returns the caption states (B, T, hidden), to be read by `heads`."""
-        prefix = self.embed_prefix(grid)
+        (B, 1, P + T, P + T) bool, P = `config.prefix`. Returns the caption states (B, T, hidden), to be read by `heads`."""
+        prefix = self.embed_prefix(grid, concepts)
         x = torch.cat([prefix, self.fusion.embed_caption(tokens, positions)], 1)
         return self.fusion(x, first=prefix.shape[1], mask=mask, probe=probe)[0]
 
+    def concept_pieces(self) -> list[int]:
+        """The word pieces that concepts are spelled with: they stay when a vocabulary shrinks."""
+        return [] if self.concepts is None else [piece for piece in self.concepts.pieces.unique().tolist() if piece != NONE]
+
     def narrow(self, keep: Tensor) -> None:
-        """Keeps the word pieces `keep` (ids), in that order: embedding, output projection and bias shrink together."""
+        """Keeps the word pieces `keep` (ids), in that order: embedding, output projection and bias shrink together. ValueError where a
+        concept needs another."""
+        if self.concepts is not None:
+            place = torch.full((self.config.vocabulary + 1,), NONE)  # its last entry is NONE's own
+            place[keep] = torch.arange(len(keep))
+            pieces = place[self.concepts.pieces]
+            if (pieces.eq(NONE) & self.concepts.pieces.ne(NONE)).any():
+                raise ValueError("the kept word pieces do not spell every concept")
+            self.concepts.pieces = pieces
         self.fusion.word = nn.Embedding.from_pretrained(self.word.detach()[keep].clone(), freeze=False)
         self.heads.bias = nn.Parameter(self.heads.bias.detach()[keep].clone())
         self.config = dataclasses.replace(self.config, vocabulary=len(keep))
@@ -84,6 +129,9 @@ class LightCap(nn.Module):
         """Undoes `narrow`: rows that were not kept come from `word` (V, hidden), with `unseen_bias` as their logit bias."""
         full, bias = word.detach().clone(), torch.full((len(word),), unseen_bias)
         full[keep], bias[keep] = self.word.detach().cpu(), self.heads.bias.detach().cpu()
+        if self.concepts is not None:
+            pieces = self.concepts.pieces.cpu()
+            self.concepts.pieces = torch.where(pieces == NONE, NONE, keep[pieces])
         self.fusion.word = nn.Embedding.from_pretrained(full, freeze=False)
         self.heads.bias = nn.Parameter(bias)
         self.config = dataclasses.replace(self.config, vocabulary=len(full))

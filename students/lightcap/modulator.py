@@ -14,10 +14,7 @@ class Modulator(nn.Module):
         self.down = nn.Linear(hidden, inner)
         self.up = nn.Linear(inner, channels)
 
-    def forward(self, grid: Tensor, concepts: Tensor, present: Tensor) -> Tensor:
-        """grid (B, G, channels), concept word embeddings (B, K, hidden), present (B, K) bool -> the grid with its channels scaled."""
+    def forward(self, grid: Tensor, concepts: Tensor) -> Tensor:
+        """grid (B, G, channels), embeddings of concept word pieces (B, K, hidden) -> the grid with its channels scaled."""
         gates = torch.sigmoid(self.up(torch.relu(self.down(concepts))))
-        weight = present.unsqueeze(-1).to(gates.dtype)
-        mean = (gates * weight).sum(1) / weight.sum(1).clamp(min=1)
-        gate = torch.where(present.any(1, keepdim=True), mean, torch.ones_like(mean))
-        return grid * gate.unsqueeze(1)
+        return grid * gates.mean(1, keepdim=True)

@@ -9,19 +9,21 @@ import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ENGLISH_WORDS = 8000
 
 
 def word_pieces(pieces: Sequence[str]) -> Tokenizer:
-    """An uncased WordPiece tokenizer over `pieces`, whose position is their id."""
+    """An uncased WordPiece tokenizer over `pieces`, whose position is their id. It splits "t-shirt" and "dog's" into three pieces, as BERT
+    does, and its decoder joins them again: references have such words whole."""
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    joined = [decoders.Replace(Regex(r"(?<=\w) - (?=\w)"), "-"), decoders.Replace(Regex(r" ' (?=(?:s|t|re|ve|ll|d|m)\b)"), "'")]
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=True), decoders.Fuse(), *joined])
     tokenizer.add_special_tokens([token for token in SPECIAL if token in vocabulary])
     return tokenizer
 

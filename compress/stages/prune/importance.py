@@ -41,7 +41,7 @@ def importance(
         for step in range(BATCHES):
             batch = batch_of(step)
             grid = data.grid_of(model, batch.images)
-            states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+            states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix))
             real = batch.targets != IGNORED
             logits = model.heads(states[real], model.word)
             F.cross_entropy(logits, batch.targets[real], label_smoothing=config.label_smoothing).backward()

@@ -120,7 +120,7 @@ def savings(model: LightCap, as_macs: bool) -> dict[tuple[str, str], float]:
             weights = conv.weight.numel() * (places[conv] if as_macs else 1)
             total += weights / (conv.out_channels if conv is module or conv.groups > 1 else conv.in_channels)
         found["conv", f"encoder.{name}"] = total
-    hidden, prefix = model.config.hidden, model.config.grid**2 + model.config.concepts
+    hidden, prefix = model.config.hidden, model.config.prefix
     for index, layer in enumerate(model.fusion.layers):
         last = index + 1 == len(model.fusion.layers)
         asked = cost.TOKENS + (0 if last else prefix) if as_macs else 1

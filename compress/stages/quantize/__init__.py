@@ -24,6 +24,7 @@ def run(parent, config, context) -> None:
     the tensors still in float.
     """
     from compress.stages import export
+    from compress.stages.quantize.concepts import quantized_concepts
     from compress.stages.quantize.decoder import quantized_decoder
     from compress.stages.quantize.encoder import quantized_encoder
     from students.lightcap import LightCap
@@ -41,7 +42,10 @@ def run(parent, config, context) -> None:
         encoder = quantized_encoder(model, watched(model, pixel_batches(context.data, examples, settings), grids, task))
     captions = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in examples]
     decoder = quantized_decoder(model, zip(grids, captions, strict=True))
-    for proto, name in ((encoder, "encoder.onnx"), (decoder, "decoder.onnx")):
+    made = {"encoder.onnx": encoder, "decoder.onnx": decoder}
+    if model.config.concepts:
+        made["concepts.onnx"] = quantized_concepts(model, grids)
+    for name, proto in made.items():
         graphs.write(graphs.clean(proto), context.output / name)
     context.progress.log(summary(graphs.kernels(context.output / "encoder.onnx"), graphs.kernels(context.output / "decoder.onnx")))
     kept, whole = graphs.weight_bytes(context.output), float_bytes(model)
@@ -86,9 +90,8 @@ def summary(encoder: Counter[str], decoder: Counter[str]) -> str:
 
 
 def float_bytes(model) -> int:
-    """Bytes of the same weights in fp32: encoder and decoder, without parts that no graph holds."""
-    parts = {"encoder": model.encoder, "fusion": model.fusion, "heads": model.heads}
-    return 4 * sum(tensor.numel() for part in parts.values() for tensor in part.parameters())
+    """Bytes of the same weights in fp32."""
+    return 4 * (sum(p.numel() for p in model.parameters()) + (0 if model.concepts is None else model.concepts.matrix.numel()))
 
 
 def check_ratio(kept: dict[str, int], whole: int, most: float, folder) -> None:

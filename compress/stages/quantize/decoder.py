@@ -35,27 +35,30 @@ def quantized_decoder(model: LightCap, samples: Iterable[tuple[Tensor, list[list
 def calibrate(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]]) -> dict[str, Scales]:
     """Scales by the names of the decoder graph's weights, from captions under teacher forcing, one image at a time (so unpadded)."""
     grid = model.config.grid**2
-    inputs = teacher_forced(torch.zeros(1, grid, model.config.channels), [[0] * 6, [0] * 8])
-    length = Dim("length", min=2, max=LONGEST)
-    # The mask is (1, 1, G + T, G + T): its sizes follow from the others.
-    shapes = {"grid": None, "tokens": {1: length}, "positions": {1: length}, "mask": {2: length + grid, 3: length + grid}}
+    inputs = teacher_forced(model, torch.zeros(1, grid, model.config.channels), [[0] * 6, [0] * 8])
+    length, prefix = Dim("length", min=2, max=LONGEST), model.config.prefix
+    # The mask is (1, 1, P + T, P + T): its sizes follow from the others.
+    shapes = {"grid": None, "tokens": {1: length}, "positions": {1: length}, "mask": {2: length + prefix, 3: length + prefix}}
+    if model.config.concepts:
+        shapes["concepts"] = None
     prepared = observe.prepare(observe.TeacherForced(model), inputs, shapes)
-    observe.run(prepared, (teacher_forced(*sample) for sample in samples))
+    observe.run(prepared, (teacher_forced(model, *sample) for sample in samples))
     return {graph_name(name): scales for name, scales in observe.linear_scales(prepared).items()}
 
 
-def teacher_forced(grid: Tensor, captions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One image's captions, one after the other without their [SEP] -> grid, tokens (1, T), positions (1, T), mask (1, 1, G + T, G + T):
-    the prefix sees itself, a token sees the prefix and its own caption up to itself."""
+def teacher_forced(model: LightCap, grid: Tensor, captions: list[list[int]]) -> tuple[Tensor, ...]:
+    """One image's captions, one after the other without their [SEP] -> grid, tokens (1, T), positions (1, T), mask (1, 1, P + T, P + T)
+    and, where the model reads them, its concepts: the prefix sees itself, a token sees the prefix and its own caption up to itself."""
     rows = [caption[:-1] for caption in captions]
     tokens = torch.tensor([sum(rows, [])])
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     owner = torch.cat([torch.full((len(row),), index) for index, row in enumerate(rows)])
-    first, total = grid.shape[1], grid.shape[1] + tokens.shape[1]
+    first, total = model.config.prefix, model.config.prefix + tokens.shape[1]
     mask = torch.zeros(total, total, dtype=torch.bool)
     mask[:, :first] = True
     mask[first:, first:] = (owner[:, None] == owner) & (positions[:, None] >= positions)
-    return grid, tokens, positions[None], mask[None, None]
+    concepts = model.find_concepts(grid)
+    return grid, tokens, positions[None], mask[None, None], *(() if concepts is None else (concepts,))
 
 
 def graph_name(name: str) -> str:

@@ -37,8 +37,19 @@ class TeacherForced(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        return self.model.heads(self.model.states(grid, tokens, positions, mask), self.model.word)
+    def forward(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, concepts: Tensor | None = None) -> Tensor:
+        return self.model.heads(self.model.states(grid, tokens, positions, mask, concepts=concepts), self.model.word)
+
+
+class ConceptScores(nn.Module):
+    """The concept extractor up to its scores: what follows chooses, and holds no weights."""
+
+    def __init__(self, model: LightCap) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return self.model.concept_scores(grid)
 
 
 def prepare(module: nn.Module, inputs: tuple, dynamic_shapes) -> GraphModule:

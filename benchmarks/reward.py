@@ -1,0 +1,138 @@
+"""Milliseconds of a step's rewards in self-critical training: 32 images with 5 sampled captions each, word-piece ids in, CIDEr-D out.
+
+    python benchmarks/reward.py [--images 6000 ...] [--batches 50]
+
+References are five captions of each training image: those of generated scenes (178 different words), and benchmarks/cider.py's
+sentences of 8,000 made-up words. These words are spelled in pieces, so that such captions are twice as long in pieces as those of
+photos. A sampled caption is a reference of its image, or of another, with some of its pieces exchanged. All times are CPU time, which
+a busy machine does not stretch as it does the clock's. pycocoevalcap is given the tokens, its counted references and its document
+frequencies; it is left out where it is not installed. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cider import captions as sentences  # noqa: E402
+
+from compress.data.scenes import compose  # noqa: E402
+from compress.data.wording import describe  # noqa: E402
+from compress.metrics import ptb_tokenize  # noqa: E402
+from compress.training.reward import CiderReward  # noqa: E402
+from students.lightcap.tokenizer import decode_caption, load_tokenizer  # noqa: E402
+
+SEED = 17
+BATCH, SAMPLES = 32, 5
+SOURCES = {
+    "scenes": lambda images: [describe(compose(SEED, number), SEED) for number in range(images)],
+    "sentences": lambda images: sentences(images, 5)[1],
+}
+
+
+def batches(references: Sequence[Sequence[str]], tokenizer, count: int) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
+    """`count` times the numbers of 32 images and the ids of 5 captions for each."""
+    draw = random.Random(SEED)
+
+    def sampled(image: int) -> list[int]:
+        near = image if draw.random() < 0.7 else draw.randrange(len(references))
+        ids = tokenizer.encode(draw.choice(references[near]).rstrip(" ."), add_special_tokens=False).ids
+        return [draw.choice(ids) if draw.random() < 0.1 else piece for piece in ids]
+
+    for _ in range(count):
+        images = draw.sample(range(len(references)), min(BATCH, len(references)))
+        yield images, [[sampled(image) for _ in range(SAMPLES)] for image in images]
+
+
+def timed(run: Callable, *arguments):
+    start = time.process_time()
+    result = run(*arguments)
+    return 1000 * (time.process_time() - start), result
+
+
+def pycocoevalcap_score(references: Sequence[Sequence[str]]) -> Callable[[Sequence[int], Sequence[str]], np.ndarray]:
+    """pycocoevalcap's CIDEr-D, x100, of tokenized captions, with the document frequencies of all `references`."""
+    from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
+
+    scorer = CiderScorer()
+    cooked = [cook_refs([" ".join(ptb_tokenize(caption)) for caption in captions]) for captions in references]
+    scorer.crefs = cooked
+    scorer.compute_doc_freq()
+
+    def score(images: Sequence[int], captions: Sequence[str]) -> np.ndarray:
+        # compute_cider takes the number of documents from the length of crefs, and pairs them with ctest from the front.
+        scorer.ctest = [cook_test(caption) for caption in captions]
+        scorer.crefs = ([cooked[image] for image in images] + cooked)[: len(cooked)]
+        return np.array(scorer.compute_cider()) * 100
+
+    return score
+
+
+def measure(source: str, images: int, count: int) -> dict:
+    references = SOURCES[source](images)
+    tokenizer = load_tokenizer("english")
+    build, reward = timed(CiderReward.of, references, tokenizer)
+    steps = list(batches(references, tokenizer, count + 1))
+    ours, rewards = zip(*(timed(reward, *step) for step in steps), strict=True)
+    arrays = (reward.tokens, reward.starts, reward.first, reward.norms, *reward.codes, *reward.weights)
+    row = {
+        "source": source,
+        "images": images,
+        "ngrams": sum(map(len, reward.weights)) - len(reward.weights),
+        "build_s": round(build / 1000, 2),
+        "index_mb": round(sum(part.nbytes for part in arrays) / 1e6, 1),
+    } | spread("ms", ours)
+    print(f"{source}, {images} images: built in {row['build_s']} s, {row['index_mb']} MB, {row['ngrams']} n-grams")
+    print(f"  ours, from ids                {line(ours)}   mean reward {np.mean(rewards):.1f}")
+    if importlib.util.find_spec("pycocoevalcap") is not None and images >= BATCH * SAMPLES:
+        score = pycocoevalcap_score(references)
+        theirs, difference = [], 0.0
+        for (numbers, captions), got in zip(steps, rewards, strict=True):
+            tokens = [" ".join(ptb_tokenize(decode_caption(tokenizer, ids))) for each in captions for ids in each]
+            milliseconds, expected = timed(score, np.repeat(numbers, SAMPLES).tolist(), tokens)
+            theirs.append(milliseconds)
+            difference = max(difference, float(np.abs(expected - got.ravel()).max()))
+        row |= spread("pycocoevalcap_ms", theirs) | {"largest_difference": difference}
+        print(f"  pycocoevalcap, from tokens    {line(theirs)}   largest difference {difference:.1e}")
+    return row
+
+
+def spread(name: str, milliseconds: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and maximum without the first batch."""
+    low, middle, high = statistics.quantiles(milliseconds[1:], n=4)
+    found = {name: middle, f"{name}_q1": low, f"{name}_q3": high, f"{name}_max": max(milliseconds[1:])}
+    return {key: round(value, 3) for key, value in found.items()}
+
+
+def line(milliseconds: Sequence[float]) -> str:
+    median, low, high, most = spread("", milliseconds).values()
+    return f"{median:8.2f} ms   quartiles {low:.2f} to {high:.2f}   at most {most:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, nargs="+", default=[6000])
+    parser.add_argument("--batches", type=int, default=50)
+    arguments = parser.parse_args()
+    rows = [measure(source, images, arguments.batches) for source in SOURCES for images in arguments.images]
+    ratios = {
+        f"pycocoevalcap / ours, {row['source']}, {row['images']}": round(row["pycocoevalcap_ms"] / row["ms"], 1)
+        for row in rows
+        if "pycocoevalcap_ms" in row
+    }
+    print(json.dumps({"images_per_batch": BATCH, "captions_per_image": SAMPLES, "rows": rows, "ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The concept extractor's training (LightCap, section 3.1), the image encoder frozen: the alignment MLP learns to bring regions of the grid
+to the text embeddings of what they show.
+
+Where there are labelled regions, each is classified among all concepts. What the captions of a picture mention is learned from the picture
+as a whole: some of its windows should find it (multiple-instance learning), and this alone is enough where nothing is labelled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from compress.artifact import Artifact
+from compress.config import Concepts
+from compress.context import Context
+from compress.data import CaptionSet
+from compress.data.concepts import is_action, read_concepts
+from compress.data.regions import read_regions
+from compress.errors import DataError, RecipeError
+from compress.training.batches import order_images
+from compress.training.features import device, grids
+from compress.training.loop import Group, fit
+from compress.training.mentions import mentioned
+from compress.training.start import new_captioner, read_captioner, write_captioner
+from compress.training.text import embed_texts
+from students.lightcap import LightCap
+from students.lightcap.concepts import NONE, boxes_on_grid
+
+
+def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
+    """Writes the parent (or a new captioner of the preset, whose language part is untrained) with a trained concept extractor."""
+    seed = context.seed if config.seed is None else config.seed
+    student = context.recipe.student
+    names = read_concepts(config.vocabulary)
+    if parent is None:
+        model, tokenizer, settings = new_captioner(
+            student, config.preset or student.preset, None, context.recipe.data.image_size, 0.0, seed
+        )
+    else:
+        model, tokenizer, settings = read_captioner(parent.path)
+    data = context.data.split("train")
+    wanted = mentioned(data, names)
+    if not wanted.any():
+        raise DataError("no training caption mentions a concept of the list; give another (vocabulary: FILE, a concept a line)")
+    text_encoder = config.text_encoder or ("openai" if model.config.encoder == "clip-rn50" else "minilm")
+    pieces = spelled(names, tokenizer)
+    if int((pieces != NONE).sum()) < config.pieces:
+        raise RecipeError(f"{len(names)} concepts do not fill {config.pieces} word pieces; set pieces to less, or give more concepts")
+    torch.manual_seed(seed)
+    model.start_concepts(embed_texts([sentence(name) for name in names], text_encoder), pieces, prior(wanted), config.inner, config.pieces)
+    features = grids(model, data, settings, context.cache, context.progress)
+    labels = labelled(config, data, names, model.config.grid)
+    where = device()
+    model.to(where)
+    model.requires_grad_(False)
+    model.alignment.requires_grad_(True)
+    wanted = wanted.to(where).float()
+    per_epoch = -(-len(data) // config.batch_images)
+
+    def loss_of(step: int) -> Tensor:
+        epoch, within = divmod(step, per_epoch)
+        rows = np.sort(order_images(len(data), epoch, seed)[within * config.batch_images :][: config.batch_images])
+        grid = torch.from_numpy(features[rows]).to(where).float()
+        grid = F.dropout(grid, config.dropout)
+        loss = F.binary_cross_entropy_with_logits(model.concept_scores(grid), wanted[rows], reduction="sum") / len(rows)
+        if any(int(row) in labels for row in rows):
+            loss = loss + config.region_weight * region_loss(model, grid, [labels.get(int(row)) for row in rows])
+        return loss
+
+    groups = [Group(list(model.alignment.parameters()), config.learning_rate)]
+    steps = max(1, round(config.epochs * per_epoch))
+    trained = nn.ModuleDict({"alignment": model.alignment})
+    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)
+    model.cpu().eval().requires_grad_(True)
+    write_captioner(context.output, model, tokenizer, settings)
+
+
+def sentence(concept: str) -> str:
+    return f"a photo of someone {concept}" if is_action(concept) else f"a photo of a {concept}"
+
+
+def spelled(names: tuple[str, ...], tokenizer: Tokenizer) -> Tensor:
+    """(count, longest) word pieces, padded with NONE."""
+    ids = [item.ids for item in tokenizer.encode_batch(list(names), add_special_tokens=False)]
+    longest = max(map(len, ids))
+    return torch.tensor([[*row, *[NONE] * (longest - len(row))] for row in ids])
+
+
+def prior(wanted: Tensor) -> Tensor:
+    """(count,) log-odds of a concept in a training picture; one that none mentions has those of half a picture."""
+    share = wanted.float().mean(0)
+    least = 0.5 / len(wanted)
+    return torch.logit(share.clamp(least, 1 - least))
+
+
+def labelled(config: Concepts, data: CaptionSet, names: tuple[str, ...], side: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Pooling weights (R, side * side) and concepts (R,) of each training picture that has labelled regions, by its number."""
+    if config.regions is None:
+        return {}
+    found = read_regions(config.regions, names, config.image_sizes)
+    labels = {}
+    for row, example in enumerate(data.examples):
+        if regions := found.get(example.image_id):
+            boxes = torch.tensor([region.box for region in regions])
+            labels[row] = boxes_on_grid(boxes, side), torch.tensor([region.concept for region in regions])
+    if not labels:
+        raise DataError(f"{config.regions}: its regions are of no training picture (their keys are {', '.join(sorted(found)[:3])}, ...)")
+    return labels
+
+
+def region_loss(model: LightCap, grid: Tensor, labels: list[tuple[Tensor, Tensor] | None]) -> Tensor:
+    """The mean cross-entropy of the labelled regions of a batch, grid (B, G, channels), over all concepts."""
+    logits, targets = [], []
+    for row, label in zip(grid, labels, strict=True):
+        if label is not None:
+            regions = model.alignment(row.unsqueeze(0), label[0].to(grid.device))
+            logits.append(regions[0] @ model.concepts.matrix.t() + model.concepts.prior)
+            targets.append(label[1].to(grid.device))
+    return F.cross_entropy(torch.cat(logits), torch.cat(targets))

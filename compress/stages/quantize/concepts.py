@@ -1,0 +1,25 @@
+"""The INT8 concept extractor: its two layers and the product with the concept embeddings as integer products, as in the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from onnx import ModelProto
+from torch import Tensor
+
+from compress.stages import export
+from compress.stages.quantize import observe
+from compress.stages.quantize.decoder import make_integer
+from students.lightcap import LightCap
+
+
+def quantized_concepts(model: LightCap, grids: Iterable[Tensor]) -> ModelProto:
+    """grid -> word pieces of the concepts, with scales from `grids`, (1, G, C) each."""
+    example = (torch.zeros(1, model.config.grid**2, model.config.channels),)
+    prepared = observe.prepare(observe.ConceptScores(model), example, ({},))
+    observe.run(prepared, ((grid,) for grid in grids))
+    scales = {name.removeprefix("model.").partition(".")[2]: scale for name, scale in observe.linear_scales(prepared).items()}
+    proto = export.concepts_graph(model)
+    make_integer(proto.graph, scales)  # first.weight, second.weight, matrix
+    return proto

@@ -1,0 +1,92 @@
+"""CIDEr optimisation by self-critical sequence training (Rennie et al., CVPR 2017): captions drawn from the model itself are made more
+likely as far as their CIDEr-D exceeds a baseline: the mean of the image's other samples (Luo, 2020), or the greedy caption.
+
+Samples are drawn without dropout, in training's precision. The reward's document frequencies come from the training references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.config import Scst
+from compress.context import Context
+from compress.decode import Special, beam_search, sample
+from compress.training.batches import IGNORED, Captions, pack
+from compress.training.corpus import UNSEEN_BIAS, corpus
+from compress.training.features import device
+from compress.training.loop import Group, fit, precision
+from compress.training.reward import CiderReward
+from compress.training.softmax import logits_at
+from compress.training.start import language, read_captioner, write_captioner
+from students.lightcap import LightCap
+from students.lightcap.dropout import set_dropout
+
+
+def run(parent: Artifact, config: Scst, context: Context) -> None:
+    """Writes the parent, further trained towards CIDEr-D."""
+    seed = context.seed if config.seed is None else config.seed
+    model, tokenizer, settings = read_captioner(parent.path)
+    set_dropout(model, config.dropout)
+    data = corpus(model, tokenizer, settings, context)
+    reward = CiderReward.of([example.captions for example in context.data.split("train").examples], tokenizer)
+    full = model.word.detach().clone()
+    model.narrow(data.keep)
+    special = Special.of(tokenizer).among(data.keep)
+    where = device()
+    model.to(where)
+    trained = language(model)
+    batch_of = data.batches(config.batch_images, seed)
+
+    def score(images: np.ndarray, captions: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+        return reward(images, [[data.keep[list(ids)].tolist() for ids in drawn] for drawn in captions]) / 100
+
+    def loss_of(step: int) -> Tensor:
+        images = batch_of(step).images
+        grid = data.grid_of(model, images)
+        with precision(config.precision, where):
+            drawn = draw(model, grid, special, config.samples, seed * 1_000_003 + step)
+            rewards = score(images, drawn)
+            if config.baseline == "mean":
+                baseline = (rewards.sum(1, keepdims=True) - rewards) / (config.samples - 1)
+            else:
+                greedy = beam_search(model.eval(), grid, special, 1, model.config.max_tokens)
+                baseline = score(images, [[item.tokens] for item in greedy])
+            model.train().encoder.eval()
+            return policy_loss(model, grid, drawn, rewards - baseline, special)
+
+    groups = [Group(list(trained.parameters()), config.learning_rate)]
+    steps = data.steps(config.epochs, config.batch_images)
+    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)
+    model.cpu().eval().requires_grad_(True)
+    model.widen(data.keep, full, UNSEEN_BIAS)
+    write_captioner(context.output, model, tokenizer, settings)
+
+
+def draw(model: LightCap, grid: Tensor, special: Special, count: int, seed: int) -> list[list[tuple[int, ...]]]:
+    """`count` captions of each image, from the model without dropout."""
+    found = sample(model.eval(), grid, special, count, model.config.max_tokens, seed)
+    return [[item.tokens for item in drawn] for drawn in found]
+
+
+def policy_loss(
+    model: LightCap, grid: Tensor, drawn: Sequence[Sequence[Sequence[int]]], advantages: np.ndarray, special: Special
+) -> Tensor:
+    """-advantage x log-probability, summed over the pieces of every drawn caption ([SEP] included where it ended), over their number.
+
+    advantages (B, count). A caption that fills `max_tokens` did not end: its [SEP] was never drawn.
+    """
+    longest = model.config.max_tokens
+    captions = [[[special.start, *ids] + [special.end] * (len(ids) < longest) for ids in image] for image in drawn]
+    batch = pack(Captions.of(captions), range(len(captions))).to(grid.device)
+    states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix))
+    real = batch.targets != IGNORED
+    mean = model.heads.branch_states(states[real]).mean(0)
+    logs = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1)).logs[:, 0]
+    weight = torch.from_numpy(advantages).to(grid.device, logs.dtype)
+    row, segment = real.nonzero()[:, 0], batch.segments[real] - 1
+    return -(weight[row, segment] * logs).mean()

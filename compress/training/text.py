@@ -1,0 +1,58 @@
+"""Embeddings of short texts, for the concept extractor to align regions with: CLIP's text encoder, or MiniLM's sentence embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compress.errors import ModelError
+from students.lightcap.bert import minilm_folder
+
+BATCH = 128
+
+
+def embed_texts(texts: Sequence[str], encoder: str) -> Tensor:
+    """(n, text) of length one. `encoder`: `minilm` (384 wide), or CLIP RN50's (1,024 wide): `openai`, or a file of its weights as open_clip
+    reads them. ModelError, in one line, where it is not to be had."""
+    try:
+        found = minilm(texts) if encoder == "minilm" else clip(texts, encoder)
+    except FileNotFoundError as error:
+        raise ModelError(str(error)) from None
+    return F.normalize(found.float(), dim=-1)
+
+
+@torch.inference_mode()
+def minilm(texts: Sequence[str]) -> Tensor:
+    """The mean of the last layer's states over a text's pieces, as sentence-transformers pools them."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = minilm_folder()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    rows = []
+    for start in range(0, len(texts), BATCH):
+        pieces = tokenizer(list(texts[start : start + BATCH]), padding=True, return_tensors="pt")
+        real = pieces["attention_mask"].unsqueeze(-1)
+        rows.append((model(**pieces).last_hidden_state * real).sum(1) / real.sum(1))
+    return torch.cat(rows)
+
+
+@torch.inference_mode()
+def clip(texts: Sequence[str], weights: str) -> Tensor:
+    import open_clip
+
+    if weights != "openai" and not Path(weights).is_file():
+        raise FileNotFoundError(f"no text encoder '{weights}'; set text_encoder to minilm, openai, or a file of CLIP RN50's weights")
+    try:
+        model = open_clip.create_model("RN50", pretrained=weights).eval()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(
+            f"CLIP RN50's text encoder '{weights}' could not be loaded ({reason}); download its safetensors once and set text_encoder=FILE,"
+            " or text_encoder: minilm"
+        ) from None
+    tokenize = open_clip.get_tokenizer("RN50")
+    return torch.cat([model.encode_text(tokenize(list(texts[i : i + BATCH]))) for i in range(0, len(texts), BATCH)])

@@ -1,0 +1,184 @@
+"""The concept stage on scenes, from captions alone and from labelled regions, and a captioner that reads what it found."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from compress import data, evaluate
+from compress.artifact import Artifact
+from compress.config import Concepts, Data, Distill, Recipe, Stage, Student, Train
+from compress.context import Context, Progress
+from compress.errors import DataError, ModelError, RecipeError
+from compress.stages import concepts, distill, train
+from compress.training import text
+from compress.training.mentions import best_concepts, mentioned
+from compress.training.start import read_captioner
+from students.lightcap.concepts import NONE
+
+STUDENT = Student(preset="tiny", heads=2)
+WORDS = ["circle", "square", "triangle", "star", "cross", "ring", "red", "blue", "green", "yellow", "large", "small", "striped"]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return data.load(Data(train_images=64, val_images=16))
+
+
+@pytest.fixture(autouse=True)
+def embeddings(monkeypatch):
+    """Random, nearly orthogonal text embeddings: the real encoders are tested below where they are installed."""
+
+    def embed(texts, encoder):
+        return torch.nn.functional.normalize(torch.randn(len(texts), 32, generator=torch.Generator().manual_seed(7)), dim=1)
+
+    monkeypatch.setattr(concepts, "embed_texts", embed)
+
+
+@pytest.fixture
+def features(monkeypatch):
+    """Grids in which every mentioned concept is one cell's: what weak training must find out. The trained scenes encoder is for recipes."""
+
+    def make(model, data, settings, cache, progress):
+        random = np.random.default_rng(len(data))
+        basis = np.random.default_rng(0).normal(size=(len(WORDS), 128)).astype(np.float32)
+        grid = 0.3 * random.normal(size=(len(data), 25, 128)).astype(np.float32)
+        for row, present in enumerate(mentioned(data, WORDS)):
+            for concept in present.nonzero().flatten().tolist():
+                grid[row, random.integers(25)] += basis[concept]
+        return grid
+
+    monkeypatch.setattr(concepts, "grids", make)
+    monkeypatch.setattr(evaluate, "grids", make)
+    return make
+
+
+@pytest.fixture
+def context(tmp_path, scenes):
+    (tmp_path / "words.txt").write_text("# what scenes show\n" + "\n".join(WORDS))
+
+    def make(kind: str, config, artifacts=None, name: str = "x") -> Context:
+        for folder in (f"{name}/out", f"{name}/work"):
+            (tmp_path / folder).mkdir(parents=True)
+        stage = Stage(kind, name, None, config)
+        recipe = Recipe("x", 17, Data(), STUDENT, (stage,), tmp_path / "x.yaml")
+        out, work, cache = tmp_path / name / "out", tmp_path / name / "work", tmp_path / "cache"
+        return Context(recipe, stage, scenes, 17, 1, out, work, cache, artifacts or {}, Progress(quiet=True))
+
+    return make
+
+
+def settings(tmp_path, **changes) -> Concepts:
+    return Concepts(vocabulary=str(tmp_path / "words.txt"), inner=32, pieces=6, batch_images=16, **changes)
+
+
+def test_it_learns_what_captions_mention(context, scenes, tmp_path, features):
+    """On pictures it was not trained on it finds more than the list's most common concepts, which an untrained one gives."""
+    found = {}
+    for name, epochs in (("short", 0.01), ("long", 40)):
+        config = settings(tmp_path, epochs=epochs, dropout=0.0, learning_rate=3e-3)
+        where = context("concepts", config, name=name)
+        concepts.run(None, config, where)
+        model = read_captioner(where.output)[0]
+        row = evaluate.measure(Artifact(where.output), None, where, ())
+        found[name] = row["concept_precision"], row["concept_recall"]
+        assert model.config.concepts == 6 and model.config.alignment == (32, 32) and model.config.concept_vocabulary[0] == len(WORDS)
+    assert found["long"][0] > found["short"][0] + 0.2 and found["long"][1] > found["short"][1] + 0.2
+
+
+def test_its_row_says_precision_and_recall(context, tmp_path):
+    config = settings(tmp_path, epochs=1)
+    where = context("concepts", config)
+    concepts.run(None, config, where)
+    row = evaluate.measure(Artifact(where.output), None, where, ())
+    assert 0 < row["concept_precision"] < 1 and 0 < row["concept_recall"] < 1 and row["params_by_part"]["alignment"] > 0
+    assert "cider" not in row and row["images"] == 16
+
+
+def test_labelled_regions(context, scenes, tmp_path, monkeypatch):
+    """COCO's layout; what is labelled in the upper left corner is told there by what only that corner shows."""
+    keys = [example.image_id for example in scenes.split("train").examples]
+    images = [{"file_name": key, "id": number, "width": 80, "height": 80} for number, key in enumerate(keys)]
+    boxes = [{"image_id": number, "category_id": 1 + number % 2, "bbox": [0, 0, 32, 32]} for number in range(len(keys))]
+    categories = [{"id": 1, "name": "star"}, {"id": 2, "name": "ring"}]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    grid = np.random.default_rng(1).normal(size=(64, 25, 128)).astype(np.float32)
+    grid[0::2, [0, 1, 5, 6], :4] += 2
+    grid[1::2, [0, 1, 5, 6], 4:8] += 2
+    monkeypatch.setattr(concepts, "grids", lambda *_: grid)
+    config = settings(tmp_path, epochs=30, dropout=0.0, learning_rate=3e-3, regions=str(tmp_path / "instances.json"), region_weight=20.0)
+    where = context("concepts", config)
+    concepts.run(None, config, where)
+    model = read_captioner(where.output)[0]
+    labels = concepts.labelled(config, scenes.split("train"), tuple(WORDS), 5)
+    assert len(labels) == 64
+    right = 0
+    with torch.no_grad():
+        for row, (weights, wanted) in labels.items():
+            logits = model.alignment(torch.from_numpy(grid[row : row + 1]), weights)[0] @ model.concepts.matrix.t() + model.concepts.prior
+            right += int((logits.argmax(1) == wanted).sum())
+    assert right > 58  # the prior alone is right on half of 64
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"images": [images[0] | {"file_name": "elsewhere"}], "annotations": boxes[:1], "categories": categories}))
+    with pytest.raises(DataError, match=r"other\.json: its regions are of no training picture"):
+        concepts.labelled(dataclasses.replace(config, regions=str(other)), scenes.split("train"), tuple(WORDS), 5)
+
+
+def test_teacher_and_student_read_the_same_concepts(context, tmp_path):
+    """concepts -> train (extractor) -> distill: the extractor goes through unchanged, and the modulator is the teacher's size."""
+    config = settings(tmp_path, epochs=2)
+    first = context("concepts", config, name="concepts")
+    concepts.run(None, config, first)
+    made = {"concepts": Artifact(first.output)}
+    config = Train(preset="tiny", extractor="concepts", modulator=4, epochs=2, batch_images=16)
+    second = context("train", config, made, "teacher")
+    train.run(None, config, second)
+    made["teacher"] = Artifact(second.output)
+    config = Distill(teachers=("teacher",), init="weights", match=("tokens", "hidden", "attention"), epochs=2, batch_images=16)
+    third = context("distill", config, made, "student")
+    distill.run(None, config, third)
+    source, teacher, student = (read_captioner(where.output)[0] for where in (first, second, third))
+    for model in (teacher, student):
+        assert model.config.concepts == 6 and model.config.modulator == 4
+        for part in ("alignment", "concepts", "encoder"):
+            mine, theirs = getattr(model, part).state_dict(), getattr(source, part).state_dict()
+            assert all(torch.equal(mine[name], theirs[name]) for name in theirs), part
+
+
+def test_a_preset_with_concepts_wants_an_extractor(context):
+    config = Train(preset="lightcap", epochs=1)
+    with pytest.raises(RecipeError, match=r"preset 'lightcap' reads concepts: put a 'concepts' stage first"):
+        train.run(None, config, context("train", config))
+
+
+def test_refused_lists(context, scenes, tmp_path):
+    (tmp_path / "none.txt").write_text("zeppelin\n")
+    config = Concepts(vocabulary=str(tmp_path / "none.txt"), epochs=1)
+    with pytest.raises(DataError, match="no training caption mentions a concept"):
+        concepts.run(None, config, context("concepts", config, name="a"))
+    (tmp_path / "few.txt").write_text("circle\nred\n")
+    config = Concepts(vocabulary=str(tmp_path / "few.txt"), epochs=1)
+    with pytest.raises(RecipeError, match="2 concepts do not fill 20 word pieces"):
+        concepts.run(None, config, context("concepts", config, name="b"))
+
+
+def test_best_concepts_fit_whole():
+    pieces = torch.tensor([[10, NONE], [11, 12], [13, NONE]])
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]])
+    assert best_concepts(scores, pieces, 2).tolist() == [[True, False, False], [False, True, False]]
+    assert best_concepts(scores, pieces, 3).tolist() == [[True, True, False], [False, True, True]]
+
+
+def test_minilm_knows_what_is_alike():
+    found = text.embed_texts(["a photo of a dog", "a photo of a puppy", "a photo of a bus", "someone's bus"], "minilm")
+    assert found.shape == (4, 384)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+    alike = found @ found.t()
+    assert alike[0, 1] > alike[0, 2] and alike[2, 3] > alike[1, 3]
+
+
+def test_an_absent_text_encoder():
+    with pytest.raises(ModelError, match=r"no text encoder 'nowhere\.pt'; set text_encoder to minilm, openai, or a file"):
+        text.embed_texts(["a photo of a dog"], "nowhere.pt")
