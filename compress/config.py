@@ -80,11 +80,13 @@ class Train(Optimisation):
     preset: str | None = None
     fusion_weights: str | None = None
     label_smoothing: float = 0.1
+    objective: str = "causal"
     extractor: str | None = None  # the stage whose image encoder and concept extractor a new captioner takes
     modulator: int | None = None  # inner width; 0: none
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
     encoder: str = "frozen"
     encoder_learning_rate: float = 1e-3
+    matching_weight: float = 0.0  # of telling replaced concepts from a picture's own
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
 
 
@@ -169,6 +171,7 @@ STAGES = {
 
 CHOICES = {
     ("data", "source"): ("scenes", "karpathy", "coco", "flickr8k", "datasets"),
+    ("train", "objective"): ("causal", "masked"),
     ("train", "encoder"): ("frozen", "tuned"),
     ("distill", "init"): ("teacher", "weights"),
     ("distill", "match"): ("tokens", "hidden", "attention"),
@@ -218,6 +221,7 @@ RANGES = {
     "top_k": COUNT,
     "token_weight": NOT_NEGATIVE,
     "word_weight": NOT_NEGATIVE,
+    "matching_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,
     "attention_weight": NOT_NEGATIVE,
     "samples": (2, math.inf, True, False),

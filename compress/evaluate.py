@@ -108,7 +108,7 @@ def captions(
     where, special = device(), Special.of(tokenizer)
     # Pieces that no training caption held have e^-100 of the probability: leaving them out changes nothing, and saves most of each step.
     seen = model.heads.bias > UNSEEN_BIAS / 2
-    seen[[special.start, special.end]] = True
+    seen[[special.start, special.end, *model.own_pieces()]] = True
     spoken = seen.nonzero().flatten()
     model.narrow(spoken)
     model.to(where)

@@ -94,6 +94,7 @@ class Captioner:
         self.folder = folder
         self.threads = threads or available_threads()
         self.config, self.settings = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
+        self.mask_piece = self.config.get("mask_piece")
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:
@@ -126,7 +127,13 @@ class Captioner:
         n = len(tokens)
         nothing = np.zeros((n, 0, self.channels), np.float32)
         tokens = np.asarray(tokens, np.int64)[:, None]
-        logits, *present = self.run_decoder(nothing, tokens, np.full_like(tokens, position), past, tokens[:, :0])
+        places = np.full_like(tokens, position)
+        if self.mask_piece is not None:  # the model predicts the piece under a [MASK] behind the token
+            tokens = np.concatenate([tokens, np.full_like(tokens, self.mask_piece)], 1)
+            places = np.concatenate([places, places + 1], 1)
+        logits, *present = self.run_decoder(nothing, tokens, places, past, tokens[:, :0])
+        if self.mask_piece is not None:
+            present = [array[:, :, :-1] for array in present]
         return logits[:, -1], present
 
     def run_decoder(

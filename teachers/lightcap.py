@@ -17,6 +17,10 @@ class LightCapTeacher:
         self.vocabulary = tuple(pieces_of(read_tokenizer(Path(folder) / "tokenizer.json")))
         self.hidden, self.layers, self.prefix = self.model.config.hidden, self.model.config.layers, self.model.config.prefix
 
+    @property
+    def mask_piece(self) -> int | None:
+        return self.model.config.mask_piece
+
     def narrow(self, keep: Tensor) -> None:
         """Scores the word pieces `keep` alone from here on: the logits of all others are not computed."""
         self.model.narrow(keep)

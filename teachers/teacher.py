@@ -11,12 +11,14 @@ from torch import Tensor
 
 class Teacher(Protocol):
     """A captioner that scores given captions. `vocabulary` lists its word pieces by id: distilling tokens needs them equal to the
-    student's (equal sizes do not make equal vocabularies). `prefix` is the number of tokens before the caption."""
+    student's (equal sizes do not make equal vocabularies). `prefix` is the number of tokens before the caption,
+    `mask_piece` the id of [MASK] in a model that predicts the piece under it (None: it predicts the next)."""
 
     vocabulary: tuple[str, ...]
     hidden: int
     layers: int
     prefix: int
+    mask_piece: int | None
 
     def narrow(self, keep: Tensor) -> None:
         """Scores the word pieces `keep` (ids) alone from here on."""

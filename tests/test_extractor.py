@@ -127,7 +127,7 @@ def test_saved_with_all_it_knows(tmp_path, grid):
     model = with_concepts()
     model.save_pretrained(tmp_path)
     loaded = LightCap.from_pretrained(tmp_path)
-    assert loaded.config == model.config and loaded.concept_pieces() == list(range(10, 17))
+    assert loaded.config == model.config and loaded.own_pieces() == list(range(10, 17))
     assert torch.equal(loaded.find_concepts(grid), model.find_concepts(grid))
 
 

@@ -6,6 +6,8 @@ Token distributions are read from targets computed once per teacher. Hidden stat
 
 from __future__ import annotations
 
+import dataclasses
+
 from compress.artifact import Artifact
 from compress.config import Distill
 from compress.context import Context
@@ -34,6 +36,7 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         model, tokenizer, _ = new_captioner(
             student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed, first, first.config.modulator or 0
         )
+        model.config = dataclasses.replace(model.config, mask_piece=first.config.mask_piece)
     if len(sources) not in (1, model.config.heads):
         raise RecipeError(f"{len(sources)} teachers for {model.config.heads} heads; name one, or one per head")
     teachers = [load(source.path) for source in sources]

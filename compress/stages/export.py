@@ -65,12 +65,17 @@ class DecoderLayer(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.width // self.head_dim, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, first: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, S, hidden) and what came before it (N, heads, P, head width); queries for x[:, first:] alone."""
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, first: int | None, unseen: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, S, hidden) and what came before it (N, heads, P, head width); queries for x[:, first:] alone. `unseen` (S, P + S) is added
+        to the scores."""
         keys = torch.cat([keys, self.split(self.key(x))], 2)
         values = torch.cat([values, self.split(self.value(x))], 2)
         x = x if first is None else x[:, first:]
         scores = self.split(self.query(x)) @ keys.transpose(2, 3) * self.head_dim**-0.5
+        if unseen is not None:
+            scores = scores + (unseen if first is None else unseen[first:])
         mixed = scores.softmax(-1) @ values
         x = self.norm1(x + self.output(mixed.transpose(1, 2).flatten(2)))
         return self.norm2(x + self.down(F.gelu(self.up(x)))), keys, values
@@ -126,7 +131,7 @@ class Decoder(nn.Module):
         self.places = nn.Parameter(position[:PREFIX_POSITION] + segment[0], requires_grad=False)
         longest = PREFIX_POSITION + model.config.prefix
         self.prefix_places = nn.Parameter(position[PREFIX_POSITION:longest] + segment[1], requires_grad=False)
-        self.concepts = model.config.concepts
+        self.concepts, self.masked = model.config.concepts, model.config.mask_piece is not None
         self.modulator = Modulation(model.modulator, self.concepts) if model.modulator is not None else None
         self.layers = nn.ModuleList(DecoderLayer(layer) for layer in fusion.layers)
         self.branches = nn.ModuleList(Branch(head) for head in model.heads.branches)
@@ -139,9 +144,11 @@ class Decoder(nn.Module):
     def forward(
         self, grid: Tensor, tokens: Tensor, positions: Tensor, past: list[Tensor], concepts: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """grid (N, G, C); tokens, positions (N, T) with T at most 1; past keys and values, layer by layer, each (N, heads, P, width);
-        concepts (N, K) word pieces, for a model that reads them. Returns logits (N, T, V), then all keys and values
-        (N, heads, P + K + G + T, width). Every position sees every other, so a pass holds either the prefix or a token."""
+        """grid (N, G, C); tokens, positions (N, T) with T at most 1 (2 for a model of masked pieces: the token and [MASK]); past keys and
+        values, layer by layer, each (N, heads, P, width); concepts (N, K) word pieces, for a model that reads them.
+
+        Returns logits (N, T, V), then all keys and values (N, heads, P + K + G + T, width). Every position sees every other, but none a
+        later token: so a pass holds either the prefix or tokens."""
         if concepts is None:
             prefix = self.grid(grid)
         else:
@@ -150,13 +157,21 @@ class Decoder(nn.Module):
         first = prefix.shape[1]
         prefix = prefix + self.prefix_places[:first]
         x = self.norm(torch.cat([prefix, self.lookup(tokens) + F.embedding(positions, self.places)], 1))
+        unseen = later_tokens(first, tokens.shape[1], past[0].shape[2], x) if self.masked else None
         present: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)
-            x, *pair = layer(x, *past[2 * index : 2 * index + 2], first if last else None)
+            x, *pair = layer(x, *past[2 * index : 2 * index + 2], first if last else None, unseen)
             present += pair
         states = torch.stack([branch(x) for branch in self.branches]).mean(0)
         return states @ self.vocabulary + self.bias, *present
+
+
+def later_tokens(prefix: int, tokens: int, past: int, like: Tensor) -> Tensor:
+    """(prefix + tokens, past + prefix + tokens): a large negative number where a token would see a later one, else 0."""
+    order = torch.cat([torch.zeros(prefix, dtype=torch.int64), torch.arange(tokens)])
+    later = (order.unsqueeze(0) > order.unsqueeze(1)).to(like.dtype) * -1e9
+    return torch.cat([torch.zeros(prefix + tokens, past, dtype=like.dtype), later], 1)
 
 
 def past_names(model: LightCap, kind: str) -> list[str]:

@@ -82,7 +82,8 @@ def policy_loss(
     """
     longest = model.config.max_tokens
     captions = [[[special.start, *ids] + [special.end] * (len(ids) < longest) for ids in image] for image in drawn]
-    batch = pack(Captions.of(captions), range(len(captions))).to(grid.device)
+    plain = pack(Captions.of(captions), range(len(captions))).to(grid.device)
+    batch = plain.probing(model.config.mask_piece)
     states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix))
     real = batch.targets != IGNORED
     mean = model.heads.branch_states(states[real]).mean(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.features import device
 from compress.training.loop import Group, fit, precision
 from compress.training.losses import caption_loss
+from compress.training.matching import Matching, replace
 from compress.training.softmax import logits_at
 from compress.training.start import language, new_captioner, read_captioner, write_captioner
 from compress.training.words import Words
@@ -32,12 +35,16 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
             student, config.preset or student.preset, config.fusion_weights or (student.fusion_weights if not config.preset else None),
             context.recipe.data.image_size, config.dropout, seed, extractor, config.modulator,
         )
+        if config.objective == "masked":
+            model.config = dataclasses.replace(model.config, mask_piece=tokenizer.token_to_id("[MASK]"))
         if model.config.concepts and model.concepts is None:
             name = config.preset or student.preset
             raise RecipeError(f"preset '{name}' reads concepts: put a 'concepts' stage first, and name it here (extractor: NAME)")
     else:
         model, tokenizer, settings = read_captioner(parent.path)
         set_dropout(model, config.dropout)
+    if config.matching_weight and not model.config.concepts:
+        raise RecipeError("matching_weight is of replaced concepts, but this captioner reads none (extractor: NAME gives it some)")
     tuned = config.encoder == "tuned"
     data = corpus(model, tokenizer, settings, context, tuned)
     full = model.word.detach().clone()
@@ -50,19 +57,25 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         shares = torch.from_numpy(data.captions.shares(len(data.keep)))
         torch.manual_seed(seed)
         words = Words(model.config.channels, model.config.grid**2, shares).to(where)
-    batch_of = data.batches(config.batch_images, seed)
+    matching = Matching(model.config.hidden).to(where) if config.matching_weight else None
+    batch_of = data.batches(config.batch_images, seed, model.config.mask_piece)
 
     def loss_of(step: int) -> Tensor:
         batch = batch_of(step)
         with precision(config.precision, where):
             grid = data.grid_of(model, batch.images)
-            states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix))
+            concepts, replaced = replace(model.find_concepts(grid)) if matching is not None else (None, None)
+            states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix), concepts=concepts)
             real = batch.targets != IGNORED
+            if replaced is not None and not replaced.all():
+                real &= ~replaced.unsqueeze(1)  # a caption says nothing of another picture's concepts
             mean = model.heads.branch_states(states[real]).mean(0)
             logits = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1))
             loss = caption_loss(logits, config.label_smoothing)
             if words is not None:
                 loss = loss + config.word_weight * words.loss(grid.float(), batch.targets)
+            if matching is not None:
+                loss = loss + config.matching_weight * matching.loss(states[:, 0], replaced)
         return loss
 
     trained = language(model)
@@ -70,6 +83,9 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         Group([p for name, p in trained.named_parameters() if not name.startswith(NEW)], config.learning_rate),
         Group([p for name, p in trained.named_parameters() if name.startswith(NEW)], config.new_learning_rate or config.learning_rate),
     ]
+    if matching is not None:
+        trained["matching"] = matching
+        groups.append(Group(list(matching.parameters()), config.new_learning_rate or config.learning_rate))
     if tuned:
         trained["encoder"] = model.encoder.requires_grad_(True)
         if words is not None:

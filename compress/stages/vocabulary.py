@@ -20,7 +20,7 @@ def run(parent: Artifact, config: Vocabulary, context: Context) -> None:
     captions = [caption for example in context.data.split("train").examples for caption in example.captions]
     counts = Counter(piece for ids in encode_captions(tokenizer, captions, model.config.max_tokens) for piece in ids)
     seen = [piece for piece, count in counts.items() if count >= config.min_count]
-    keep = keep_pieces(tokenizer, [*seen, *model.concept_pieces()])
+    keep = keep_pieces(tokenizer, [*seen, *model.own_pieces()])
     context.progress.log(f"{context.stage.name}: {len(keep)} of {model.config.vocabulary} word pieces kept")
     model.narrow(torch.tensor(keep))
     write_captioner(context.output, model, narrowed(tokenizer, keep), settings)

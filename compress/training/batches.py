@@ -50,8 +50,9 @@ class Captions:
 @dataclass(frozen=True)
 class Batch:
     """images (B,) rows of the features; tokens, positions, segments, targets (B, T): an image's captions one after the other, `segments`
-    1.. for its captions and -1 for padding, `targets` the next piece or IGNORED; rows (n,) the place of each target among all
-    of `Captions.predicted`, in the order of `targets[targets != IGNORED]`."""
+    1.. for its captions and -1 for padding, `targets` the piece to predict there or IGNORED; rows (n,) the place of each target among all
+    of `Captions.predicted`, in the order of `targets[targets != IGNORED]`. probes: the first column of [MASK]s that were appended to ask
+    for pieces, which nothing but themselves sees; T where there are none."""
 
     images: np.ndarray
     tokens: Tensor
@@ -59,24 +60,39 @@ class Batch:
     segments: Tensor
     targets: Tensor
     rows: np.ndarray
+    probes: int
 
     def to(self, where: torch.device) -> Batch:
         if where.type == "cpu":
             return self
         moved = (x.to(where, non_blocking=True) for x in (self.tokens, self.positions, self.segments, self.targets))
-        return Batch(self.images, *moved, self.rows)
+        return Batch(self.images, *moved, self.rows, self.probes)
 
     def mask(self, prefix: int) -> Tensor:
         """The sequence-to-sequence mask, (B, 1, prefix + T, prefix + T) bool: everything sees the prefix; a caption's piece sees its own
         caption up to itself."""
         b, t = self.segments.shape
-        segments = torch.cat([self.segments.new_zeros(b, prefix), self.segments], 1)
-        earlier = torch.ones(prefix + t, prefix + t, dtype=torch.bool, device=segments.device).tril()
+        zeros = self.segments.new_zeros(b, prefix)
+        segments, places = torch.cat([zeros, self.segments], 1), torch.cat([zeros, self.positions], 1)
+        column = torch.arange(prefix + t, device=segments.device)
+        earlier = (places.unsqueeze(1) < places.unsqueeze(2)) & (column < prefix + self.probes) | (column == column.unsqueeze(1))
         same = segments.unsqueeze(1) == segments.unsqueeze(2)
         return ((segments == 0).unsqueeze(1) | (same & earlier)).unsqueeze(1)
 
+    def probing(self, mask_piece: int | None) -> Batch:
+        """The same predictions from a model of masked pieces, as it decodes: for each target a [MASK] at its place, which sees the caption
+        before it. For a model of the next piece (None) the batch is as it was."""
+        if mask_piece is None:
+            return self
+        masks = torch.full_like(self.tokens, mask_piece)
+        segments = torch.cat([self.segments, torch.where(self.targets == IGNORED, -1, self.segments)], 1)
+        targets = torch.cat([torch.full_like(self.targets, IGNORED), self.targets], 1)
+        tokens, positions = torch.cat([self.tokens, masks], 1), torch.cat([self.positions, self.positions + 1], 1)
+        return Batch(self.images, tokens, positions, segments, targets, self.rows, self.tokens.shape[1])
+
 
 def pack(captions: Captions, images: Sequence[int]) -> Batch:
+    """Every piece after the first is predicted, from those before it."""
     width = max(captions.length(i) for i in images)
     shape = (len(images), width)
     tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -91,7 +107,43 @@ def pack(captions: Captions, images: Sequence[int]) -> Batch:
             positions[b, place:stop], segments[b, place:stop] = np.arange(len(caption) - 1), segment
             rows.append(np.arange(captions.offsets[c], captions.offsets[c + 1]))
             place = stop
-    return Batch(np.asarray(images), *map(torch.from_numpy, (tokens, positions, segments, targets)), np.concatenate(rows))
+    return Batch(np.asarray(images), *map(torch.from_numpy, (tokens, positions, segments, targets)), np.concatenate(rows), width)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Masked pieces as Oscar and VinVL train them: `share` of a caption's pieces, at least one and at most `most`, of which 80 % become
+    [MASK], 10 % another piece, and 10 % stay; [SEP] is one of them, so that the end is learned."""
+
+    mask_piece: int
+    vocabulary: int
+    share: float = 0.15
+    most: int = 3
+
+
+def pack_masked(captions: Captions, images: Sequence[int], masking: Masking, random: np.random.Generator) -> Batch:
+    """The pieces that `masking` chooses are predicted where they stand; a piece sees what is before it, masks and all."""
+    width = max(captions.length(i) + len(captions.images[i]) for i in images)
+    shape = (len(images), width)
+    tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    segments, targets = np.full(shape, -1, np.int64), np.full(shape, IGNORED, np.int64)
+    rows = []
+    for b, image in enumerate(images):
+        place = 0
+        for segment, c in enumerate(captions.images[image], 1):
+            caption = np.array(captions.pieces[c])
+            stop = place + len(caption)
+            count = min(masking.most, max(1, round(masking.share * (len(caption) - 1))), len(caption) - 1)
+            chosen = np.sort(random.permutation(len(caption) - 1)[:count]) + 1
+            targets[b, place + chosen] = caption[chosen]
+            fate = random.random(count)
+            caption[chosen[fate < 0.8]] = masking.mask_piece
+            other = chosen[fate >= 0.9]
+            caption[other] = random.integers(masking.vocabulary, size=len(other))
+            tokens[b, place:stop], positions[b, place:stop], segments[b, place:stop] = caption, np.arange(len(caption)), segment
+            rows.append(captions.offsets[c] + chosen - 1)
+            place = stop
+    return Batch(np.asarray(images), *map(torch.from_numpy, (tokens, positions, segments, targets)), np.concatenate(rows), width)
 
 
 def order_images(count: int, epoch: int, seed: int) -> np.ndarray:

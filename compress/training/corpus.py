@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from compress.context import Context
-from compress.training.batches import Batch, Captions, order, pack
+from compress.training.batches import Batch, Captions, Masking, order, pack, pack_masked
 from compress.training.features import device, grids, grids_key, normalised, pixels
 from students.lightcap import LightCap
 from students.lightcap.tokenizer import encode_captions
@@ -32,8 +32,9 @@ class Corpus:
     def steps(self, epochs: float, batch_images: int) -> int:
         return max(1, round(epochs * -(-len(self.captions.images) // batch_images)))
 
-    def batches(self, batch_images: int, seed: int) -> Callable[[int], Batch]:
-        """Step number -> batch, the same for the same seed."""
+    def batches(self, batch_images: int, seed: int, mask_piece: int | None = None) -> Callable[[int], Batch]:
+        """Step number -> batch, the same for the same seed; of masked pieces where `mask_piece` (its place in `keep`) is given."""
+        masking = None if mask_piece is None else Masking(mask_piece, len(self.keep))
         per_epoch = -(-len(self.captions.images) // batch_images)
         known: dict[int, list[np.ndarray]] = {}
 
@@ -42,7 +43,10 @@ class Corpus:
             if epoch not in known:
                 known.clear()
                 known[epoch] = order(self.captions, batch_images, epoch, seed)
-            return pack(self.captions, known[epoch][within]).to(device())
+            images = known[epoch][within]
+            if masking is None:
+                return pack(self.captions, images).to(device())
+            return pack_masked(self.captions, images, masking, np.random.default_rng([seed, step])).to(device())
 
         return batch
 
@@ -52,7 +56,7 @@ def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Conte
     data = context.data.split("train")
     encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
     used = {piece for captions in encoded for caption in captions for piece in caption}
-    keep = torch.tensor(sorted(used.union(model.concept_pieces())))
+    keep = torch.tensor(sorted(used.union(model.own_pieces())))
     place = {int(piece): index for index, piece in enumerate(keep)}
     captions = Captions.of([[[place[piece] for piece in caption] for caption in captions] for captions in encoded])
     where = device()

@@ -67,7 +67,7 @@ def distil(
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
         maps.to(where)
-    batch_of = data.batches(config.batch_images, seed)
+    batch_of = data.batches(config.batch_images, seed, model.config.mask_piece)
     matched = data.steps(goal.match_epochs, config.batch_images) if states else 0
 
     def loss_of(step: int) -> Tensor:

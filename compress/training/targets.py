@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.context import Progress
-from compress.training.batches import pack
+from compress.training.batches import IGNORED, pack
 from compress.training.corpus import Corpus
 from compress.training.features import device, digest
 from compress.training.loop import precision
@@ -34,12 +34,13 @@ def targets(
 
     def fill(start: int, stop: int) -> np.ndarray:
         block = np.zeros((stop - start, longest, width, 2), np.float32)
-        batch = pack(captions, range(start, stop)).to(where)
+        plain = pack(captions, range(start, stop)).to(where)
+        batch = plain.probing(teacher.mask_piece)
         grid = data.grid_of(None, batch.images)
-        real = batch.segments > 0
         with precision("auto", where):
-            logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix), real)
+            logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix), batch.targets != IGNORED)
         best, ids = (logits.float() / temperature).softmax(-1).topk(width, dim=-1)
+        real = plain.targets != IGNORED
         filled = block[:, : real.shape[1]]
         filled[real.cpu().numpy()] = np.stack([ids.cpu().numpy(), best.cpu().numpy()], -1)
         return block

@@ -18,7 +18,8 @@ class LightCapConfig:
     rebuilt by `shapes`, and then weights load strictly. `grid` is the side of the encoder's output, `channels` its depth. `concepts` is the
     number of word pieces that they fill in the prefix (0: none); `alignment` the widths (inner, text) of the MLP that finds them;
     `concept_vocabulary` how many concepts there are and the most word pieces that one has (None: not trained yet); `modulator` its inner
-    width (None: none).
+    width (None: none). `mask_piece` is the id of [MASK] in a model that predicts the piece under it, appended to the caption so far (the
+    paper); None: the model predicts the piece that follows.
     """
 
     encoder: str = "clip-rn50"
@@ -36,6 +37,7 @@ class LightCapConfig:
     concepts: int = 0
     alignment: tuple[int, int] | None = None
     concept_vocabulary: tuple[int, int] | None = None
+    mask_piece: int | None = None
     dropout: float = 0.1
     max_tokens: int = 20
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -93,10 +93,20 @@ class LightCap(nn.Module):
         return self.fusion(prefix, first=prefix.shape[1])[1]
 
     def step(self, tokens: Tensor, position: int, past: Past) -> tuple[Tensor, Past]:
-        """tokens (N, 1) at `position`, keys and values so far -> logits (N, V) and all keys and values."""
+        """tokens (N, 1) at `position`, keys and values so far -> logits (N, V) and all keys and values.
+
+        A model of masked pieces reads [MASK] behind the token; what is kept of it is nothing, since the next piece takes its place.
+        """
         places = torch.full_like(tokens, position)
-        states, present = self.fusion(self.fusion.embed_caption(tokens, places), first=0, past=past)
-        return self.heads(states[:, -1], self.word), present
+        if self.config.mask_piece is None:
+            states, present = self.fusion(self.fusion.embed_caption(tokens, places), first=0, past=past)
+            return self.heads(states[:, -1], self.word), present
+        pair = torch.cat([tokens, torch.full_like(tokens, self.config.mask_piece)], 1)
+        sees = torch.ones(1, 1, 2, past[0][0].shape[2] + 2, dtype=torch.bool, device=tokens.device)
+        sees[:, :, 0, -1] = False
+        x = self.fusion.embed_caption(pair, torch.cat([places, places + 1], 1))
+        states, present = self.fusion(x, first=0, past=past, mask=sees)
+        return self.heads(states[:, -1], self.word), [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in present]
 
     def states(
         self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, probe: list | None = None, concepts: Tensor | None = None
@@ -107,9 +117,10 @@ class LightCap(nn.Module):
         x = torch.cat([prefix, self.fusion.embed_caption(tokens, positions)], 1)
         return self.fusion(x, first=prefix.shape[1], mask=mask, probe=probe)[0]
 
-    def concept_pieces(self) -> list[int]:
-        """The word pieces that concepts are spelled with: they stay when a vocabulary shrinks."""
-        return [] if self.concepts is None else [piece for piece in self.concepts.pieces.unique().tolist() if piece != NONE]
+    def own_pieces(self) -> list[int]:
+        """The word pieces that the model itself puts into its input, those of concepts and [MASK]: they stay when a vocabulary shrinks."""
+        concepts = [] if self.concepts is None else [piece for piece in self.concepts.pieces.unique().tolist() if piece != NONE]
+        return concepts if self.config.mask_piece is None else [*concepts, self.config.mask_piece]
 
     def narrow(self, keep: Tensor) -> None:
         """Keeps the word pieces `keep` (ids), in that order: embedding, output projection and bias shrink together. ValueError where a
@@ -121,9 +132,12 @@ class LightCap(nn.Module):
             if (pieces.eq(NONE) & self.concepts.pieces.ne(NONE)).any():
                 raise ValueError("the kept word pieces do not spell every concept")
             self.concepts.pieces = pieces
+        mask = self.config.mask_piece
+        if mask is not None:
+            mask = keep.tolist().index(mask)
         self.fusion.word = nn.Embedding.from_pretrained(self.word.detach()[keep].clone(), freeze=False)
         self.heads.bias = nn.Parameter(self.heads.bias.detach()[keep].clone())
-        self.config = dataclasses.replace(self.config, vocabulary=len(keep))
+        self.config = dataclasses.replace(self.config, vocabulary=len(keep), mask_piece=mask)
 
     def widen(self, keep: Tensor, word: Tensor, unseen_bias: float) -> None:
         """Undoes `narrow`: rows that were not kept come from `word` (V, hidden), with `unseen_bias` as their logit bias."""
@@ -134,7 +148,8 @@ class LightCap(nn.Module):
             self.concepts.pieces = torch.where(pieces == NONE, NONE, keep[pieces])
         self.fusion.word = nn.Embedding.from_pretrained(full, freeze=False)
         self.heads.bias = nn.Parameter(bias)
-        self.config = dataclasses.replace(self.config, vocabulary=len(full))
+        mask = self.config.mask_piece
+        self.config = dataclasses.replace(self.config, vocabulary=len(full), mask_piece=None if mask is None else int(keep[mask]))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json (pruned shapes included) and model.safetensors."""

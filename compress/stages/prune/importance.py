@@ -35,7 +35,7 @@ def importance(
     where = device()
     model.to(where).eval().requires_grad_(True)
     model.encoder.to(memory_format=torch.channels_last)
-    batch_of = data.batches(IMAGES, seed)
+    batch_of = data.batches(IMAGES, seed, model.config.mask_piece)
     total = {unit: torch.zeros(unit.width) for unit in wanted}
     with context.progress.task("importance", BATCHES) as task:
         for step in range(BATCHES):

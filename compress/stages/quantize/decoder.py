@@ -49,7 +49,8 @@ def calibrate(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]]
 def teacher_forced(model: LightCap, grid: Tensor, captions: list[list[int]]) -> tuple[Tensor, ...]:
     """One image's captions, one after the other without their [SEP] -> grid, tokens (1, T), positions (1, T), mask (1, 1, P + T, P + T)
     and, where the model reads them, its concepts: the prefix sees itself, a token sees the prefix and its own caption up to itself."""
-    rows = [caption[:-1] for caption in captions]
+    mask = model.config.mask_piece
+    rows = [caption[:-1] if mask is None else [*caption[:-1], mask] for caption in captions]
     tokens = torch.tensor([sum(rows, [])])
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     owner = torch.cat([torch.full((len(row),), index) for index, row in enumerate(rows)])
