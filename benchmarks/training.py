@@ -1,4 +1,4 @@
-"""Captions per second of the photos recipe's teacher and student, beside the plain way and this machine's matrix-product peak, in one run.
+"""Captions per second of the photos recipe's stages `frozen` and `student`, beside the plain way and this machine's peak, in one run.
 
     python benchmarks/training.py [--images 160] [--steps 12] [--json]
 
@@ -336,7 +336,7 @@ def main() -> None:
         data = generated(arguments.images, load_tokenizer(recipe.student.tokenizer))
         rows, ratios = [], {}
         weights = {} if real else {"fusion_weights": None}
-        for stage, changes in (("teacher", weights), ("student", {"match": ("tokens",), "teachers": ("teacher",) * 3})):
+        for stage, changes in (("frozen", weights), ("student", {"match": ("tokens",), "teachers": ("frozen",) * 3})):
             row, ratio = measured(stage, recipe, data, folder, arguments.steps, arguments.plain_images, changes)
             rows.append(row)
             ratios |= ratio

@@ -86,6 +86,8 @@ class Train(Optimisation):
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
     encoder: str = "frozen"
     encoder_learning_rate: float = 1e-3
+    grid_dropout: float = 0.0
+    flip: bool = False  # mirrors half of the pictures, while the encoder is tuned; not for captions that tell left from right
     matching_weight: float = 0.0  # of telling replaced concepts from a picture's own
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
 
@@ -215,6 +217,7 @@ RANGES = {
     "weight_decay": NOT_NEGATIVE,
     "label_smoothing": PART,
     "dropout": PART,
+    "grid_dropout": PART,
     "clip_norm": ABOVE_ZERO,
     "match_epochs": NOT_NEGATIVE,
     "temperature": ABOVE_ZERO,

@@ -49,7 +49,7 @@ def test_an_unpruned_model_of_another_image_size_exports_too(tmp_path):
     torch.manual_seed(1)
     model = tiny.LightCap(tiny.preset("tiny", vocabulary=tiny.tokenizer().get_vocab_size(), image_size=48)).eval()
     graph = export.decoder_graph(model)
-    assert {tensor.name: list(tensor.dims) for tensor in graph.graph.initializer}["grid_places"] == [9, 32]
+    assert {tensor.name: list(tensor.dims) for tensor in graph.graph.initializer}["prefix_places"] == [9, 32]
     graphs.write(graphs.clean(graph), tmp_path / "decoder.onnx")
     session = runtime.open_session(tmp_path / "decoder.onnx", 1)
     grid, none = np.random.default_rng(0).normal(size=(1, 9, 128)).astype(np.float32), np.zeros((1, 0), np.int64)

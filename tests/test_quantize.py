@@ -145,7 +145,7 @@ def test_calibration_captions_see_what_a_step_sees(model):
     grid = torch.randn(1, 25, 128)
     captions = [[2, 40, 41, 42, 3], [2, 50, 3], [2, 60, 61, 3]]
     with torch.no_grad():
-        forced = observe.TeacherForced(model)(*decoder.teacher_forced(grid, captions))[0]
+        forced = observe.TeacherForced(model)(*decoder.teacher_forced(model, grid, captions))[0]
         expected = []
         for caption in captions:
             past = model.prefill(grid)

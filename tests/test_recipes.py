@@ -19,8 +19,8 @@ QUICKSTART = (
     "pruned.recover_encoder_epochs=1", "int8.calibration_images=16", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
 PHOTOS = (
-    "data.captions=dataset.json", "data.images=images", "teacher.epochs=1", "teacher-2.epochs=0.5", "teacher-3.epochs=0.5",
-    "student.epochs=1", "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8",
+    "data.captions=dataset.json", "data.images=images", "frozen.epochs=1", "teacher.epochs=1", "teacher-2.epochs=0.5",
+    "teacher-3.epochs=0.5", "student.epochs=1", "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8",
     "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
 
@@ -104,4 +104,4 @@ def test_quickstart(tmp_path):
 @pytest.mark.timeout(1200)
 def test_photos(tmp_path):
     karpathy(tmp_path)
-    check("photos", PHOTOS, tmp_path, ["teacher", "teacher-2", "teacher-3", "student", "vocabulary", "pruned", "int8", "export"])
+    check("photos", PHOTOS, tmp_path, ["frozen", "teacher", "teacher-2", "teacher-3", "student", "vocabulary", "pruned", "int8", "export"])

@@ -245,7 +245,7 @@ def test_a_store_that_was_killed_before_its_first_block(tmp_path):
 class Softmax:
     """A teacher whose logits are a linear function of image, piece and position."""
 
-    vocabulary, hidden, layers = tuple("abcdefgh"), 8, 1
+    vocabulary, hidden, layers, prefix, mask_piece = tuple("abcdefgh"), 8, 1, 4, None
 
     def __init__(self) -> None:
         self.table = 3 * torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
@@ -307,7 +307,7 @@ def test_a_real_teacher_s_targets_are_its_steps(tmp_path):
     encoded = [[[0, 2, 3, 4, 1], [0, 5, 1]], [[0, 4, 1]]]  # places in `keep`
     grid = torch.randn(2, 25, 128)
     teacher = LightCapTeacher.__new__(LightCapTeacher)
-    teacher.model, teacher.vocabulary, teacher.hidden, teacher.layers = model, (), 32, 2
+    teacher.model, teacher.vocabulary, teacher.hidden, teacher.layers, teacher.prefix = model, (), 32, 2, model.config.prefix
     wanted = []
     with torch.no_grad():
         for image, group in enumerate(encoded):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compress.artifact import Artifact
@@ -46,12 +47,16 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     if config.matching_weight and not model.config.concepts:
         raise RecipeError("matching_weight is of replaced concepts, but this captioner reads none (extractor: NAME gives it some)")
     tuned = config.encoder == "tuned"
-    data = corpus(model, tokenizer, settings, context, tuned)
+    if config.flip and not tuned:
+        raise RecipeError("flip mirrors pictures while the encoder is tuned; with a frozen one their features are computed once")
+    data = corpus(model, tokenizer, settings, context, tuned, config.flip)
     full = model.word.detach().clone()
     model.narrow(data.keep)
     where = device()
     model.to(where).train()
-    model.encoder.to(memory_format=torch.channels_last).train(tuned)
+    # Batches of a few images say too little to renew a pretrained encoder's norms.
+    pretrained = context.recipe.student.encoder_weights not in (None, "none")
+    model.encoder.to(memory_format=torch.channels_last).train(tuned and not pretrained)
     words = None
     if tuned and config.word_weight:
         shares = torch.from_numpy(data.captions.shares(len(data.keep)))
@@ -63,7 +68,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     def loss_of(step: int) -> Tensor:
         batch = batch_of(step)
         with precision(config.precision, where):
-            grid = data.grid_of(model, batch.images)
+            grid = F.dropout(data.grid_of(model, batch.images), config.grid_dropout)
             concepts, replaced = replace(model.find_concepts(grid)) if matching is not None else (None, None)
             states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix), concepts=concepts)
             real = batch.targets != IGNORED

@@ -51,8 +51,9 @@ class Corpus:
         return batch
 
 
-def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False) -> Corpus:
-    """The train split of `context.data` for `model`. `tuned`: the encoder is trained too, so pictures are encoded in every step."""
+def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False, flip: bool = False) -> Corpus:
+    """The train split of `context.data` for `model`. `tuned`: the encoder is trained too, so pictures are encoded in every step, half of
+    them mirrored with `flip`."""
     data = context.data.split("train")
     encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
     used = {piece for captions in encoded for caption in captions for piece in caption}
@@ -65,7 +66,10 @@ def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Conte
         pictures = pixels(data, settings, context.cache, context.progress)
 
         def grid_of(model: LightCap, images: np.ndarray) -> Tensor:
-            return model.encode(normalised(pictures[images], settings, where))
+            x = normalised(pictures[images], settings, where)
+            if flip:
+                x = torch.where(torch.rand(len(x), 1, 1, 1, device=where) < 0.5, x.flip(3), x)
+            return model.encode(x)
     else:
         features = grids(model, data, settings, context.cache, context.progress)
 
