@@ -94,9 +94,7 @@ class Batch:
 def pack(captions: Captions, images: Sequence[int]) -> Batch:
     """Every piece after the first is predicted, from those before it."""
     width = max(captions.length(i) for i in images)
-    shape = (len(images), width)
-    tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments, targets = np.full(shape, -1, np.int64), np.full(shape, IGNORED, np.int64)
+    tokens, positions, segments, targets = (np.full((len(images), width), value) for value in (0, 0, -1, IGNORED))
     rows = []
     for b, image in enumerate(images):
         place = 0
@@ -124,9 +122,7 @@ class Masking:
 def pack_masked(captions: Captions, images: Sequence[int], masking: Masking, random: np.random.Generator) -> Batch:
     """The pieces that `masking` chooses are predicted where they stand; a piece sees what is before it, masks and all."""
     width = max(captions.length(i) + len(captions.images[i]) for i in images)
-    shape = (len(images), width)
-    tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments, targets = np.full(shape, -1, np.int64), np.full(shape, IGNORED, np.int64)
+    tokens, positions, segments, targets = (np.full((len(images), width), value) for value in (0, 0, -1, IGNORED))
     rows = []
     for b, image in enumerate(images):
         place = 0
