@@ -80,7 +80,7 @@ class Train(Optimisation):
     preset: str | None = None
     fusion_weights: str | None = None
     label_smoothing: float = 0.1
-    objective: str = "causal"
+    objective: str | None = None  # causal, if it starts anew
     extractor: str | None = None  # the stage whose image encoder and concept extractor a new captioner takes
     modulator: int | None = None  # inner width; 0: none
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
@@ -88,6 +88,7 @@ class Train(Optimisation):
     encoder_learning_rate: float = 1e-3
     grid_dropout: float = 0.0
     flip: bool = False  # mirrors half of the pictures, while the encoder is tuned; not for captions that tell left from right
+    crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder is tuned
     matching_weight: float = 0.0  # of telling replaced concepts from a picture's own
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
 
@@ -218,6 +219,7 @@ RANGES = {
     "label_smoothing": PART,
     "dropout": PART,
     "grid_dropout": PART,
+    "crop": PART,
     "clip_norm": ABOVE_ZERO,
     "match_epochs": NOT_NEGATIVE,
     "temperature": ABOVE_ZERO,

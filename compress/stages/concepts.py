@@ -7,7 +7,6 @@ as a whole: some of its windows should find it (multiple-instance learning), and
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -20,7 +19,7 @@ from compress.data import CaptionSet
 from compress.data.concepts import is_action, read_concepts
 from compress.data.regions import read_regions
 from compress.errors import DataError, RecipeError
-from compress.training.batches import order_images
+from compress.training.batches import image_batches
 from compress.training.features import device, grids
 from compress.training.loop import Group, fit
 from compress.training.mentions import mentioned
@@ -58,11 +57,10 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     model.requires_grad_(False)
     model.alignment.requires_grad_(True)
     wanted = wanted.to(where).float()
-    per_epoch = -(-len(data) // config.batch_images)
+    rows_of = image_batches(len(data), config.batch_images, seed)
 
     def loss_of(step: int) -> Tensor:
-        epoch, within = divmod(step, per_epoch)
-        rows = np.sort(order_images(len(data), epoch, seed)[within * config.batch_images :][: config.batch_images])
+        rows = rows_of(step)
         grid = torch.from_numpy(features[rows]).to(where).float()
         grid = F.dropout(grid, config.dropout)
         loss = F.binary_cross_entropy_with_logits(model.concept_scores(grid), wanted[rows], reduction="sum") / len(rows)
@@ -71,7 +69,7 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
         return loss
 
     groups = [Group(list(model.alignment.parameters()), config.learning_rate)]
-    steps = max(1, round(config.epochs * per_epoch))
+    steps = max(1, round(config.epochs * -(-len(data) // config.batch_images)))
     trained = nn.ModuleDict({"alignment": model.alignment})
     fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)
     model.cpu().eval().requires_grad_(True)

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from compress.artifact import Artifact
@@ -21,6 +22,7 @@ from compress.training.matching import Matching, replace
 from compress.training.softmax import logits_at
 from compress.training.start import language, new_captioner, read_captioner, write_captioner
 from compress.training.words import Words
+from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
 
 NEW = ("fusion.grid.", "modulator.", "heads.")  # what a language model's checkpoint does not fill
@@ -29,27 +31,13 @@ NEW = ("fusion.grid.", "modulator.", "heads.")  # what a language model's checkp
 def run(parent: Artifact | None, config: Train, context: Context) -> None:
     """Writes a trained captioner: the preset's, or the parent's further trained with this stage's seed and order."""
     seed = context.seed if config.seed is None else config.seed
-    if parent is None:
-        student = context.recipe.student
-        extractor = read_captioner(context.artifacts[config.extractor].path)[0] if config.extractor else None
-        model, tokenizer, settings = new_captioner(
-            student, config.preset or student.preset, config.fusion_weights or (student.fusion_weights if not config.preset else None),
-            context.recipe.data.image_size, config.dropout, seed, extractor, config.modulator,
-        )
-        if config.objective == "masked":
-            model.config = dataclasses.replace(model.config, mask_piece=tokenizer.token_to_id("[MASK]"))
-        if model.config.concepts and model.concepts is None:
-            name = config.preset or student.preset
-            raise RecipeError(f"preset '{name}' reads concepts: put a 'concepts' stage first, and name it here (extractor: NAME)")
-    else:
-        model, tokenizer, settings = read_captioner(parent.path)
-        set_dropout(model, config.dropout)
+    model, tokenizer, settings = started(config, context, seed) if parent is None else continued(parent, config)
     if config.matching_weight and not model.config.concepts:
         raise RecipeError("matching_weight is of replaced concepts, but this captioner reads none (extractor: NAME gives it some)")
     tuned = config.encoder == "tuned"
-    if config.flip and not tuned:
-        raise RecipeError("flip mirrors pictures while the encoder is tuned; with a frozen one their features are computed once")
-    data = corpus(model, tokenizer, settings, context, tuned, config.flip)
+    if (config.flip or config.crop) and not tuned:
+        raise RecipeError("flip and crop disturb pictures while the encoder is tuned; with a frozen one their features are computed once")
+    data = corpus(model, tokenizer, settings, context, tuned, config.flip, config.crop)
     full = model.word.detach().clone()
     model.narrow(data.keep)
     where = device()
@@ -102,3 +90,34 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)
+
+
+def started(config: Train, context: Context, seed: int) -> tuple[LightCap, Tokenizer, dict]:
+    """A new captioner of the stage's preset, with the encoder and the concepts of the stage that `extractor` names."""
+    student = context.recipe.student
+    name = config.preset or student.preset
+    extractor = read_captioner(context.artifacts[config.extractor].path)[0] if config.extractor else None
+    weights = config.fusion_weights or (student.fusion_weights if not config.preset else None)
+    model, tokenizer, settings = new_captioner(
+        student, name, weights, context.recipe.data.image_size, config.dropout, seed, extractor, config.modulator
+    )
+    if model.config.concepts and model.concepts is None:
+        raise RecipeError(f"preset '{name}' reads concepts: put a 'concepts' stage first, and name it here (extractor: NAME)")
+    if config.modulator and not model.config.concepts:
+        raise RecipeError("a modulator is steered by concepts, but this captioner reads none (extractor: NAME gives it some)")
+    if config.objective == "masked":
+        model.config = dataclasses.replace(model.config, mask_piece=tokenizer.token_to_id("[MASK]"))
+    return model, tokenizer, settings
+
+
+def continued(parent: Artifact, config: Train) -> tuple[LightCap, Tokenizer, dict]:
+    """The parent, whose parts are what they are: RecipeError where the stage asks for others."""
+    for key in ("fusion_weights", "modulator"):
+        if getattr(config, key) is not None:
+            raise RecipeError(f"key '{key}' is of a new captioner, but this stage goes on from '{parent.path.name[:8]}'; leave it out")
+    model, tokenizer, settings = read_captioner(parent.path)
+    own = "causal" if model.config.mask_piece is None else "masked"
+    if config.objective not in (None, own):
+        raise RecipeError(f"the captioner that this stage goes on from is {own}; a new one (preset: NAME) can be {config.objective}")
+    set_dropout(model, config.dropout)
+    return model, tokenizer, settings

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,9 +143,19 @@ def pack_masked(captions: Captions, images: Sequence[int], masking: Masking, ran
     return Batch(np.asarray(images), *map(torch.from_numpy, (tokens, positions, segments, targets)), np.concatenate(rows), width)
 
 
-def order_images(count: int, epoch: int, seed: int) -> np.ndarray:
-    """The images of one epoch in random order."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def image_batches(count: int, batch_images: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Step number -> the images of its batch, ascending; each epoch has all `count` of them in an order of its own, from the seed."""
+    per_epoch = -(-count // batch_images)
+
+    @functools.lru_cache(maxsize=1)
+    def shuffled(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(count)
+
+    def images(step: int) -> np.ndarray:
+        epoch, within = divmod(step, per_epoch)
+        return np.sort(shuffled(epoch)[within * batch_images :][:batch_images])
+
+    return images
 
 
 def order(captions: Captions, batch_images: int, epoch: int, seed: int) -> list[np.ndarray]:

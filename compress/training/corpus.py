@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -51,9 +52,26 @@ class Corpus:
         return batch
 
 
-def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False, flip: bool = False) -> Corpus:
-    """The train split of `context.data` for `model`. `tuned`: the encoder is trained too, so pictures are encoded in every step, half of
-    them mirrored with `flip`."""
+def disturbed(pictures: Tensor, flip: bool, crop: float) -> Tensor:
+    """`pictures` (N, 3, H, W), half of them mirrored with `flip`, each cut to a square of 1 - `crop` to 1 of its side, anywhere in it,
+    and resized (bilinear) to H x W."""
+    if not flip and not crop:
+        return pictures
+    draws = torch.rand(4, len(pictures), device=pictures.device)
+    side = 1 - crop * draws[0]
+    across, down = ((1 - side) * (2 * draw - 1) for draw in draws[1:3])
+    none = torch.zeros_like(side)
+    mirrored = torch.where(draws[3] < 0.5, -side, side) if flip else side
+    theta = torch.stack([torch.stack([mirrored, none, across], 1), torch.stack([none, side, down], 1)], 1)
+    places = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, places, padding_mode="border", align_corners=False)
+
+
+def corpus(
+    model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False, flip: bool = False, crop: float = 0.0
+) -> Corpus:
+    """The train split of `context.data` for `model`. `tuned`: the encoder is trained too, so pictures are encoded in every step, after
+    `disturbed`; otherwise their grids are computed once."""
     data = context.data.split("train")
     encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
     used = {piece for captions in encoded for caption in captions for piece in caption}
@@ -66,10 +84,7 @@ def corpus(model: LightCap, tokenizer: Tokenizer, settings: dict, context: Conte
         pictures = pixels(data, settings, context.cache, context.progress)
 
         def grid_of(model: LightCap, images: np.ndarray) -> Tensor:
-            x = normalised(pictures[images], settings, where)
-            if flip:
-                x = torch.where(torch.rand(len(x), 1, 1, 1, device=where) < 0.5, x.flip(3), x)
-            return model.encode(x)
+            return model.encode(disturbed(normalised(pictures[images], settings, where), flip, crop))
     else:
         features = grids(model, data, settings, context.cache, context.progress)
 

@@ -90,8 +90,8 @@ def linear(step: int, steps: int, config: Optimisation) -> float:
 
 
 def precision(name: str, where: torch.device) -> torch.autocast:
-    """`auto` is bf16 on a GPU, and on a CPU that multiplies bf16 itself (AMX, AVX512-BF16: 710 GFLOP/s against 190 of fp32 on
-    two cores of Zen 5); others convert, which is slower than fp32 (150 against 315 on two cores with AVX512-VNNI alone)."""
+    """`auto` is bf16 on a GPU, and on a CPU that multiplies bf16 itself (AMX, AVX512-BF16); others convert, which is slower than fp32
+    (benchmarks/training.py prints the rate of products in this precision)."""
     if name == "auto":
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if where.type == "cuda" or native else "fp32"

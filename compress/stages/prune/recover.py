@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compress.artifact import Artifact
 from compress.config import Prune
 from compress.context import Context
-from compress.training.batches import order_images
+from compress.training.batches import image_batches
 from compress.training.features import device, grids, normalised, pixels
 from compress.training.loop import Group, fit, precision
 from compress.training.start import read_captioner
@@ -28,12 +28,11 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
     where = device()
     model.to(where)
     model.encoder.to(memory_format=torch.channels_last).train().requires_grad_(True)
-    per_epoch = -(-len(data) // config.batch_images)
-    steps = max(1, round(config.recover_encoder_epochs * per_epoch))
+    rows_of = image_batches(len(data), config.batch_images, seed)
+    steps = max(1, round(config.recover_encoder_epochs * -(-len(data) // config.batch_images)))
 
     def loss_of(step: int) -> Tensor:
-        epoch, within = divmod(step, per_epoch)
-        rows = np.sort(order_images(len(data), epoch, seed)[within * config.batch_images :][: config.batch_images])
+        rows = rows_of(step)
         goal = torch.from_numpy(wanted[rows]).to(where).float()
         with precision(config.precision, where):
             grid = model.encode(normalised(pictures[rows], settings, where))
