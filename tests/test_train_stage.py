@@ -1,0 +1,198 @@
+"""The train stage on a few scenes: what each of its keys does, and which of them go together."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from compress import data
+from compress.artifact import Artifact
+from compress.config import Data, Recipe, Stage, Student, Train
+from compress.context import Context, Progress
+from compress.errors import RecipeError
+from compress.stages import train
+from compress.training.batches import IGNORED
+from compress.training.corpus import Corpus, disturbed
+from compress.training.features import grids
+from compress.training.matching import Matching, replace
+from compress.training.start import read_captioner, write_captioner
+from students.lightcap import LightCap
+from students.lightcap.concepts import NONE
+
+STUDENT = Student(preset="tiny", heads=2)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return data.load(Data(train_images=16, val_images=2))
+
+
+@pytest.fixture
+def run(tmp_path, scenes):
+    """Runs one stage and gives its artifact."""
+
+    def go(name: str, parent: Artifact | None = None, artifacts: dict | None = None, **keys) -> Artifact:
+        config = Train(**({"epochs": 0.5, "batch_images": 8, "warmup": 0.0} | keys))
+        out, work = tmp_path / name / "out", tmp_path / name / "work"
+        out.mkdir(parents=True)
+        work.mkdir()
+        stage = Stage("train", name, None, config)
+        recipe = Recipe("x", 17, Data(), STUDENT, (stage,), tmp_path / "x.yaml")
+        cache, made = tmp_path / "cache", artifacts or {}
+        train.run(parent, config, Context(recipe, stage, scenes, 17, 1, out, work, cache, made, Progress(quiet=True)))
+        return Artifact(out)
+
+    return go
+
+
+def weights(artifact: Artifact) -> dict[str, torch.Tensor]:
+    return read_captioner(artifact.path)[0].state_dict()
+
+
+# ---- pictures
+
+
+def test_half_of_the_pictures_are_mirrored():
+    torch.manual_seed(0)
+    pictures = torch.rand(200, 3, 8, 8)
+    found = disturbed(pictures, flip=True, crop=0.0)
+    mirrored = torch.tensor([torch.allclose(a.flip(2), b, atol=1e-5) for a, b in zip(pictures, found, strict=True)])
+    same = torch.tensor([torch.allclose(a, b, atol=1e-5) for a, b in zip(pictures, found, strict=True)])
+    assert (mirrored ^ same).all() and 70 < int(mirrored.sum()) < 130
+    assert disturbed(pictures, flip=False, crop=0.0) is pictures
+
+
+def test_crops_are_squares_inside_the_picture():
+    """On a picture that tells its own coordinates, -1 to 1: as wide as high, of no less than 1 - crop of the side, anywhere."""
+    torch.manual_seed(0)
+    axis = (2 * torch.arange(32) + 1) / 32 - 1
+    x, y = axis.expand(32, 32), axis.unsqueeze(1).expand(32, 32)
+    found = disturbed(torch.stack([x, y, x]).expand(300, 3, 32, 32), flip=False, crop=0.4)
+    step_across, step_down = (found[:, 0, 16, 16] - found[:, 0, 16, 15]) * 16, (found[:, 1, 16, 16] - found[:, 1, 15, 16]) * 16
+    torch.testing.assert_close(step_across, step_down)
+    assert step_across.min() > 0.599 and step_across.max() < 1.001 and step_across.std() > 0.08
+    assert found.abs().max() <= 1 and (found[:, 0].mean((1, 2)).abs() <= 1 - step_across + 1e-4).all()
+    assert found[:, 0].mean((1, 2)).std() > 0.05 and abs(float(found[:, 0].mean())) < 0.03
+
+
+@pytest.mark.parametrize("keys", [{"flip": True}, {"crop": 0.1}])
+def test_frozen_features_are_of_the_pictures_as_they_are(run, keys):
+    with pytest.raises(RecipeError, match="while the encoder is tuned"):
+        run("x", **keys)
+
+
+def test_a_tuned_encoder_learns_from_disturbed_pictures(run, monkeypatch):
+    seen = []
+    real = LightCap.encode
+    monkeypatch.setattr(LightCap, "encode", lambda self, pixels: seen.append(pixels.detach().clone()) or real(self, pixels))
+    plain, other = run("plain", encoder="tuned"), run("other", encoder="tuned", flip=True, crop=0.3)
+    assert len(seen) == 2 and not torch.allclose(seen[0], seen[1], atol=1e-2)
+    names = [name for name in weights(plain) if name.startswith("encoder.") and name.endswith("weight")]
+    assert any(not torch.equal(weights(plain)[name], weights(other)[name]) for name in names)
+
+
+def test_grid_dropout_drops_features_in_training_alone(run, monkeypatch):
+    shares = []
+    real = LightCap.states
+
+    def states(self, grid, *rest, **more):
+        shares.append(float((grid == 0).float().mean()))
+        return real(self, grid, *rest, **more)
+
+    monkeypatch.setattr(LightCap, "states", states)
+    run("none")
+    run("half", grid_dropout=0.5)
+    assert abs(shares[1] - shares[0] * 0.5 - 0.5) < 0.05 and shares[0] < 0.9
+
+
+# ---- learning rates
+
+
+def test_new_parts_learn_at_their_own_rate(run):
+    before, after = weights(run("before", learning_rate=1e-12)), weights(run("after", learning_rate=1e-12, new_learning_rate=1e-2))
+    moved = {name for name in before if (before[name] - after[name]).abs().max() > 1e-6}
+    assert moved and all(name.startswith(train.NEW) for name in moved)
+
+
+# ---- matching
+
+
+def test_replaced_concepts_are_the_next_picture_s():
+    torch.manual_seed(0)
+    concepts = torch.arange(400).view(200, 2)
+    mixed, replaced = replace(concepts)
+    assert torch.equal(mixed[replaced], concepts.roll(1, 0)[replaced]) and torch.equal(mixed[~replaced], concepts[~replaced])
+    assert 70 < int(replaced.sum()) < 130
+    same = torch.ones(50, 3, dtype=torch.long)
+    assert not replace(same)[1].any()  # what both pictures show belongs to either
+
+
+def test_matching_is_binary_cross_entropy():
+    matching = Matching(3)
+    with torch.no_grad():
+        matching.classify.weight.copy_(torch.tensor([[1.0, 2.0, 0.0]]))
+        matching.classify.bias.fill_(0.5)
+    states = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 9]])
+    logits = torch.tensor([1.5, -1.5, 0.5])
+    wanted = -(F.logsigmoid(logits[0]) + F.logsigmoid(-logits[1]) + F.logsigmoid(logits[2])) / 3
+    torch.testing.assert_close(matching.loss(states, torch.tensor([True, False, True])), wanted)
+
+
+@pytest.fixture
+def extractor(run, scenes, tmp_path) -> Artifact:
+    """A captioner whose random concept extractor looks at what differs between pictures, and so says something else of each."""
+    model, tokenizer, settings = read_captioner(run("plain").path)
+    model.config = dataclasses.replace(model.config, concepts=4)
+    torch.manual_seed(3)
+    pieces = torch.tensor([[piece, NONE] for piece in range(5, 29)])
+    model.start_concepts(F.normalize(torch.randn(24, 16), dim=1), pieces, torch.zeros(24), 16, 4)
+    grid = torch.tensor(grids(model, scenes.split("train"), settings, tmp_path / "cache", Progress(quiet=True))).float().flatten(0, 1)
+    with torch.no_grad():
+        model.alignment.first.weight.div_(grid.std(0) + 1e-6)
+        model.alignment.first.bias.copy_(-model.alignment.first.weight @ grid.mean(0))
+    (tmp_path / "extractor").mkdir()
+    write_captioner(tmp_path / "extractor", model, tokenizer, settings)
+    return Artifact(tmp_path / "extractor")
+
+
+def test_captions_of_replaced_concepts_are_not_learned(run, extractor, monkeypatch):
+    seen = []
+    match, logits, pack = Matching.loss, train.logits_at, Corpus.batches
+
+    def batches(self, *keys):
+        make = pack(self, *keys)
+        return lambda step: seen.append([make(step)]) or seen[-1][0]
+
+    monkeypatch.setattr(Corpus, "batches", batches)
+    monkeypatch.setattr(Matching, "loss", lambda self, states, replaced: seen[-1].append(replaced) or match(self, states, replaced))
+    monkeypatch.setattr(train, "logits_at", lambda states, *rest: seen[-1].append(len(states)) or logits(states, *rest))
+    run("matched", artifacts={"extractor": extractor}, extractor="extractor", matching_weight=1.0, epochs=4)
+    assert len(seen) == 8
+    for batch, learned, replaced in seen:
+        assert learned == int((batch.targets[~replaced] != IGNORED).sum())
+    assert {bool(flag) for *_, replaced in seen for flag in replaced} == {True, False}
+
+
+def test_matching_needs_concepts(run):
+    with pytest.raises(RecipeError, match="matching_weight is of replaced concepts"):
+        run("x", matching_weight=0.5)
+
+
+# ---- going on from a parent
+
+
+@pytest.mark.parametrize("keys, words", [
+    ({"fusion_weights": "minilm"}, "key 'fusion_weights' is of a new captioner"),
+    ({"modulator": 8}, "key 'modulator' is of a new captioner"),
+    ({"objective": "masked"}, "goes on from is causal"),
+])  # fmt: skip
+def test_a_parent_s_parts_are_what_they_are(run, keys, words):
+    parent = run("parent")
+    with pytest.raises(RecipeError, match=words):
+        run("next", parent, **keys)
+
+
+def test_a_modulator_needs_concepts(run):
+    with pytest.raises(RecipeError, match="a modulator is steered by concepts"):
+        run("x", modulator=8)
