@@ -252,12 +252,14 @@ def references(config) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a recipe: `kind` is its key, `name` its `as:` label, `parent` the stage it works on (None: it starts anew)."""
+    """One step of a recipe: `kind` is its key, `name` its `as:` label, `parent` the stage it works on (None: it starts anew), `against` the
+    stage that its row is compared with: its parent, the first of its teachers, or the one that `against:` names."""
 
     kind: str
     name: str
     parent: str | None
     config: Concepts | Train | Distill | Scst | Vocabulary | Prune | Quantize | Export
+    against: str | None = None
 
 
 @dataclass(frozen=True)

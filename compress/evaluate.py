@@ -31,9 +31,8 @@ TIMED_IMAGES = 20
 CAPTIONS = "captions.json"  # beside metrics.json: what the artifact said of each image, and that caption's CIDEr-D
 
 
-def measure(artifact: Artifact, parent: Artifact | None, context: Context, teachers: Sequence[Artifact]) -> dict:
-    """The ledger row of `artifact` on the recipe's val split, beam 5; compared with `parent`, or the first of `teachers`."""
-    against = parent or (teachers[0] if teachers else None)
+def measure(artifact: Artifact, against: Artifact | None, context: Context) -> dict:
+    """The ledger row of `artifact` on the recipe's val split, beam 5; compared with `against`."""
     if context.stage.kind == "concepts":
         return extraction(artifact, context)
     if against is not None and not (against.path / CAPTIONS).is_file():

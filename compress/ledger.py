@@ -31,7 +31,7 @@ ROW = (
     "concept_precision",  # of a concept extractor: the share of the concepts it found that the image's captions mention
     "concept_recall",  # and of those that they mention, the share that it found
     "images",
-    "delta_cider",  # against the artifact it worked on; a student: against its teacher
+    "delta_cider",  # against the artifact it worked on; a student: against its teacher; or what `against:` names
     "delta_ci95",  # the 95 % interval of that difference, by paired bootstrap over images
     "p_value",
     "peak_mb",  # of the whole process that made it, up to the end of the stage

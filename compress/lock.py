@@ -46,7 +46,7 @@ def parts(
 ) -> dict:
     """What the lock of `stage` is over. `locks` holds those of the earlier stages by name."""
     settings = next(dict(entry[stage.kind]) for entry in resolved(recipe)["stages"] if _is(entry, stage))
-    for key in ("as", "from", "teachers", "extractor", "max_drop_cider"):  # a gate judges an artifact, it does not make it
+    for key in ("as", "from", "against", "teachers", "extractor", "max_drop_cider"):  # a gate judges an artifact, it does not make it
         settings.pop(key, None)
     sources, libraries = imported((f"compress.stages.{stage.kind}",), root)
     return {

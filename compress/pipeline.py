@@ -193,8 +193,7 @@ def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts
 
 def _measuring(run_: _Run, stage: Stage, artifacts: Mapping) -> str:
     """The digest of how this stage's row is measured, and against which artifact."""
-    names = [stage.parent] if stage.parent else list(getattr(stage.config, "teachers", ()))[:1]
-    against = [artifacts[name].path.name for name in names]
+    against = [artifacts[stage.against].path.name] if stage.against else []
     return lock.digest(lock.measure_parts(run_.recipe, against, run_.data.fingerprint, thread_count()))
 
 
@@ -210,7 +209,6 @@ def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: 
     if earlier is None:
         state.mkdir(parents=True, exist_ok=True)
         before = _seconds_before(work, began)
-    teachers = tuple(artifacts[name] for name in getattr(stage.config, "teachers", ()))
     seed = getattr(stage.config, "seed", None)
     context = Context(
         recipe=run_.recipe,
@@ -235,7 +233,8 @@ def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: 
         if stage.kind == "baseline":
             measured = run_.evaluator().baseline(parent, context)
         else:
-            measured = run_.evaluator().measure(Artifact(model), parent, context, teachers)
+            against = artifacts[stage.against] if stage.against else None
+            measured = run_.evaluator().measure(Artifact(model), against, context)
         if earlier:
             cost = {key: earlier[key] for key in ("peak_mb", "seconds")}
         else:

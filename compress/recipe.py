@@ -75,6 +75,8 @@ def resolved(recipe: Recipe) -> dict:
     stages = []
     for stage in recipe.stages:
         head = {"as": stage.name} | ({"from": stage.parent} if stage.parent else {})
+        if stage.against != _compared(stage.parent, stage.config):
+            head["against"] = stage.against
         stages.append({stage.kind: head | _plain(stage.config)})
     return {
         "name": recipe.name,
@@ -290,7 +292,7 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
         if name in kinds:
             label = settings.get("as")
             raise RecipeError(f"{label.place if label else place}a second stage is named '{name}'; give it its own 'as: NAME'")
-        config = _config(STAGES[kind], settings, kind, also=("as", "from"))
+        config = _config(STAGES[kind], settings, kind, also=("as", "from", "against"))
 
         def earlier(value: str, located: Located, key: str, kinds=kinds, kind=kind):
             if value not in kinds:
@@ -323,9 +325,21 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             config = _with_teachers(config, settings, before, place, student, earlier)
         if kind == "prune" and sum(getattr(config, key) is not None for key in ("macs", "params", "mb")) != 1:
             raise RecipeError(f"{place}'prune' needs exactly one target: macs, params (shares of its parent) or mb")
-        stages.append(Stage(kind=kind, name=name, parent=parent, config=config))
+        against = _compared(parent, config)
+        chosen = settings.get("against")
+        if chosen is not None and chosen.value is not None:
+            against = _value(chosen, str, kind, "against")
+            if against not in kinds or kinds[against] == "concepts":
+                earlier(against, chosen, "against")
+                raise RecipeError(f"{chosen.place}key 'against': '{against}' has no captions to compare with")
+        stages.append(Stage(kind=kind, name=name, parent=parent, config=config, against=against))
         kinds[name] = kind
     return tuple(stages)
+
+
+def _compared(parent: str | None, config) -> str | None:
+    """What a stage's row is compared with where the recipe is silent: its parent, else the first of its teachers."""
+    return parent or next(iter(getattr(config, "teachers", ())), None)
 
 
 def _with_teachers(config, settings: dict[str, Located], before: str | None, place: str, student: Student, earlier):

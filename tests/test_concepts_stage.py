@@ -82,7 +82,7 @@ def test_it_learns_what_captions_mention(context, scenes, tmp_path, features):
         where = context("concepts", config, name=name)
         concepts.run(None, config, where)
         model = read_captioner(where.output)[0]
-        row = evaluate.measure(Artifact(where.output), None, where, ())
+        row = evaluate.measure(Artifact(where.output), None, where)
         found[name] = row["concept_precision"], row["concept_recall"]
         assert model.config.concepts == 6 and model.config.alignment == (32, 32) and model.config.concept_vocabulary[0] == len(WORDS)
     assert found["long"][0] > found["short"][0] + 0.2 and found["long"][1] > found["short"][1] + 0.2
@@ -92,7 +92,7 @@ def test_its_row_says_precision_and_recall(context, tmp_path):
     config = settings(tmp_path, epochs=1)
     where = context("concepts", config)
     concepts.run(None, config, where)
-    row = evaluate.measure(Artifact(where.output), None, where, ())
+    row = evaluate.measure(Artifact(where.output), None, where)
     assert 0 < row["concept_precision"] < 1 and 0 < row["concept_recall"] < 1 and row["params_by_part"]["alignment"] > 0
     assert "cider" not in row and row["images"] == 16
 

@@ -49,13 +49,12 @@ class Evaluation:
     def __init__(self, deltas: dict[str, float] | None = None) -> None:
         self.calls, self.deltas = [], deltas or {}
 
-    def measure(self, artifact, parent, context, teachers):
-        against = parent or (teachers[0] if teachers else None)
-        self.calls.append((context.stage.name, against and against.config["name"], [item.config["name"] for item in teachers]))
+    def measure(self, artifact, against, context):
+        self.calls.append((context.stage.name, against and against.config["name"]))
         return {"cider": 50.0, "delta_cider": self.deltas.get(context.stage.name, 0.0 if against else None), "params": 1}
 
     def baseline(self, artifact, context):
-        self.calls.append(("nearest", artifact.config["name"], []))
+        self.calls.append(("nearest", artifact.config["name"]))
         return {"cider": 20.0}
 
 
@@ -95,12 +94,12 @@ def test_a_run_makes_every_stage_once(tmp_path):
     assert result.check().ok
     assert stages.runs == NAMES[1:]
     assert evaluation.calls == [
-        ("teacher", None, []),
-        ("nearest", "teacher", []),
-        ("teacher-2", "teacher", []),
-        ("student", "teacher", ["teacher", "teacher-2"]),
-        ("pruned", "student", []),
-        ("export", "pruned", []),
+        ("teacher", None),
+        ("nearest", "teacher"),
+        ("teacher-2", "teacher"),
+        ("student", "teacher"),
+        ("pruned", "student"),
+        ("export", "pruned"),
     ]
     rows = ledger.read(tmp_path / "runs/chain/ledger.jsonl")
     assert rows == list(result.rows)
@@ -128,6 +127,14 @@ def test_a_second_run_finds_everything(tmp_path):
     again, stages, evaluation = go(tmp_path)
     assert again.rows == first.rows
     assert stages.runs == [] and evaluation.calls == []
+
+
+def test_against_another_artifact_nothing_is_made(tmp_path):
+    """What a row is compared with changes the row alone."""
+    first, *_ = go(tmp_path)
+    again, stages, evaluation = go(tmp_path, read(tmp_path, RECIPE, "pruned.against=teacher"))
+    assert stages.runs == [] and evaluation.calls == [("pruned", "teacher")]
+    assert [row["lock"] for row in again.rows] == [row["lock"] for row in first.rows]
 
 
 def test_a_change_makes_only_what_depends_on_it(tmp_path):
@@ -280,9 +287,9 @@ class Stages(t.Stages):
         die(context.stage.name, "made")
 
 class Evaluation(t.Evaluation):
-    def measure(self, artifact, parent, context, teachers):
+    def measure(self, artifact, against, context):
         die(context.stage.name, "measure")
-        return super().measure(artifact, parent, context, teachers)
+        return super().measure(artifact, against, context)
     def baseline(self, artifact, context):
         die("nearest", "measure")
         return super().baseline(artifact, context)

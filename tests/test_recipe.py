@@ -73,6 +73,25 @@ def test_stages_and_what_they_work_on(tmp_path):
     assert isinstance(read.stages[0].config.epochs, float)
 
 
+def test_rows_are_compared_with_what_against_names(tmp_path):
+    text = """stages:
+  - concepts: {}
+  - train: {as: plain, preset: tiny}
+  - train: {as: rich, preset: tiny, extractor: concepts, against: plain}
+  - distill: {as: student, teachers: rich}
+  - distill: {as: other, teachers: rich, against: student}
+  - prune: {macs: 0.5}
+"""
+    read = read_recipe(write(tmp_path, text))
+    assert [stage.against for stage in read.stages] == [None, None, "plain", "rich", "student", "other"]
+    again = read_recipe(write(tmp_path, recipe.as_yaml(read), "again.yaml"))
+    assert again == read
+    wrong = error_of(tmp_path, text, "other.against=studnet")
+    assert "key 'against': 'studnet' is not a stage here" in wrong and "did you mean 'student'" in wrong
+    assert "'concepts' has no captions to compare with" in error_of(tmp_path, text, "other.against=concepts")
+    assert "key 'against': 'prune' comes later" in error_of(tmp_path, text, "other.against=prune")
+
+
 def test_distill_learns_from_the_stage_before(tmp_path):
     read = read_recipe(write(tmp_path, one_stage("distill: {}")))
     assert read.stages[1].config.teachers == ("teacher",)
