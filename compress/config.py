@@ -98,6 +98,7 @@ class Distill(Optimisation):
     """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher."""
 
     teachers: tuple[str, ...] = ()
+    heads: int | None = None  # of a new student; the student section's if absent
     init: str = "teacher"
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)

@@ -28,6 +28,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     sources = [context.artifacts[name] for name in config.teachers]
     first, _, settings = read_captioner(sources[0].path)
     student = context.recipe.student
+    if config.heads:
+        student = dataclasses.replace(student, heads=config.heads)
     if parent is not None:
         model, tokenizer, settings = read_captioner(parent.path)
         set_dropout(model, config.dropout)
