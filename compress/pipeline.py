@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -57,24 +58,25 @@ class Result:
 
 
 def plan(wanted: Recipe, out: Path, data=None) -> dict:
-    """What `run` would do: each stage with its lock, whether it is cached, and the seconds it took or may take (None: unknown).
+    """What `run` would do: each stage with its lock, whether it is cached, the 1e12 multiply-accumulates it takes to make and evaluate
+    (None: not written down), and the seconds it took, or may take as stages of its kind did here (None: none has run).
 
-    Nothing is written but what reading the captions caches, and no torch is imported.
+    Nothing is written but what reading the captions caches; torch is imported only to count what is not cached.
     """
     cache = _cache(out)
     data = _load(wanted, cache) if data is None else data
-    images = data.splits().get("train", 0)
-    locks, stages, rates = {}, [], _rates(cache)
+    locks, stages, rates, counted = {}, [], _rates(cache), None
     for stage in wanted.stages:
         lock_parts = lock.parts(wanted, stage, locks, data.fingerprint, thread_count())
         name = locks[stage.name] = lock.digest(lock_parts)
         cached = _finished(cache / name)
-        seconds = None
         if cached:
-            seconds = Artifact(cache / name).row()["seconds"]
-        elif stage.kind in rates:
-            seconds = round(rates[stage.kind] * _passes(stage.config) * max(images, 1), 1)
-        stages.append({"stage": stage.kind, "name": stage.name, "cached": cached, "lock": name, "seconds": seconds})
+            seconds, tmacs = Artifact(cache / name).row()["seconds"], _noted(cache / name).get("tmacs")
+        else:
+            counted = counted or importlib.import_module("compress.estimate").tmacs(wanted, data)
+            tmacs = round(counted[stage.name], 3)
+            seconds = round(rates[stage.kind] * tmacs, 1) if stage.kind in rates else None
+        stages.append({"stage": stage.kind, "name": stage.name, "cached": cached, "lock": name, "tmacs": tmacs, "seconds": seconds})
     return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages}
 
 
@@ -89,8 +91,8 @@ def run(
 ) -> Result:
     """Makes every artifact of the recipe that the cache beside `out` does not hold, and writes the ledger into `out`.
 
-    `stages` (kind to function) and `evaluation` (with `measure` and `baseline`) default to `compress.stages` and `compress.evaluate`,
-    which are imported only when something is not cached.
+    `stages` (kind to function) and `evaluation` (with `measure`, `baseline` and `tmacs`) default to `compress.stages`, and to
+    `compress.evaluate` and `compress.estimate`, which are imported only when something is not cached.
     """
     cache = _cache(out)
     try:
@@ -115,6 +117,10 @@ class _Run:
     progress: Progress
     stages: Mapping[str, Callable] | None
     evaluation: object
+
+    @functools.cached_property
+    def tmacs(self) -> Mapping[str, float]:
+        return (self.evaluation or importlib.import_module("compress.estimate")).tmacs(self.recipe, self.data)
 
     def stage_function(self, kind: str) -> Callable:
         if self.stages is not None:
@@ -246,10 +252,8 @@ def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: 
         )
         artifact.write_text(model / "README.md", card.text(run_.recipe, stage, row))
         artifact.write_json(model / "metrics.json", row)
-        images = run_.data.splits().get("train", 0)
-        artifact.write_json(
-            model / "lock.json", {"lock": target.name, "measured": measuring, "train_images": images, "parts": lock_parts}
-        )
+        tmacs = None if stage.kind == "baseline" else round(run_.tmacs[stage.name], 3)
+        artifact.write_json(model / "lock.json", {"lock": target.name, "measured": measuring, "tmacs": tmacs, "parts": lock_parts})
         if earlier is None:
             os.rename(model, target)
     shutil.rmtree(work, ignore_errors=True)
@@ -334,23 +338,18 @@ def _finished(folder: Path, measuring: str | None = None) -> bool:
     """Whether the artifact is whole, and, where `measuring` is given, whether its numbers were measured in that way."""
     if not ((folder / "metrics.json").is_file() and (folder / "lock.json").is_file()):
         return False
-    return measuring is None or json.loads((folder / "lock.json").read_text(encoding="utf-8")).get("measured") == measuring
+    return measuring is None or _noted(folder).get("measured") == measuring
 
 
-def _passes(config) -> float:
-    """How often a stage sees the training images, roughly: the sum of its epochs, or once."""
-    epochs = [getattr(config, field.name) for field in dataclasses.fields(config) if field.name.endswith("epochs")]
-    return sum(epochs) or 1.0
+def _noted(folder: Path) -> dict:
+    return json.loads((folder / "lock.json").read_text(encoding="utf-8"))
 
 
 def _rates(cache: Path) -> dict[str, float]:
-    """Seconds per training image and pass of each kind of stage, from the newest finished artifact of that kind."""
+    """Seconds per 1e12 multiply-accumulates of each kind of stage, from the newest finished artifact of that kind."""
     rates = {}
     for file in sorted(cache.glob("*/lock.json"), key=lambda path: path.stat().st_mtime):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, LightcapError):
-            noted = json.loads(file.read_text(encoding="utf-8"))
-            settings = noted["parts"].get("settings", {})
-            passes = sum(value for key, value in settings.items() if key.endswith("epochs")) or 1.0
-            seconds = Artifact(file.parent).row()["seconds"]
-            rates[noted["parts"]["kind"]] = seconds / (passes * max(noted["train_images"], 1))
+            noted = _noted(file.parent)
+            rates[noted["parts"]["kind"]] = Artifact(file.parent).row()["seconds"] / noted["tmacs"]
     return rates

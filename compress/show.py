@@ -16,7 +16,7 @@ def recipes(listed: Sequence[Mapping]) -> Table:
 
 def plan(planned: Mapping) -> Group:
     rows = [
-        (stage["name"], stage["stage"], "cached" if stage["cached"] else "to do", _time(stage), stage["lock"][:12])
+        (stage["name"], stage["stage"], "cached" if stage["cached"] else "to do", _tmacs(stage), _time(stage), stage["lock"][:12])
         for stage in planned["stages"]
     ]
     waiting = [stage for stage in planned["stages"] if not stage["cached"]]
@@ -27,7 +27,8 @@ def plan(planned: Mapping) -> Group:
         last = f"{len(waiting)} stages to do, about {_duration(sum(known))}"
     else:
         last = f"{len(waiting)} stages to do; times appear once a stage of the kind has run here"
-    return Group(_table(("name", "stage", "", "time", "lock"), rows, title=planned["recipe"]), last)
+    note = "TMACs: 1e12 multiply-accumulates, counted on the architectures, to make the artifact and to evaluate it"
+    return Group(_table(("name", "stage", "", "TMACs", "time", "lock"), rows, title=planned["recipe"]), last, note)
 
 
 def compare(value: Mapping) -> Group:
@@ -79,6 +80,10 @@ def _words(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _tmacs(stage: Mapping) -> str:
+    return "" if stage["tmacs"] is None else f"{stage['tmacs']:,.{0 if stage['tmacs'] >= 100 else 2}f}"
 
 
 def _time(stage: Mapping) -> str:

@@ -90,8 +90,6 @@ LIGHT = (
     "import compress.recipe, compress.config, compress.artifact, compress.ledger, compress.errors, compress.lock, compress.pipeline",
     "import compress.data, compress.metrics, compress.context, compress.card, compress.doctor, compress.report, compress.cli",
     "import compress.runtime",
-    "from compress import pipeline, recipe; from pathlib import Path;"
-    " pipeline.plan(recipe.read_recipe('quickstart', ['data.train_images=2', 'data.val_images=1']), Path('runs/none'))",
     "import compress.cli; compress.cli.cli(['--help'], standalone_mode=False)",
 )
 

@@ -1,6 +1,5 @@
 """The real pipeline over stages small enough to watch: caching, ledger, gates, kills, two writers."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -18,6 +17,8 @@ import compress
 from compress import ledger, lock, pipeline
 from compress.artifact import Artifact, resolve
 from compress.context import Progress
+from compress.data import CaptionSet
+from compress.data.captions import Example
 from compress.errors import DataError, GateError, StageError
 from compress.recipe import read_recipe
 
@@ -34,13 +35,10 @@ stages:
 NAMES = ["nearest", "teacher", "teacher-2", "student", "pruned", "export"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Captions:
-    fingerprint: str = "f" * 64
-    unreadable: tuple[str, ...] = ()
-
-    def splits(self) -> dict[str, int]:
-        return {"train": 40, "val": 10}
+def captions() -> CaptionSet:
+    splits = ["train"] * 40 + ["val"] * 10
+    examples = [Example(f"{number}.jpg", split, ("a red ring", "one ring")) for number, split in enumerate(splits)]
+    return CaptionSet(tuple(examples), "f" * 64, "rings")
 
 
 class Evaluation:
@@ -52,6 +50,9 @@ class Evaluation:
     def measure(self, artifact, against, context):
         self.calls.append((context.stage.name, against and against.config["name"]))
         return {"cider": 50.0, "delta_cider": self.deltas.get(context.stage.name, 0.0 if against else None), "params": 1}
+
+    def tmacs(self, recipe, data):
+        return {stage.name: 2.0 for stage in recipe.stages}
 
     def baseline(self, artifact, context):
         self.calls.append(("nearest", artifact.config["name"]))
@@ -84,7 +85,7 @@ def go(tmp_path, wanted=None, stages=None, evaluation=None, out="runs/chain", **
     wanted = wanted or read(tmp_path)
     stages, evaluation = stages or Stages(), evaluation or Evaluation()
     result = pipeline.run(
-        wanted, tmp_path / out, Progress(quiet=True), data=Captions(), stages=stages, evaluation=evaluation, **more
+        wanted, tmp_path / out, Progress(quiet=True), data=captions(), stages=stages, evaluation=evaluation, **more
     )
     return result, stages, evaluation
 
@@ -161,7 +162,7 @@ def test_a_cached_run_imports_no_torch_and_answers_at_once(tmp_path):
         from compress import pipeline, recipe
         import test_pipeline as t
         folder = Path({str(tmp_path)!r})
-        result = pipeline.run(recipe.read_recipe(folder / "chain.yaml"), folder / "runs/chain", data=t.Captions())
+        result = pipeline.run(recipe.read_recipe(folder / "chain.yaml"), folder / "runs/chain", data=t.captions())
         assert result.ok, result.error
         print(len(result.rows), "torch" in sys.modules)
         """
@@ -179,18 +180,22 @@ def environment() -> dict:
 
 def test_plan_says_what_is_cached(tmp_path):
     wanted = read(tmp_path)
-    before = pipeline.plan(wanted, tmp_path / "runs/chain", data=Captions())
+    before = pipeline.plan(wanted, tmp_path / "runs/chain", data=captions())
     assert [stage["cached"] for stage in before["stages"]] == [False] * 5
     assert not (tmp_path / "runs").exists()
     result, *_ = go(tmp_path)
-    after = pipeline.plan(wanted, tmp_path / "runs/chain", data=Captions())
+    after = pipeline.plan(wanted, tmp_path / "runs/chain", data=captions())
     assert after["recipe"] == "chain" and after["digest"] == before["digest"]
     assert [stage["cached"] for stage in after["stages"]] == [True] * 5
     assert [stage["lock"] for stage in after["stages"]] == [row["lock"] for row in result.rows[1:]]
     assert [stage["lock"] for stage in before["stages"]] == [stage["lock"] for stage in after["stages"]]
-    changed = pipeline.plan(read(tmp_path, RECIPE, "pruned.macs=0.5"), tmp_path / "runs/chain", data=Captions())
+    changed = pipeline.plan(read(tmp_path, RECIPE, "pruned.macs=0.5"), tmp_path / "runs/chain", data=captions())
     assert [stage["cached"] for stage in changed["stages"]] == [True, True, True, False, False]
-    assert changed["stages"][3]["seconds"] is not None  # from the prune that has run
+    assert [stage["tmacs"] for stage in changed["stages"]][:3] == [2.0] * 3  # as written down
+    took = next(row["seconds"] for row in result.rows if row["name"] == "pruned")
+    assert changed["stages"][3]["tmacs"] > 0 and changed["stages"][4]["tmacs"] > 0
+    assert changed["stages"][3]["seconds"] == pytest.approx(took / 2.0 * changed["stages"][3]["tmacs"], abs=0.1)
+    assert [stage["seconds"] for stage in before["stages"]] == [None] * 5
 
 
 # ---- failures
@@ -268,6 +273,8 @@ from pathlib import Path
 import test_pipeline as t
 from compress import pipeline, recipe
 from compress.context import Progress
+from compress.data import CaptionSet
+from compress.data.captions import Example
 
 folder, where, point = Path({folder!r}), {where!r}, {point!r}
 
@@ -300,7 +307,7 @@ def renaming(source, target):
     die(Path(source).name, "rename")
     rename(source, target)
 os.rename = renaming
-result = pipeline.run(wanted, folder / {out!r}, Progress(), data=t.Captions(), stages=Stages(), evaluation=Evaluation())
+result = pipeline.run(wanted, folder / {out!r}, Progress(), data=t.captions(), stages=Stages(), evaluation=Evaluation())
 if result.error:
     result.error.show()
     sys.exit(result.error.exit_code)

@@ -24,7 +24,7 @@ from compress.training.features import device, grids
 from compress.training.loop import Group, fit
 from compress.training.mentions import mentioned
 from compress.training.start import new_captioner, read_captioner, write_captioner
-from compress.training.text import embed_texts
+from compress.training.text import default_text_encoder, embed_texts
 from students.lightcap import LightCap
 from students.lightcap.concepts import NONE, boxes_on_grid
 
@@ -44,7 +44,7 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     wanted = mentioned(data, names)
     if not wanted.any():
         raise DataError("no training caption mentions a concept of the list; give another (vocabulary: FILE, a concept a line)")
-    text_encoder = config.text_encoder or ("openai" if model.config.encoder == "clip-rn50" else "minilm")
+    text_encoder = config.text_encoder or default_text_encoder(model.config.encoder)
     pieces = spelled(names, tokenizer)
     if int((pieces != NONE).sum()) < config.pieces:
         raise RecipeError(f"{len(names)} concepts do not fill {config.pieces} word pieces; set pieces to less, or give more concepts")

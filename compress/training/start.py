@@ -12,10 +12,25 @@ from torch import nn
 
 from compress.config import Student
 from compress.errors import ModelError
-from students.lightcap import LightCap, preset
+from students.lightcap import LightCap, LightCapConfig, preset
 from students.lightcap.bert import load_bert
 from students.lightcap.encoder import load_encoder, preprocessor
 from students.lightcap.tokenizer import load_tokenizer, pieces_of, read_tokenizer
+
+
+def captioner_config(
+    student: Student, name: str, image_size: int | None, dropout: float, vocabulary: int, like: LightCapConfig | None, modulator: int | None
+) -> LightCapConfig:
+    """The sizes of `new_captioner`. Raises ValueError for those that no captioner can have."""
+    own = name == student.preset
+    sizes = {key: getattr(student, key) if own else None for key in ("layers", "hidden", "attention_heads", "ffn", "heads")}
+    config = preset(name, dropout=dropout, encoder=student.encoder, image_size=image_size, vocabulary=vocabulary, **sizes)
+    if like is not None:
+        known = ("concepts", "alignment", "concept_vocabulary")
+        config = dataclasses.replace(config, **{key: getattr(like, key) for key in known})
+    if modulator is not None or not config.concepts:
+        config = dataclasses.replace(config, modulator=modulator if modulator and config.concepts else None)
+    return config
 
 
 def new_captioner(
@@ -27,18 +42,11 @@ def new_captioner(
     Sizes set in the `student` section change the student's own preset alone. Encoder and concept extractor are those of `like`, if it is
     given. `modulator` (0: none) takes the place of the preset's. ModelError for weights that are absent or do not fit.
     """
-    own = name == student.preset
-    sizes = {key: getattr(student, key) if own else None for key in ("layers", "hidden", "attention_heads", "ffn", "heads")}
     try:
         tokenizer = load_tokenizer(student.tokenizer or "english")
         torch.manual_seed(seed)
-        shared = {"encoder": student.encoder, "image_size": image_size, "vocabulary": len(pieces_of(tokenizer))}
-        config = preset(name, dropout=dropout, **shared, **sizes)
-        if like is not None:
-            known = ("concepts", "alignment", "concept_vocabulary")
-            config = dataclasses.replace(config, **{key: getattr(like.config, key) for key in known})
-        if modulator is not None or not config.concepts:
-            config = dataclasses.replace(config, modulator=modulator if modulator and config.concepts else None)
+        vocabulary = len(pieces_of(tokenizer))
+        config = captioner_config(student, name, image_size, dropout, vocabulary, None if like is None else like.config, modulator)
         model = LightCap(config)
         if like is None:
             load_encoder(model.encoder, config.encoder, student.encoder_weights)

@@ -1,0 +1,121 @@
+"""What the stages of a recipe will compute, before any has run: multiply-accumulates, x 1e-12.
+
+A trained product costs three of its forward pass (itself, and two in the backward pass). An image's captions share one prefix, frozen
+features are computed once, and the output product is over the words that captions use. Recovery after pruning is counted at its
+parent's size: an upper bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from compress.config import Concepts, Distill, Prune, Quantize, Recipe, Scst, Stage, Train
+from compress.cost import TOKENS, Macs, count_macs
+from compress.data import CaptionSet
+from compress.errors import RecipeError
+from compress.evaluate import BEAM
+from compress.training.start import captioner_config
+from compress.training.text import default_text_encoder
+from students.lightcap import LightCapConfig
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Of the train split: images, captions per image, words per caption, distinct words. Of the one that is evaluated: images."""
+
+    images: int
+    captions: float
+    words: float
+    vocabulary: int
+    evaluated: int
+
+    @staticmethod
+    def of(data: CaptionSet, split: str) -> Amount:
+        counts = data.splits()
+        words = [caption.lower().split() for example in data.examples if example.split == "train" for caption in example.captions]
+        images, total = counts.get("train", 0), sum(map(len, words))
+        distinct = len({word for caption in words for word in caption})
+        return Amount(images, len(words) / max(images, 1), total / max(len(words), 1), max(distinct, 1), counts.get(split, 0))
+
+
+def tmacs(recipe: Recipe, data: CaptionSet) -> dict[str, float]:
+    """{stage: multiply-accumulates x 1e-12 of making and of evaluating its artifact}. RecipeError for sizes that no captioner can have."""
+    amount = Amount.of(data, recipe.data.val_split)
+    models: dict[str, LightCapConfig] = {}
+    spent, counted = {}, {}
+    for stage in recipe.stages:
+        config = models[stage.name] = shape(recipe, stage, models, amount)
+        if str(config) not in counted:
+            counted[str(config)] = count_macs(config, TOKENS)
+        macs = counted[str(config)]
+        spent[stage.name] = (making(stage, config, macs, models, amount) + evaluating(stage, macs, amount)) / 1e12
+    return spent
+
+
+def shape(recipe: Recipe, stage: Stage, models: dict[str, LightCapConfig], amount: Amount) -> LightCapConfig:
+    """The architecture of what a stage makes. Pruned shapes are not known before: it is its parent's."""
+    config, student = stage.config, recipe.student
+    if stage.parent:
+        return with_extractor(models[stage.parent], config) if isinstance(config, Concepts) else models[stage.parent]
+    like = models.get(getattr(config, "extractor", None) or (config.teachers[0] if isinstance(config, Distill) else ""))
+    modulator = getattr(config, "modulator", None)
+    if isinstance(config, Distill):
+        modulator = like.modulator or 0
+        student = dataclasses.replace(student, heads=config.heads or student.heads)
+    name = getattr(config, "preset", None) or student.preset
+    try:
+        made = captioner_config(student, name, recipe.data.image_size, 0.0, amount.vocabulary, like, modulator)
+    except ValueError as error:
+        raise RecipeError(f"stage '{stage.name}': {error}") from None
+    return with_extractor(made, config) if isinstance(config, Concepts) else made
+
+
+def with_extractor(model: LightCapConfig, config: Concepts) -> LightCapConfig:
+    text = 384 if (config.text_encoder or default_text_encoder(model.encoder)) == "minilm" else 1024
+    return dataclasses.replace(model, concepts=config.pieces, alignment=(config.inner, text))
+
+
+def evaluating(stage: Stage, macs: Macs, amount: Amount) -> float:
+    """Captions of the split by beam search, from features that are computed once."""
+    steps = 0.0 if stage.kind == "concepts" else macs.prefix + BEAM * (macs.steps + macs.attention)
+    return amount.evaluated * (macs.encoder + macs.concepts + steps)
+
+
+def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, LightCapConfig], amount: Amount) -> float:
+    """Training, and what it is prepared by."""
+    known, settings = macs.encoder + macs.concepts, stage.config
+    passes = getattr(settings, "epochs", 0.0)
+    pack = language(config, amount, amount.captions, amount.words)
+    if isinstance(settings, Concepts):
+        return amount.images * (macs.encoder + passes * 3 * macs.concepts)
+    if isinstance(settings, Train):
+        if settings.encoder == "tuned":
+            return amount.images * passes * (3 * macs.encoder + macs.concepts + 3 * pack)
+        return amount.images * (known + passes * 3 * pack)
+    if isinstance(settings, Distill):
+        taught = [language(models[name], amount, amount.captions, amount.words) for name in settings.teachers]
+        beside = min(settings.match_epochs, passes) * taught[0] if {"hidden", "attention"} & set(settings.match) else 0.0
+        pack = language(config, amount, amount.captions, amount.words, config.heads)
+        return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if "tokens" in settings.match else 0.0))
+    if isinstance(settings, Scst):
+        drawn = macs.prefix + settings.samples * (macs.steps + macs.attention)
+        return amount.images * (known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS)))
+    if isinstance(settings, Prune):
+        each = known + pack + 3 * settings.recover_epochs * pack
+        return amount.images * (each + 3 * settings.recover_encoder_epochs * macs.encoder * ("encoder" in settings.parts))
+    if isinstance(settings, Quantize):
+        return settings.calibration_images * macs.caption
+    return 0.0
+
+
+def language(config: LightCapConfig, amount: Amount, captions: float, words: float, products: int = 1) -> float:
+    """MACs of one pass over an image's grid, concepts and captions, with every word predicted by the mean of the heads (in distillation by
+    each of them: so many vocabulary `products`)."""
+    h, grid = config.hidden, config.grid**2
+    text = captions * (words + 1)
+    whole = config.prefix + text
+    layer = whole * (4 * h * h + 2 * h * config.ffn) + 2 * h * whole * whole  # what the mask hides is computed, too
+    last = whole * 2 * h * h + text * (2 * h * h + 2 * h * config.ffn) + 2 * h * text * whole  # its states of the prefix are not needed
+    heads = text * (config.heads * h * h + products * h * amount.vocabulary)
+    return grid * config.channels * h + (config.layers - 1) * layer + last + heads

@@ -1,0 +1,94 @@
+"""What a plan says that stages will compute: closed forms against what is dispatched, and sums that can be done by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from compress import estimate
+from compress.cost import counted
+from compress.data import CaptionSet
+from compress.data.captions import Example
+from compress.errors import RecipeError
+from compress.estimate import Amount, language
+from compress.recipe import read_recipe
+from compress.training.batches import Captions, pack
+from compress.training.losses import caption_loss
+from compress.training.softmax import logits_at
+from students.lightcap import LightCap, preset
+
+RECIPE = """
+student: {preset: tiny, heads: 2}
+stages:
+  - train: {as: teacher, preset: tiny, epochs: 2}
+  - train: {as: tuned, from: teacher, encoder: tuned, epochs: 3}
+  - distill: {as: student, teachers: [teacher, tuned], epochs: 4}
+  - distill: {as: matched, teachers: teacher, match: [tokens, hidden], match_epochs: 1, epochs: 4}
+  - scst: {epochs: 1, samples: 5}
+  - prune: {as: pruned, macs: 0.5, recover_epochs: 2, recover_encoder_epochs: 1}
+  - prune: {as: language, from: student, parts: fusion, macs: 0.9, recover_epochs: 2}
+  - quantize: {calibration_images: 7}
+"""
+AMOUNT = Amount(images=30, captions=2.0, words=4.0, vocabulary=9, evaluated=0)
+
+
+@pytest.fixture
+def data() -> CaptionSet:
+    words = ("a red ring here", "One small green star")
+    examples = [Example(f"{i}.jpg", "train", (words[0], f"{words[1]}")) for i in range(30)]
+    return CaptionSet((*examples, Example("v.jpg", "val", words)), "f" * 64, "rings")
+
+
+def planned(tmp_path, data, *settings) -> dict[str, float]:
+    path = tmp_path / "x.yaml"
+    path.write_text(RECIPE)
+    return {name: value * 1e12 for name, value in estimate.tmacs(read_recipe(path, settings), data).items()}
+
+
+@pytest.mark.parametrize(("concepts", "heads"), [(0, 1), (0, 3), (6, 3)])
+def test_a_pass_is_what_is_dispatched(concepts, heads):
+    """Training's forward pass over two images of three captions of four words, counted by torch"""
+    config = dataclasses.replace(preset("tiny", vocabulary=50, heads=heads), concepts=concepts)
+    batch = pack(Captions.of([[[2, 7, 8, 9, 10, 3]] * 3] * 2), range(2))
+    with torch.device("meta"):
+        model = LightCap(config).train()
+    model.to_empty(device="cpu")
+    found = torch.ones(2, concepts, dtype=torch.long) if concepts else None
+
+    def forward() -> None:
+        states = model.states(torch.zeros(2, 25, 128), batch.tokens, batch.positions, batch.mask(config.prefix), concepts=found)
+        real = batch.targets >= 0
+        mean = model.heads.branch_states(states[real]).mean(0)
+        caption_loss(logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1)), 0.1)
+
+    assert sum(counted(forward)) == 2 * language(config, Amount(2, 3.0, 4.0, 50, 0), 3.0, 4.0)
+
+
+def test_amounts_are_of_the_splits(data):
+    assert Amount.of(data, "val") == Amount(30, 2.0, 4.0, 8, 1)
+    assert Amount.of(data, "train").evaluated == 30
+
+
+def test_epochs_are_passes(tmp_path, data):
+    """One more epoch is 30 images more, each three passes; a tuned encoder's are among them."""
+    spent = planned(tmp_path, data)
+    config = preset("tiny", vocabulary=8, heads=2)
+    once = language(config, Amount(30, 2.0, 4.0, 8, 1), 2.0, 4.0)
+    more = {name: planned(tmp_path, data, f"{name}.epochs={epochs}")[name] - spent[name] for name, epochs in (("teacher", 3), ("tuned", 4))}
+    assert more["teacher"] == pytest.approx(30 * 3 * once)
+    encoder = (more["tuned"] - more["teacher"]) / 90
+    assert encoder == pytest.approx(estimate.count_macs(config).encoder)
+    assert spent["matched"] - planned(tmp_path, data, "matched.match=tokens")["matched"] == pytest.approx(30 * once)
+    two, each = spent["student"], language(config, Amount(30, 2.0, 4.0, 8, 1), 2.0, 4.0, 2)
+    assert planned(tmp_path, data, "student.epochs=5")["student"] - two == pytest.approx(30 * 3 * each)
+    assert planned(tmp_path, data, "student.teachers=[teacher]")["student"] == pytest.approx(two - 30 * once)
+    assert spent["pruned"] - spent["language"] == pytest.approx(30 * 3 * encoder)
+    assert planned(tmp_path, data, "quantize.calibration_images=8")["quantize"] - spent["quantize"] == pytest.approx(
+        estimate.count_macs(config).caption
+    )
+    assert planned(tmp_path, data, "scst.samples=10")["scst"] > 1.5 * spent["scst"] - 31 * encoder
+
+
+def test_sizes_that_no_captioner_has(tmp_path, data):
+    with pytest.raises(RecipeError, match="stage 'teacher': hidden .33. must be a multiple of attention_heads"):
+        planned(tmp_path, data, "student.hidden=33")
