@@ -156,6 +156,7 @@ def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Pat
     """Run a recipe, or go on with it after a stop. Example: lightcap run quickstart"""
     from compress import ledger, pipeline
     from compress.context import Progress
+    from compress.parallel import share
     from compress.recipe import read_recipe
 
     try:
@@ -164,7 +165,10 @@ def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Pat
         result = pipeline.Result(out or Path("runs") / Path(recipe).stem, (), error)
     else:
         with _quietly():
-            result = pipeline.run(wanted, out or Path("runs") / wanted.name, Progress())
+            mine = share()
+            result = pipeline.run(wanted, out or Path("runs") / wanted.name, Progress(), share=mine)
+        if mine.rank and result.ok:
+            return
     if as_json:
         _print_json(result.json())
     elif result.rows:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from compress.artifact import Artifact
 from compress.config import Recipe, Stage
+from compress.parallel import ALONE, Share
 
 if TYPE_CHECKING:
     from compress.data import CaptionSet
@@ -145,3 +146,4 @@ class Context:
     cache: Path  # runs/.cache: features and targets, each under its digest
     artifacts: Mapping[str, Artifact]  # earlier stages of this run, by name
     progress: Progress
+    share: Share = ALONE  # of every batch, where several processes train

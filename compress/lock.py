@@ -42,14 +42,15 @@ DECLARATIONS = "compress.config"  # what it declares reaches a stage as its reso
 
 
 def parts(
-    recipe: Recipe, stage: Stage, locks: Mapping[str, str], fingerprint: str, threads: int, root: Path = ROOT
+    recipe: Recipe, stage: Stage, locks: Mapping[str, str], fingerprint: str, threads: int, root: Path = ROOT, processes: int = 1
 ) -> dict:
     """What the lock of `stage` is over. `locks` holds those of the earlier stages by name."""
     settings = next(dict(entry[stage.kind]) for entry in resolved(recipe)["stages"] if _is(entry, stage))
     for key in ("as", "from", "against", "teachers", "extractor", "max_drop_cider"):  # a gate judges an artifact, it does not make it
         settings.pop(key, None)
     sources, libraries = imported((f"compress.stages.{stage.kind}",), root)
-    return {
+    several = {"processes": processes} if processes > 1 else {}
+    return several | {
         "kind": stage.kind,
         "settings": settings,
         "student": resolved(recipe)["student"],

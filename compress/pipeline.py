@@ -17,6 +17,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -29,9 +30,11 @@ from compress.artifact import Artifact
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import GateError, LightcapError, StageError, UsageError, expected
+from compress.parallel import ALONE, Share
 from compress.process import only_writer
 
 BASELINE = "nearest"
+JOINT = ("concepts", "train", "distill", "scst")  # stages that several processes train together
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,11 @@ def run(
     data=None,
     stages: Mapping[str, Callable] | None = None,
     evaluation=None,
+    share: Share = ALONE,
 ) -> Result:
     """Makes every artifact of the recipe that the cache beside `out` does not hold, and writes the ledger into `out`.
+
+    Of several processes with a `share` each, the first does so, and the others train with it; their result has no rows.
 
     `stages` (kind to function) and `evaluation` (with `measure`, `baseline` and `tmacs`) default to `compress.stages`, and to
     `compress.evaluate` and `compress.estimate`, which are imported only when something is not cached.
@@ -98,8 +104,10 @@ def run(
     try:
         data = _load(wanted, cache) if data is None else data
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
-        run_ = _Run(wanted, out, cache, data, progress or Progress(), stages, evaluation)
+        run_ = _Run(wanted, out, cache, data, progress or Progress(), stages, evaluation, share)
         try:
+            if share.rank:
+                return _trained_with(run_)
             with only_writer(out / ".writer", _refuse):
                 return _stage_by_stage(run_)
         finally:
@@ -117,6 +125,7 @@ class _Run:
     progress: Progress
     stages: Mapping[str, Callable] | None
     evaluation: object
+    share: Share
 
     @functools.cached_property
     def tmacs(self) -> Mapping[str, float]:
@@ -146,7 +155,7 @@ def _stage_by_stage(run_: _Run) -> Result:
     stage = None
     try:
         for number, stage in enumerate(run_.recipe.stages, start=1):
-            lock_parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, threads)
+            lock_parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, threads, processes=run_.share.size)
             locks[stage.name] = lock.digest(lock_parts)
             label = f"[{number}/{len(run_.recipe.stages)}] {stage.name}"
             row, built = _stage_row(run_, stage, label, lock_parts, artifacts)
@@ -167,6 +176,41 @@ def _stage_by_stage(run_: _Run) -> Result:
         return Result(run_.out, tuple(rows), _explained(error, stage, artifacts, rows))
     (run_.out / "error.txt").unlink(missing_ok=True)
     return Result(run_.out, tuple(rows))
+
+
+def _trained_with(run_: _Run) -> Result:
+    """What another process than the first does: it trains in the stages that many train, and waits for each artifact."""
+    locks: dict[str, str] = {}
+    artifacts: dict[str, Artifact] = {}
+    for stage in run_.recipe.stages:
+        parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, thread_count(), processes=run_.share.size)
+        target = run_.cache / lock.digest(parts)
+        locks[stage.name] = target.name
+        work = target.with_name(f"{target.name}.work")
+        if stage.kind in JOINT and not _finished(target) and not (work / "model").is_dir():
+            with tempfile.TemporaryDirectory() as output:
+                context = _context(run_, stage, artifacts, Path(output), work / "state")
+                run_.stage_function(stage.kind)(artifacts[stage.parent] if stage.parent else None, stage.config, context)
+        run_.share.wait(functools.partial(_finished, target))
+        artifacts[stage.name] = Artifact(target)
+    return Result(run_.out, ())
+
+
+def _context(run_: _Run, stage: Stage, artifacts: Mapping, output: Path, work: Path) -> Context:
+    seed = getattr(stage.config, "seed", None)
+    return Context(
+        recipe=run_.recipe,
+        stage=stage,
+        data=run_.data,
+        seed=run_.recipe.seed if seed is None else seed,
+        threads=thread_count(),
+        output=output,
+        work=work,
+        cache=run_.cache,
+        artifacts=MappingProxyType(dict(artifacts)),
+        progress=run_.progress if run_.share.rank == 0 else Progress(quiet=True),
+        share=run_.share if stage.kind in JOINT else ALONE,
+    )
 
 
 def _save(run_: _Run, rows: list[dict]) -> None:
@@ -215,19 +259,7 @@ def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: 
     if earlier is None:
         state.mkdir(parents=True, exist_ok=True)
         before = _seconds_before(work, began)
-    seed = getattr(stage.config, "seed", None)
-    context = Context(
-        recipe=run_.recipe,
-        stage=stage,
-        data=run_.data,
-        seed=run_.recipe.seed if seed is None else seed,
-        threads=thread_count(),
-        output=model,
-        work=state,
-        cache=run_.cache,
-        artifacts=MappingProxyType(dict(artifacts)),
-        progress=run_.progress,
-    )
+    context = _context(run_, stage, artifacts, model, state)
     parent = artifacts[stage.parent] if stage.parent else None
     with _failing_as(stage, run_.out, work):
         if not model.is_dir():

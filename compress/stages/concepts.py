@@ -60,7 +60,7 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     rows_of = image_batches(len(data), config.batch_images, seed)
 
     def loss_of(step: int) -> Tensor:
-        rows = rows_of(step)
+        rows = context.share.of(rows_of(step))
         grid = torch.from_numpy(features[rows]).to(where).float()
         grid = F.dropout(grid, config.dropout)
         loss = F.binary_cross_entropy_with_logits(model.concept_scores(grid), wanted[rows], reduction="sum") / len(rows)
@@ -71,7 +71,7 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     groups = [Group(list(model.alignment.parameters()), config.learning_rate)]
     steps = max(1, round(config.epochs * -(-len(data) // config.batch_images)))
     trained = nn.ModuleDict({"alignment": model.alignment})
-    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)
+    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
     write_captioner(context.output, model, tokenizer, settings)
 

@@ -40,7 +40,7 @@ def run(parent: Artifact, config: Scst, context: Context) -> None:
     where = device()
     model.to(where)
     trained = language(model)
-    batch_of = data.batches(config.batch_images, seed)
+    batch_of = data.batches(config.batch_images, seed, share=context.share)
 
     def score(images: np.ndarray, captions: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         return reward(images, [[data.keep[list(ids)].tolist() for ids in drawn] for drawn in captions]) / 100
@@ -61,7 +61,7 @@ def run(parent: Artifact, config: Scst, context: Context) -> None:
 
     groups = [Group(list(trained.parameters()), config.learning_rate)]
     steps = data.steps(config.epochs, config.batch_images)
-    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)
+    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)

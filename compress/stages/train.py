@@ -51,7 +51,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         torch.manual_seed(seed)
         words = Words(model.config.channels, model.config.grid**2, shares).to(where)
     matching = Matching(model.config.hidden).to(where) if config.matching_weight else None
-    batch_of = data.batches(config.batch_images, seed, model.config.mask_piece)
+    batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
 
     def loss_of(step: int) -> Tensor:
         batch = batch_of(step)
@@ -86,7 +86,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         encoder = [*model.encoder.parameters(), *(words.parameters() if words is not None else ())]
         groups.append(Group(encoder, config.encoder_learning_rate))
     steps = data.steps(config.epochs, config.batch_images)
-    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress)
+    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from compress.context import Context
+from compress.parallel import ALONE, Share
 from compress.training.batches import Batch, Captions, Masking, order, pack, pack_masked
 from compress.training.features import device, grids, grids_key, normalised, pixels
 from students.lightcap import LightCap
@@ -33,8 +34,9 @@ class Corpus:
     def steps(self, epochs: float, batch_images: int) -> int:
         return max(1, round(epochs * -(-len(self.captions.images) // batch_images)))
 
-    def batches(self, batch_images: int, seed: int, mask_piece: int | None = None) -> Callable[[int], Batch]:
-        """Step number -> batch, the same for the same seed; of masked pieces where `mask_piece` (its place in `keep`) is given."""
+    def batches(self, batch_images: int, seed: int, mask_piece: int | None = None, share: Share = ALONE) -> Callable[[int], Batch]:
+        """Step number -> this process's share of the batch, the same for the same seed; of masked pieces where `mask_piece` (its place in
+        `keep`) is given."""
         masking = None if mask_piece is None else Masking(mask_piece, len(self.keep))
         per_epoch = -(-len(self.captions.images) // batch_images)
         known: dict[int, list[np.ndarray]] = {}
@@ -44,7 +46,7 @@ class Corpus:
             if epoch not in known:
                 known.clear()
                 known[epoch] = order(self.captions, batch_images, epoch, seed)
-            images = known[epoch][within]
+            images = share.of(known[epoch][within])
             if masking is None:
                 return pack(self.captions, images).to(device())
             return pack_masked(self.captions, images, masking, np.random.default_rng([seed, step])).to(device())

@@ -67,7 +67,7 @@ def distil(
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
         maps.to(where)
-    batch_of = data.batches(config.batch_images, seed, model.config.mask_piece)
+    batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
     matched = data.steps(goal.match_epochs, config.batch_images) if states else 0
 
     def loss_of(step: int) -> Tensor:
@@ -89,7 +89,8 @@ def distil(
 
     trained["maps"] = maps
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    fit(trained, [Group(parameters, config.learning_rate)], steps, loss_of, config, seed, context.work, label, context.progress)
+    groups = [Group(parameters, config.learning_rate)]
+    fit(trained, groups, steps, loss_of, config, seed, context.work, label, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compress.config import Optimisation
 from compress.context import Progress
 from compress.errors import StageError
+from compress.parallel import ALONE, Share
 from compress.process import give_back_memory, keep_memory
 
 SAVE_SECONDS = 20.0
@@ -33,9 +34,10 @@ class Group:
 
 def fit(
     modules: nn.Module, groups: Sequence[Group], steps: int, loss_of: Callable[[int], Tensor],
-    config: Optimisation, seed: int, work: Path, label: str, progress: Progress,
+    config: Optimisation, seed: int, work: Path, label: str, progress: Progress, share: Share = ALONE,
 ) -> None:
-    """Minimises `loss_of(step)` over `steps` steps. `modules` holds everything that changes (buffers included).
+    """Minimises `loss_of(step)`, of this process's share of each batch, over `steps` steps. `modules` holds everything that changes
+    (buffers included).
 
     Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS to
     `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not finite.
@@ -45,11 +47,12 @@ def fit(
     state = work / (label.replace(" ", "-").replace("/", "-of-") + ".safetensors")
     start = load_state(modules, optimizer, state) if state.exists() else 0
     schedule = [linear(step, steps, config) for step in range(steps)]
+    parameters = [p for group in groups for p in group.parameters]
     saved = time.monotonic()
     with progress.task(label, steps) as task:
         task.advance(start)
         for step in range(start, steps):
-            torch.manual_seed(seed * 1_000_003 + step)
+            torch.manual_seed(seed * 1_000_003 + step + share.rank * 1_000_000_007)
             for group, peak in zip(optimizer.param_groups, peaks(groups), strict=True):
                 group["lr"] = peak * schedule[step]
             loss = loss_of(step)
@@ -57,15 +60,17 @@ def fit(
                 raise StageError(f"{label}: the loss is {loss.item()} at step {step + 1} of {steps}; lower learning_rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for g in groups for p in g.parameters], config.clip_norm, foreach=True)
+            share.average(parameters)
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=True)
             optimizer.step()
             task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
             if step % TRIM_STEPS == 0:
                 give_back_memory()
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if share.rank == 0 and time.monotonic() - saved > SAVE_SECONDS:
                 save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()
-    save_state(modules, optimizer, state, steps)
+    if share.rank == 0:
+        save_state(modules, optimizer, state, steps)
 
 
 def optimizer_of(groups: Sequence[Group], config: Optimisation) -> torch.optim.AdamW:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.process import only_writer
+
 
 def found(folder: Path, key: str) -> np.ndarray | None:
     """The array `key`, if it is whole."""
@@ -21,9 +23,21 @@ def stored(
 ) -> np.ndarray:
     """The array `key` (a memory map, read only), made by `fill(start, stop)` over blocks of `rows` where it is not whole yet.
 
-    A block is flushed before it is counted as done, and the file takes its final name when the last one is.
+    A block is flushed before it is counted as done, and the file takes its final name when the last one is. Of several processes that
+    want it, one makes it and the others wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    whole = folder / f"{key}.npy"
+    if not whole.exists():
+        with only_writer(folder / f"{key}.writer", lambda process: None):
+            make(folder, key, shape, dtype, rows, fill, advance)
+    return np.load(whole, mmap_mode="r")
+
+
+def make(
+    folder: Path, key: str, shape: tuple[int, ...], dtype: str, rows: int, fill: Callable[[int, int], np.ndarray],
+    advance: Callable[[int], None],
+) -> None:
     whole, partial, state = folder / f"{key}.npy", folder / f"{key}.partial", folder / f"{key}.json"
     if not whole.exists():
         done = 0
@@ -44,4 +58,3 @@ def stored(
         del array
         partial.replace(whole)
         state.unlink(missing_ok=True)
-    return np.load(whole, mmap_mode="r")

@@ -1,0 +1,73 @@
+"""Many processes train one captioner: each takes its share of every batch, and their gradients are averaged.
+
+    accelerate launch --num_processes 4 -m compress run lightcap-coco
+
+`batch_images` stays that of the whole batch, so a recipe means the same on any number of processes. The first process writes artifacts and
+the cache; the others wait for its files where it works alone, so all must see one folder.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress.errors import StageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Share:
+    """Process `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, images: Sequence[int]) -> np.ndarray:
+        """This process's images of a batch. One that is smaller than the number of processes is given whole to each."""
+        images = np.asarray(images)
+        return images[self.rank :: self.size] if len(images) >= self.size else images
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Makes each gradient the mean over the processes. Where a share did not touch a parameter it counts as zero; one that none touched
+        has no gradient still, and so is not decayed."""
+        if self.size == 1:
+            return
+        import torch
+        from torch.distributed import ReduceOp, all_reduce
+
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        touched = gradients[0].new_tensor([p.grad is not None for p in parameters])
+        flat = torch.cat([touched, *(gradient.flatten() for gradient in gradients)]).div_(self.size)
+        all_reduce(flat, ReduceOp.SUM)
+        touched, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
+        for parameter, mean, any_touched in zip(parameters, means, touched.tolist(), strict=True):
+            parameter.grad = mean.view_as(parameter) if any_touched else None
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Returns when `done()`."""
+        while not done():
+            time.sleep(POLL_SECONDS)
+
+
+ALONE = Share()
+
+
+def share() -> Share:
+    """This process's, as the launcher's environment says. StageError where accelerate is not installed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise StageError("several processes need accelerate: pip install 'lightcap[parallel]'") from None
+    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
+    return Share(state.process_index, state.num_processes)

@@ -1,0 +1,112 @@
+"""Several processes that train one captioner, started as accelerate's launcher starts them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compress
+from compress.parallel import ALONE, Share, share
+
+ROOT = Path(compress.__file__).resolve().parent.parent
+RECIPE = """
+name: many
+seed: 5
+data: {train_images: 32, val_images: 4}
+student: {preset: tiny, heads: 2}
+stages:
+  - train:   {as: teacher, preset: tiny, encoder: tuned, word_weight: 0.1, epochs: 2, batch_images: 8}
+  - distill: {as: student, init: weights, match: [tokens, hidden], epochs: 1, batch_images: 8}
+  - scst:    {as: optimised, epochs: 0.5, batch_images: 8}
+  - prune:   {as: pruned, macs: 0.9, recover_epochs: 1, batch_images: 8}
+"""
+
+
+def start(code: list[str], folder: Path, size: int) -> list[tuple[int, str, str]]:
+    """(exit status, standard output, standard error) of `size` processes with the launcher's environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        processes.append(subprocess.Popen([sys.executable, *code], cwd=folder, env=environment, stdout=subprocess.PIPE,
+                                          stderr=subprocess.PIPE, text=True))  # fmt: skip
+    try:
+        return [(process.wait(300), *process.communicate()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_shares_make_the_batch():
+    images = np.array([3, 8, 9, 11, 20])
+    shares = [Share(rank, 3).of(images).tolist() for rank in range(3)]
+    assert shares == [[3, 11], [8, 20], [9]]
+    assert [Share(rank, 3).of(images[:2]).tolist() for rank in range(3)] == [[3, 8]] * 3
+    assert share() == ALONE and ALONE.of(images).tolist() == images.tolist()
+
+
+STEPS = """
+import sys, torch
+from torch import nn
+from compress.config import Optimisation
+from compress.context import Progress
+from compress.parallel import share
+from compress.training.loop import Group, fit
+from pathlib import Path
+mine = share()
+torch.manual_seed(0)
+net = nn.ModuleDict({"a": nn.Linear(4, 3), "unused": nn.Linear(2, 2)})
+data = torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(1))
+def loss_of(step):
+    rows = mine.of(range(8))
+    return (net["a"](data[step][rows]) - 1).square().mean()
+fit(net, [Group(list(net.parameters()), 0.05)], 6, loss_of, Optimisation(warmup=0.2), 3, Path("state"), "x", Progress(quiet=True), mine)
+torch.save({k: v for k, v in net.state_dict().items()}, f"{sys.argv[1]}-{mine.rank}.pt")
+"""
+
+
+def test_two_processes_are_one(tmp_path):
+    """Equal shares of a mean: the same weights as one process makes from the whole batch, in every process."""
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        done = start(["-c", STEPS, "net"], folder, size)
+        assert [status for status, *_ in done] == [0] * size, done
+    alone, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("1/net-0.pt", "2/net-0.pt", "2/net-1.pt"))
+    for name, weight in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight)
+    assert [path.name for path in (tmp_path / "2/state").iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.timeout(900)
+def test_a_run_of_two_processes(tmp_path):
+    """One ledger, written by the first; the second trains along, says nothing and leaves nothing; both find it cached afterwards."""
+    (tmp_path / "many.yaml").write_text(RECIPE)
+    command = ["-m", "compress", "run", "many.yaml", "--json"]
+    (status, out, errors), (other, quiet, _) = start(command, tmp_path, 2)
+    assert (status, other) == (0, 0), errors
+    assert quiet == ""
+    result = json.loads(out)
+    assert result["ok"] and [row["name"] for row in result["ledger"]] == ["nearest", "teacher", "student", "optimised", "pruned"]
+    kept = {path.name for path in (tmp_path / "runs/.cache").iterdir() if len(path.name) > 20}
+    assert kept == {row["lock"] for row in result["ledger"]}
+    locks = {row["name"]: row["lock"] for row in result["ledger"]}
+    made = load_file(tmp_path / "runs/.cache" / locks["student"] / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in made.values())
+    again = start(command, tmp_path, 2)
+    assert [status for status, *_ in again] == [0, 0] and json.loads(again[0][1])["ledger"] == result["ledger"]
+    (alone, out, _), = start(command, tmp_path, 1)
+    assert alone == 0 and {row["lock"] for row in json.loads(out)["ledger"]}.isdisjoint(kept)  # another number of processes: another lock
