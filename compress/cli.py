@@ -26,6 +26,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Standard output 
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
 out_folder = click.option("--out", type=click.Path(path_type=Path), help="The run's folder (default: runs/NAME).")
 beam_width = click.option("--beam", type=click.IntRange(min=1), default=5, show_default=True, help="Beam width of decoding.")
+java_metrics = click.option("--java", is_flag=True, help="METEOR and SPICE too, which need Java and the extra 'coco'.")
 
 
 class Commands(click.Group):
@@ -283,8 +284,9 @@ def _captions(photos: Sequence[Path], caption_of: Callable) -> Iterator[dict]:
 @click.option("--images", required=True, help="The folder that holds the images.")
 @click.option("--split", default="val", show_default=True, help="Which split to measure.")
 @beam_width
+@java_metrics
 @as_json
-def eval_command(model: str, captions: str, images: str, split: str, beam: int, as_json: bool) -> None:
+def eval_command(model: str, captions: str, images: str, split: str, beam: int, java: bool, as_json: bool) -> None:
     """Measure a model on captioned images. Example: lightcap eval runs/photos --captions dataset.json --images images --split test"""
     from compress import artifact, config, data, show
     from compress.context import Progress
@@ -296,21 +298,31 @@ def eval_command(model: str, captions: str, images: str, split: str, beam: int, 
         wanted = data.load(config.Data(source=source, captions=captions, images=images, val_split=split), only=split)
         from compress import evaluate
 
-        scores = evaluate.evaluate(chosen, wanted, beam, Progress())
+        scores = evaluate.evaluate(chosen, wanted, beam, Progress(), _java if java else None)
     _answer(as_json, scores, lambda: show.scores(scores))
+
+
+def _java(written: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """METEOR and SPICE as far as they can run here; what they lack is said on standard error."""
+    from compress.metrics import java
+
+    for line in java.missing():
+        click.echo(f"not measured: {line}", err=True)
+    return java.extra_scores(written, wanted)
 
 
 @cli.command("score")
 @click.option("--candidates", required=True, type=click.Path(path_type=Path), help='COCO results: [{"image_id", "caption"}].')
 @click.option("--references", required=True, type=click.Path(path_type=Path), help="COCO or Karpathy JSON.")
+@java_metrics
 @as_json
-def score_command(candidates: Path, references: Path, as_json: bool) -> None:
+def score_command(candidates: Path, references: Path, java: bool, as_json: bool) -> None:
     """Score captions that any model wrote. Example: lightcap score --candidates results.json --references captions_val2014.json"""
     from compress import metrics, results, show
 
     written, wanted = results.read(candidates, references)
     with _quietly():
-        scores = metrics.score(written, wanted).row()
+        scores = metrics.score(written, wanted).row() | (_java(written, wanted) if java else {})
     _answer(as_json, scores, lambda: show.scores(scores))
 
 

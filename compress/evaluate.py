@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,12 +134,12 @@ def settings_of(artifact: Artifact) -> dict:
     return json.loads((artifact.path / "preprocessor_config.json").read_text())
 
 
-def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress) -> dict:
-    """`lightcap eval`: scores of `data`, one split, x100."""
+def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress, also: Callable | None = None) -> dict:
+    """`lightcap eval`: scores of `data`, one split, x100; `also(captions, references)` gives more of them."""
     with tempfile.TemporaryDirectory() as cache, progress.task("captions", len(data)) as task:
         said = captions(artifact, data, beam, Path(cache), progress, task.advance)
-    scores = metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples])
-    return scores.row()
+    written, wanted = [text for text, _ in said], [list(example.captions) for example in data.examples]
+    return metrics.score(written, wanted).row() | (also(written, wanted) if also else {})
 
 
 # ---- costs

@@ -46,7 +46,9 @@ def scores(value: Mapping) -> Table:
     low, high = value["cider_ci95"]
     rows = [("CIDEr-D", f"{value['cider']:.2f}  [{low:.2f}, {high:.2f}]")]
     rows += [(f"BLEU-{n}", f"{value[f'bleu{n}']:.2f}") for n in (1, 2, 3, 4)]
-    rows += [("ROUGE-L", f"{value['rouge_l']:.2f}"), ("images", str(value["images"]))]
+    rows += [("ROUGE-L", f"{value['rouge_l']:.2f}")]
+    rows += [(name, f"{value[name.lower()]:.2f}") for name in ("METEOR", "SPICE") if name.lower() in value]
+    rows += [("images", str(value["images"]))]
     return _table(("x100", "value"), rows)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import compress
 from compress import cli, doctor, ledger
+from compress.metrics import java
 
 ROOT = Path(compress.__file__).resolve().parent.parent
 
@@ -121,7 +122,7 @@ def test_compare(lightcap, tmp_path):
     assert "teacher" in lightcap("compare", "a", "b")[1]
 
 
-def test_score(lightcap, tmp_path):
+def test_score(lightcap, tmp_path, monkeypatch):
     references = {
         "images": [{"id": 1}, {"id": 2}],
         "annotations": [{"image_id": 1, "caption": "a dog runs on the grass"}, {"image_id": 2, "caption": "two men ride red bikes"}],
@@ -135,6 +136,14 @@ def test_score(lightcap, tmp_path):
     assert list(scores) == ["cider", "cider_ci95", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "images"]
     assert scores["bleu4"] == pytest.approx(100, abs=1e-4) and scores["cider"] == pytest.approx(1000)
     assert "CIDEr-D" in lightcap("score", "--candidates", "c.json", "--references", "r.json")[1]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, output, error = lightcap("score", "--candidates", "c.json", "--references", "r.json", "--java", "--json")
+    assert status == 0 and json.loads(output) == scores
+    assert "not measured: METEOR and SPICE: there is no java on the PATH; install a Java runtime" in error
+    monkeypatch.setattr(java, "missing", lambda: [])
+    monkeypatch.setattr(java, "extra_scores", lambda written, wanted: {"meteor": 31.0, "spice": 22.5 + len(written) + len(wanted)})
+    status, output, error = lightcap("score", "--candidates", "c.json", "--references", "r.json", "--java")
+    assert status == 0 and error == "" and "METEOR" in output and "26.50" in output
 
 
 def test_profile_of_a_preset(lightcap):
