@@ -30,6 +30,7 @@ from compress.artifact import Artifact
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import GateError, LightcapError, StageError, UsageError, expected
+from compress.memory import bounded
 from compress.parallel import ALONE, Share
 from compress.process import only_writer
 
@@ -108,7 +109,7 @@ def run(
         try:
             if share.rank:
                 return _trained_with(run_)
-            with only_writer(out / ".writer", _refuse):
+            with only_writer(out / ".writer", _refuse), bounded():
                 return _stage_by_stage(run_)
         finally:
             artifact.remove_empty([cache, *made])

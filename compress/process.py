@@ -1,9 +1,8 @@
-"""What belongs to the operating system's process: one writer at a time, and memory that is given back."""
+"""What belongs to the operating system's process: one writer at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -45,22 +44,3 @@ def _is_at(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's mallopt
-
-
-def keep_memory() -> None:
-    """Freed blocks stay with the process: by default glibc maps each large tensor anew, and the kernel clears its pages in
-    every training step. `give_back_memory` returns what has piled up."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def give_back_memory() -> None:
-    """Returns freed blocks to the system (glibc's malloc_trim). Batches of ever other lengths cut the heap up, and without
-    this a long training holds more and more that it does not use."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from compress.config import Optimisation
 from compress.context import Progress
 from compress.errors import StageError
+from compress.memory import keep
 from compress.parallel import ALONE, Share
-from compress.process import give_back_memory, keep_memory
 
 SAVE_SECONDS = 20.0
 NOTE_STEPS = 10
-TRIM_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def fit(
     Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS to
     `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not finite.
     """
-    keep_memory()
+    keep()
     optimizer = optimizer_of(groups, config)
     state = work / (label.replace(" ", "-").replace("/", "-of-") + ".safetensors")
     start = load_state(modules, optimizer, state) if state.exists() else 0
@@ -64,8 +63,6 @@ def fit(
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=True)
             optimizer.step()
             task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
-            if step % TRIM_STEPS == 0:
-                give_back_memory()
             if share.rank == 0 and time.monotonic() - saved > SAVE_SECONDS:
                 save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()

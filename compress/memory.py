@@ -1,0 +1,61 @@
+"""Freed memory: kept by the process while it trains, and given back to the system before it piles up.
+
+By default glibc maps each large tensor anew, and the kernel clears its pages in every training step. Kept blocks need no clearing; but
+batches of ever other lengths cut the heap up, and what is kept would grow to several times what is used. Elsewhere than on Linux with glibc
+nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's mallopt
+MOST_RESIDENT = 4.5 * 2**30  # bytes, mapped files among them
+GROWTH = 0.5 * 2**30  # what must have been added since the last time
+SECONDS = 0.1
+
+
+def keep() -> None:
+    """From now on freed blocks stay with the process."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def bounded(most: float = MOST_RESIDENT) -> Iterator[None]:
+    """While it lasts, a thread looks ten times a second, and gives freed blocks back (malloc_trim) when more than `most` bytes are
+    resident. What is in use stays, however much it is."""
+    try:
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+        resident()
+    except (OSError, AttributeError):
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        last = 0
+        while not ended.wait(SECONDS):
+            if resident() > max(most, last + GROWTH):
+                trim(0)
+                last = resident()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
