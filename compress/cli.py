@@ -168,7 +168,8 @@ def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Pat
         with _quietly():
             mine = share()
             result = pipeline.run(wanted, out or Path("runs") / wanted.name, Progress(), share=mine)
-        if mine.rank and result.ok:
+        if mine.rank:  # what is to be said the first process says; but its own failure is its own
+            result.check()
             return
     if as_json:
         _print_json(result.json())

@@ -1,8 +1,8 @@
 """What the stages of a recipe will compute, before any has run: multiply-accumulates, x 1e-12.
 
 A trained product costs three of its forward pass (itself, and two in the backward pass). An image's captions share one prefix, frozen
-features are computed once, and the output product is over the words that captions use. Recovery after pruning is counted at its
-parent's size: an upper bound.
+features are computed once by each stage, and the output product is over the words that captions use. Recovery after pruning is counted
+at its parent's size: an upper bound.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         pack = language(config, amount, amount.captions, amount.words, config.heads)
         return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if "tokens" in settings.match else 0.0))
     if isinstance(settings, Scst):
-        drawn = macs.prefix + settings.samples * (macs.steps + macs.attention)
+        drawn = macs.prefix + (settings.samples + (settings.baseline == "greedy")) * (macs.steps + macs.attention)
         return amount.images * (known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS)))
     if isinstance(settings, Prune):
         each = known + pack + 3 * settings.recover_epochs * pack

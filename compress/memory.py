@@ -42,9 +42,11 @@ def bounded(most: float = MOST_RESIDENT) -> Iterator[None]:
     def watch() -> None:
         last = 0
         while not ended.wait(SECONDS):
-            if resident() > max(most, last + GROWTH):
+            now = resident()
+            if now > max(most, last + GROWTH):
                 trim(0)
                 last = resident()
+            last = min(last, now)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -2,14 +2,16 @@
 
     accelerate launch --num_processes 4 -m compress run lightcap-coco
 
-`batch_images` stays that of the whole batch, so a recipe means the same on any number of processes. The first process writes artifacts and
-the cache; the others wait for its files where it works alone, so all must see one folder.
+`batch_images` stays that of the whole batch. Shares weigh the same however long their captions are, and batch norms see their own share,
+so the result is not that of one process to the last digit. The first process writes artifacts and the cache; the others wait for its
+files where it works alone, so all must see one folder.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,10 +28,11 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Share:
-    """Process `rank` of `size`."""
+    """Process `rank` of `size`, which `launch` started together."""
 
     rank: int = 0
     size: int = 1
+    launch: str = ""
 
     def of(self, images: Sequence[int]) -> np.ndarray:
         """This process's images of a batch. One that is smaller than the number of processes is given whole to each."""
@@ -50,7 +53,8 @@ class Share:
         all_reduce(flat, ReduceOp.SUM)
         touched, *means = flat.split([len(parameters), *(p.numel() for p in parameters)])
         for parameter, mean, any_touched in zip(parameters, means, touched.tolist(), strict=True):
-            parameter.grad = mean.view_as(parameter) if any_touched else None
+            # The fused kernel walks memory: a gradient must lie as its parameter does (channels last, for convolutions).
+            parameter.grad = torch.empty_like(parameter).copy_(mean.view_as(parameter)) if any_touched else None
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Returns when `done()`."""
@@ -69,5 +73,8 @@ def share() -> Share:
         from accelerate import PartialState
     except ImportError:
         raise StageError("several processes need accelerate: pip install 'lightcap[parallel]'") from None
+    from accelerate.utils import broadcast_object_list
+
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
-    return Share(state.process_index, state.num_processes)
+    (launch,) = broadcast_object_list([uuid.uuid4().hex])
+    return Share(state.process_index, state.num_processes, launch)

@@ -78,7 +78,7 @@ def plan(wanted: Recipe, out: Path, data=None) -> dict:
             seconds, tmacs = Artifact(cache / name).row()["seconds"], _noted(cache / name).get("tmacs")
         else:
             counted = counted or importlib.import_module("compress.estimate").tmacs(wanted, data)
-            tmacs = round(counted[stage.name], 3)
+            tmacs = counted[stage.name]
             seconds = round(rates[stage.kind] * tmacs, 1) if stage.kind in rates else None
         stages.append({"stage": stage.kind, "name": stage.name, "cached": cached, "lock": name, "tmacs": tmacs, "seconds": seconds})
     return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages}
@@ -107,11 +107,14 @@ def run(
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
         run_ = _Run(wanted, out, cache, data, progress or Progress(), stages, evaluation, share)
         try:
-            if share.rank:
-                return _trained_with(run_)
-            with only_writer(out / ".writer", _refuse), bounded():
-                return _stage_by_stage(run_)
+            with bounded():
+                if share.rank:
+                    return _trained_with(run_)
+                with only_writer(out / ".writer", _refuse):
+                    return _stage_by_stage(run_)
         finally:
+            if share.size > 1 and share.rank == 0:
+                shutil.rmtree(run_.told, ignore_errors=True)
             artifact.remove_empty([cache, *made])
     except LightcapError as error:
         return Result(out, (), error)
@@ -131,6 +134,16 @@ class _Run:
     @functools.cached_property
     def tmacs(self) -> Mapping[str, float]:
         return (self.evaluation or importlib.import_module("compress.estimate")).tmacs(self.recipe, self.data)
+
+    @property
+    def told(self) -> Path:
+        """Where the first process of several tells the others, stage by stage, whether it trains."""
+        return self.out / f".told-{self.share.launch}"
+
+    def tell(self, stage: Stage, trains: bool) -> None:
+        if self.share.size > 1 and not (self.told / stage.name).exists():
+            self.told.mkdir(parents=True, exist_ok=True)
+            artifact.write_text(self.told / stage.name, "train" if trains else "skip")
 
     def stage_function(self, kind: str) -> Callable:
         if self.stages is not None:
@@ -185,12 +198,12 @@ def _trained_with(run_: _Run) -> Result:
     artifacts: dict[str, Artifact] = {}
     for stage in run_.recipe.stages:
         parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, thread_count(), processes=run_.share.size)
-        target = run_.cache / lock.digest(parts)
+        target, told = run_.cache / lock.digest(parts), run_.told / stage.name
         locks[stage.name] = target.name
-        work = target.with_name(f"{target.name}.work")
-        if stage.kind in JOINT and not _finished(target) and not (work / "model").is_dir():
+        run_.share.wait(lambda target=target, told=told: told.exists() or _finished(target))
+        if stage.kind in JOINT and told.exists() and told.read_text() == "train":
             with tempfile.TemporaryDirectory() as output:
-                context = _context(run_, stage, artifacts, Path(output), work / "state")
+                context = _context(run_, stage, artifacts, Path(output), target.with_name(f"{target.name}.work") / "state")
                 run_.stage_function(stage.kind)(artifacts[stage.parent] if stage.parent else None, stage.config, context)
         run_.share.wait(functools.partial(_finished, target))
         artifacts[stage.name] = Artifact(target)
@@ -237,6 +250,7 @@ def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts
                 built = True
     if not built:
         run_.progress.log(f"{label}: cached")
+    run_.tell(stage, False)
     measured = Artifact(target).row()
     place = os.path.relpath(target, run_.out)
     return ledger.row(measured | {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name}), built
@@ -261,12 +275,14 @@ def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: 
         state.mkdir(parents=True, exist_ok=True)
         before = _seconds_before(work, began)
     context = _context(run_, stage, artifacts, model, state)
+    tmacs = None if stage.kind == "baseline" else run_.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
     parent = artifacts[stage.parent] if stage.parent else None
     with _failing_as(stage, run_.out, work):
         if not model.is_dir():
             with artifact.writing(model) as output:
                 if stage.kind != "baseline":
                     make = run_.stage_function(stage.kind)
+                    run_.tell(stage, True)
                     make(parent, stage.config, dataclasses.replace(context, output=output))
                     Artifact(output).check()
         if stage.kind == "baseline":
@@ -285,7 +301,6 @@ def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: 
         )
         artifact.write_text(model / "README.md", card.text(run_.recipe, stage, row))
         artifact.write_json(model / "metrics.json", row)
-        tmacs = None if stage.kind == "baseline" else round(run_.tmacs[stage.name], 3)
         artifact.write_json(model / "lock.json", {"lock": target.name, "measured": measuring, "tmacs": tmacs, "parts": lock_parts})
         if earlier is None:
             os.rename(model, target)
@@ -382,7 +397,7 @@ def _rates(cache: Path) -> dict[str, float]:
     """Seconds per 1e12 multiply-accumulates of each kind of stage, from the newest finished artifact of that kind."""
     rates = {}
     for file in sorted(cache.glob("*/lock.json"), key=lambda path: path.stat().st_mtime):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, LightcapError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError, LightcapError):
             noted = _noted(file.parent)
             rates[noted["parts"]["kind"]] = Artifact(file.parent).row()["seconds"] / noted["tmacs"]
     return rates

@@ -330,6 +330,8 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
         against = _compared(parent, config)
         chosen = settings.get("against")
         if chosen is not None and chosen.value is not None:
+            if kind == "concepts":
+                raise RecipeError(f"{chosen.place}key 'against': 'concepts' makes no captions to compare")
             against = _value(chosen, str, kind, "against")
             if against not in kinds or kinds[against] == "concepts":
                 earlier(against, chosen, "against")
@@ -352,7 +354,7 @@ def _with_teachers(config, settings: dict[str, Located], before: str | None, pla
     for teacher in teachers:
         earlier(teacher, where, "teachers")
     heads = config.heads or student.heads
-    if heads and len(teachers) not in (1, heads):
+    if "from" not in settings and heads and len(teachers) not in (1, heads):
         raise RecipeError(
             f"{where.place}key 'teachers' holds {len(teachers)} teachers for {heads} heads;"
             f" give one, or exactly one per head"

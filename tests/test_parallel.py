@@ -67,11 +67,13 @@ from compress.training.loop import Group, fit
 from pathlib import Path
 mine = share()
 torch.manual_seed(0)
-net = nn.ModuleDict({"a": nn.Linear(4, 3), "unused": nn.Linear(2, 2)})
-data = torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(1))
+convolution = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)  # as encoders are tuned
+net = nn.ModuleDict({"a": nn.Linear(6, 3), "b": convolution, "unused": nn.Linear(2, 2)})
+data = torch.randn(6, 8, 4, 5, 5, generator=torch.Generator().manual_seed(1))
 def loss_of(step):
     rows = mine.of(range(8))
-    return (net["a"](data[step][rows]) - 1).square().mean()
+    x = net["b"](data[step][rows].contiguous(memory_format=torch.channels_last))
+    return (net["a"](x.mean((2, 3))) - 1).square().mean()
 fit(net, [Group(list(net.parameters()), 0.05)], 6, loss_of, Optimisation(warmup=0.2), 3, Path("state"), "x", Progress(quiet=True), mine)
 torch.save({k: v for k, v in net.state_dict().items()}, f"{sys.argv[1]}-{mine.rank}.pt")
 """

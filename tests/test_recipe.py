@@ -90,6 +90,21 @@ def test_rows_are_compared_with_what_against_names(tmp_path):
     assert "key 'against': 'studnet' is not a stage here" in wrong and "did you mean 'student'" in wrong
     assert "'concepts' has no captions to compare with" in error_of(tmp_path, text, "other.against=concepts")
     assert "key 'against': 'prune' comes later" in error_of(tmp_path, text, "other.against=prune")
+    assert "'concepts' makes no captions to compare" in error_of(tmp_path, text.replace("concepts: {}", "concepts: {against: plain}"))
+
+
+def test_a_student_keeps_its_heads(tmp_path):
+    """Another number of heads than the section's is a new student's; what goes on from it is taught by one teacher each."""
+    text = """student: {heads: 1}
+stages:
+  - train: {as: a, preset: tiny}
+  - train: {as: b, preset: tiny}
+  - distill: {as: wide, heads: 2, teachers: [a, b]}
+  - distill: {as: tuned, from: wide, teachers: [b, a]}
+"""
+    assert read_recipe(write(tmp_path, text)).stages[3].config.teachers == ("b", "a")
+    assert "2 teachers for 1 heads" in error_of(tmp_path, text.replace("heads: 2, ", ""))
+    assert "keys 'from' and 'heads' exclude each other" in error_of(tmp_path, text, "tuned.heads=2")
 
 
 def test_distill_learns_from_the_stage_before(tmp_path):

@@ -106,6 +106,11 @@ def test_grid_dropout_drops_features_in_training_alone(run, monkeypatch):
     assert abs(shares[1] - shares[0] * 0.5 - 0.5) < 0.05 and shares[0] < 0.9
 
 
+def test_a_word_classifier_trains_an_encoder(run):
+    with pytest.raises(RecipeError, match="word_weight is of a classifier that trains the encoder"):
+        run("x", word_weight=0.1)
+
+
 # ---- learning rates
 
 

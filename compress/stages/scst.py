@@ -49,7 +49,7 @@ def run(parent: Artifact, config: Scst, context: Context) -> None:
         images = batch_of(step).images
         grid = data.grid_of(model, images)
         with precision(config.precision, where):
-            drawn = draw(model, grid, special, config.samples, seed * 1_000_003 + step)
+            drawn = draw(model, grid, special, config.samples, seed * 1_000_003 + step + context.share.rank * 1_000_000_007)
             rewards = score(images, drawn)
             if config.baseline == "mean":
                 baseline = (rewards.sum(1, keepdims=True) - rewards) / (config.samples - 1)

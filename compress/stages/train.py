@@ -35,6 +35,8 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     if config.matching_weight and not model.config.concepts:
         raise RecipeError("matching_weight is of replaced concepts, but this captioner reads none (extractor: NAME gives it some)")
     tuned = config.encoder == "tuned"
+    if config.word_weight and not tuned:
+        raise RecipeError("word_weight is of a classifier that trains the encoder: set encoder: tuned, or leave it out")
     if (config.flip or config.crop) and not tuned:
         raise RecipeError("flip and crop disturb pictures while the encoder is tuned; with a frozen one their features are computed once")
     data = corpus(model, tokenizer, settings, context, tuned, config.flip, config.crop)
@@ -50,6 +52,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         shares = torch.from_numpy(data.captions.shares(len(data.keep)))
         torch.manual_seed(seed)
         words = Words(model.config.channels, model.config.grid**2, shares).to(where)
+    torch.manual_seed(seed)
     matching = Matching(model.config.hidden).to(where) if config.matching_weight else None
     batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
 

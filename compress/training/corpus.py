@@ -49,7 +49,7 @@ class Corpus:
             images = share.of(known[epoch][within])
             if masking is None:
                 return pack(self.captions, images).to(device())
-            return pack_masked(self.captions, images, masking, np.random.default_rng([seed, step])).to(device())
+            return pack_masked(self.captions, images, masking, np.random.default_rng([seed, step, share.rank])).to(device())
 
         return batch
 
