@@ -27,6 +27,7 @@ from types import MappingProxyType
 
 from compress import artifact, card, ledger, lock, recipe
 from compress.artifact import Artifact
+from compress.cache import cache_of, finished, noted, rates_of
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import GateError, LightcapError, StageError, UsageError, expected
@@ -67,15 +68,15 @@ def plan(wanted: Recipe, out: Path, data=None) -> dict:
 
     Nothing is written but what reading the captions caches; torch is imported only to count what is not cached.
     """
-    cache = _cache(out)
+    cache = cache_of(out)
     data = _load(wanted, cache) if data is None else data
-    locks, stages, rates, counted = {}, [], _rates(cache), None
+    locks, stages, rates, counted = {}, [], rates_of(cache), None
     for stage in wanted.stages:
         lock_parts = lock.parts(wanted, stage, locks, data.fingerprint, thread_count())
         name = locks[stage.name] = lock.digest(lock_parts)
-        cached = _finished(cache / name)
+        cached = finished(cache / name)
         if cached:
-            seconds, tmacs = Artifact(cache / name).row()["seconds"], _noted(cache / name).get("tmacs")
+            seconds, tmacs = Artifact(cache / name).row()["seconds"], noted(cache / name).get("tmacs")
         else:
             counted = counted or importlib.import_module("compress.estimate").tmacs(wanted, data)
             tmacs = counted[stage.name]
@@ -101,7 +102,7 @@ def run(
     `stages` (kind to function) and `evaluation` (with `measure`, `baseline` and `tmacs`) default to `compress.stages`, and to
     `compress.evaluate` and `compress.estimate`, which are imported only when something is not cached.
     """
-    cache = _cache(out)
+    cache = cache_of(out)
     try:
         data = _load(wanted, cache) if data is None else data
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
@@ -200,12 +201,12 @@ def _trained_with(run_: _Run) -> Result:
         parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, thread_count(), processes=run_.share.size)
         target, told = run_.cache / lock.digest(parts), run_.told / stage.name
         locks[stage.name] = target.name
-        run_.share.wait(lambda target=target, told=told: told.exists() or _finished(target))
+        run_.share.wait(lambda target=target, told=told: told.exists() or finished(target))
         if stage.kind in JOINT and told.exists() and told.read_text() == "train":
             with tempfile.TemporaryDirectory() as output:
                 context = _context(run_, stage, artifacts, Path(output), target.with_name(f"{target.name}.work") / "state")
                 run_.stage_function(stage.kind)(artifacts[stage.parent] if stage.parent else None, stage.config, context)
-        run_.share.wait(functools.partial(_finished, target))
+        run_.share.wait(functools.partial(finished, target))
         artifacts[stage.name] = Artifact(target)
     return Result(run_.out, ())
 
@@ -242,10 +243,10 @@ def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts
 
     built = False
     wanted = _measuring(run_, stage, artifacts)
-    if not _finished(target, wanted):
+    if not finished(target, wanted):
         with only_writer(run_.cache / f"{name}.writer", wait):
-            if not _finished(target, wanted):
-                run_.progress.log(f"{label}: {stage.kind}" + (", measured anew" if _finished(target) else ""))
+            if not finished(target, wanted):
+                run_.progress.log(f"{label}: {stage.kind}" + (", measured anew" if finished(target) else ""))
                 _build(run_, stage, lock_parts, target, artifacts, wanted)
                 built = True
     if not built:
@@ -266,7 +267,7 @@ def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: 
     """Makes, measures and describes one artifact, then gives it its name: `target` is whole or absent. A finished one whose numbers
     were measured otherwise than by `measuring` is only measured again, where it stands."""
     began = time.time()
-    earlier = Artifact(target).row() if _finished(target) else None
+    earlier = Artifact(target).row() if finished(target) else None
     if earlier is None and target.exists():  # without metrics.json it was never finished under this name
         shutil.rmtree(target)
     work = target.with_name(f"{target.name}.work")
@@ -357,7 +358,7 @@ def _explained(error: LightcapError, stage: Stage | None, artifacts: Mapping, ro
     return type(error)(f"{error.message}; {kept}")
 
 
-# ---- the cache, and who may write
+# ---- surroundings
 
 
 def thread_count() -> int:
@@ -372,32 +373,7 @@ def _refuse(process: str) -> None:
     raise StageError(f"process {process} is writing this run now; wait for it, or run elsewhere with --out DIR")
 
 
-def _cache(out: Path) -> Path:
-    return Path(out).parent / ".cache"
-
-
 def _load(wanted: Recipe, cache: Path):
     from compress import data
 
     return data.load(wanted.data, cache)
-
-
-def _finished(folder: Path, measuring: str | None = None) -> bool:
-    """Whether the artifact is whole, and, where `measuring` is given, whether its numbers were measured in that way."""
-    if not ((folder / "metrics.json").is_file() and (folder / "lock.json").is_file()):
-        return False
-    return measuring is None or _noted(folder).get("measured") == measuring
-
-
-def _noted(folder: Path) -> dict:
-    return json.loads((folder / "lock.json").read_text(encoding="utf-8"))
-
-
-def _rates(cache: Path) -> dict[str, float]:
-    """Seconds per 1e12 multiply-accumulates of each kind of stage, from the newest finished artifact of that kind."""
-    rates = {}
-    for file in sorted(cache.glob("*/lock.json"), key=lambda path: path.stat().st_mtime):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError, LightcapError):
-            noted = _noted(file.parent)
-            rates[noted["parts"]["kind"]] = Artifact(file.parent).row()["seconds"] / noted["tmacs"]
-    return rates

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from compress.errors import DataError
+from compress.errors import DataError, nearest
 
 EXPECTS = {
     "karpathy": "a JSON object with 'images', each with 'filename', 'split' and 'sentences'",
@@ -21,7 +21,8 @@ def wanted(value: str | None, key: str, source: str, what: str) -> Path:
         raise DataError(f"data.{key} is not set, and source '{source}' needs it: --set data.{key}=PATH ({what})")
     path = Path(value).expanduser()
     if not path.exists():
-        raise DataError(f"data.{key}: there is no file or folder {path}: --set data.{key}=PATH ({what})")
+        beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"data.{key}: there is no file or folder {path}: --set data.{key}=PATH ({what}){nearest(path.name, beside)}")
     return path
 
 
