@@ -1,4 +1,4 @@
-"""Captions per second of the photos recipe's stages `frozen` and `student`, beside the plain way and this machine's peak, in one run.
+"""Captions per second of the photos recipe's teacher (stage `frozen`) and student, the plain way and this machine's peak, in one run
 
     python benchmarks/training.py [--images 160] [--steps 12] [--json]
 
@@ -52,6 +52,7 @@ from students.lightcap.tokenizer import SPECIAL, characters, encode_captions, lo
 WORDS = 6700  # distinct words of the captions: as many as Flickr8k's use
 VOCABULARY = 30522
 CAPTIONS = 5
+MODELS = {"frozen": "teacher", "student": "student"}  # of the stages that are measured
 WARM = 2
 PEAK_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (3584, 384, 1536))
 SYLLABLES = "ba ten ri lo mar ket sun dro ve pol li gra ser ton wick mal ow en der fa".split()
@@ -337,13 +338,15 @@ def main() -> None:
         rows, ratios = [], {}
         weights = {} if real else {"fusion_weights": None}
         for stage, changes in (("frozen", weights), ("student", {"match": ("tokens",), "teachers": ("frozen",) * 3})):
+            model = MODELS[stage]
             row, ratio = measured(stage, recipe, data, folder, arguments.steps, arguments.plain_images, changes)
+            row["model"], ratio = model, {key.replace(stage, model): value for key, value in ratio.items()}
             rows.append(row)
             ratios |= ratio
             ours, plain = row["captions_per_second"], row["plain_captions_per_second"]
             say(
-                f"{stage:8s} {ours['median']:7.1f} captions/s [{ours['q1']:.1f}, {ours['q3']:.1f}]   plain {plain['median']:6.1f}"
-                f" [{plain['q1']:.1f}, {plain['q3']:.1f}]   ratio {ratio[stage]:.2f} ({ratio[f'{stage}_encoded_once']:.2f} if the plain"
+                f"{model:8s} {ours['median']:7.1f} captions/s [{ours['q1']:.1f}, {ours['q3']:.1f}]   plain {plain['median']:6.1f}"
+                f" [{plain['q1']:.1f}, {plain['q3']:.1f}]   ratio {ratio[model]:.2f} ({ratio[f'{model}_encoded_once']:.2f} if the plain"
                 f" way encodes an image once per step)   {row['gflop_per_second']['median']:.0f} of {row['peak_gflop_per_second']:.0f}"
                 f" GFLOP/s: {100 * row['share_of_peak']:.0f} % of the peak"
             )
