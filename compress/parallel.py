@@ -56,13 +56,14 @@ class Share:
             # The fused kernel walks memory: a gradient must lie as its parameter does (channels last, for convolutions).
             parameter.grad = torch.empty_like(parameter).copy_(mean.view_as(parameter)) if any_touched else None
 
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Returns when `done()`."""
-        while not done():
-            time.sleep(POLL_SECONDS)
-
 
 ALONE = Share()
+
+
+def until(done: Callable[[], bool]) -> None:
+    """Returns when `done()`."""
+    while not done():
+        time.sleep(POLL_SECONDS)
 
 
 def share() -> Share:

@@ -32,7 +32,7 @@ from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import GateError, LightcapError, StageError, UsageError, expected
 from compress.memory import bounded
-from compress.parallel import ALONE, Share
+from compress.parallel import ALONE, Share, until
 from compress.process import only_writer
 
 BASELINE = "nearest"
@@ -201,12 +201,12 @@ def _trained_with(run_: _Run) -> Result:
         parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, thread_count(), processes=run_.share.size)
         target, told = run_.cache / lock.digest(parts), run_.told / stage.name
         locks[stage.name] = target.name
-        run_.share.wait(lambda target=target, told=told: told.exists() or finished(target))
+        until(lambda target=target, told=told: told.exists() or finished(target))
         if stage.kind in JOINT and told.exists() and told.read_text() == "train":
             with tempfile.TemporaryDirectory() as output:
                 context = _context(run_, stage, artifacts, Path(output), target.with_name(f"{target.name}.work") / "state")
                 run_.stage_function(stage.kind)(artifacts[stage.parent] if stage.parent else None, stage.config, context)
-        run_.share.wait(functools.partial(finished, target))
+        until(functools.partial(finished, target))
         artifacts[stage.name] = Artifact(target)
     return Result(run_.out, ())
 

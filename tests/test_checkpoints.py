@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -43,9 +44,9 @@ def bert():
     return model
 
 
-def fusion(layers: int = LAYERS, positions: int = 128, vocabulary: int = VOCABULARY, hidden: int = HIDDEN) -> Fusion:
+def fusion(layers: int = LAYERS, positions: int = 128, vocabulary: int = VOCABULARY, hidden: int = HIDDEN, ffn: int = 48) -> Fusion:
     torch.manual_seed(0)
-    return Fusion(vocabulary, positions, hidden, layers, 4, 48, 16, 0.1).eval()
+    return Fusion(vocabulary, positions, hidden, layers, 4, ffn, 16, 0.1).eval()
 
 
 def old_names(state: dict) -> dict:
@@ -190,6 +191,20 @@ def test_a_student_starts_as_its_teacher(bert):
         assert torch.equal(getattr(student, name).weight, getattr(teacher, name).weight)
     with pytest.raises(ValueError, match="hidden size 40 cannot start from a teacher of 32; set init: weights"):
         copy_layers(fusion(hidden=40), teacher)
+
+
+def test_a_narrower_student_keeps_the_strongest_neurons(bert):
+    """The FFN of a student that has the neurons 1 and 3 computes what the teacher's does once the others are silent."""
+    teacher, student = fusion(layers=2), fusion(layers=1, ffn=2)
+    last = teacher.layers[1]
+    with torch.no_grad():
+        last.down.weight[:, [1, 3]] *= 100
+        copy_layers(student, teacher)
+        silent = [i for i in range(len(last.up.weight)) if i not in (1, 3)]
+        last.down.weight[:, silent] = 0
+    x = torch.randn(4, 32)
+    mine = student.layers[0]
+    torch.testing.assert_close(mine.down(F.gelu(mine.up(x))), last.down(F.gelu(last.up(x))))
 
 
 def test_minilm_is_a_bert():

@@ -151,8 +151,8 @@ def test_another_hidden_size_cannot_start_from_its_teacher(run):
     assert "hidden size 96 cannot start from a teacher of 32; set init: weights" in message
 
 
-def test_another_feed_forward_width_cannot_start_from_its_teacher(run):
-    assert "size mismatch for" in refused(run, Distill(init="teacher"), dataclasses.replace(STUDENT, ffn=48))
+def test_a_wider_feed_forward_cannot_start_from_its_teacher(run):
+    assert "size mismatch for" in refused(run, Distill(init="teacher"), dataclasses.replace(STUDENT, ffn=96))
 
 
 def rewritten(teachers, folder, change) -> dict[str, Artifact]:

@@ -88,7 +88,8 @@ def layer_map(small: int, large: int) -> list[int]:
 
 
 def copy_layers(student: Fusion, teacher: Fusion) -> None:
-    """Starts `student` as `teacher` with layers left out. ValueError where their widths differ."""
+    """Starts `student` as `teacher` with layers left out; a narrower feed-forward keeps the teacher's `strongest` neurons. ValueError
+    where the hidden sizes differ."""
     if student.word.weight.shape[1] != teacher.word.weight.shape[1]:
         raise ValueError(
             f"a student of hidden size {student.word.weight.shape[1]} cannot start from a teacher of {teacher.word.weight.shape[1]}; "
@@ -98,4 +99,14 @@ def copy_layers(student: Fusion, teacher: Fusion) -> None:
         for name in ("word", "position", "segment", "norm", "grid"):
             getattr(student, name).load_state_dict(getattr(teacher, name).state_dict())
         for layer, index in zip(student.layers, layer_map(len(student.layers), len(teacher.layers)), strict=True):
-            layer.load_state_dict(teacher.layers[index].state_dict())
+            state = teacher.layers[index].state_dict()
+            if (width := len(layer.up.weight)) < len(state["up.weight"]):
+                kept = strongest(state["up.weight"], state["down.weight"], width)
+                state |= {name: state[name][kept] for name in ("up.weight", "up.bias")} | {"down.weight": state["down.weight"][:, kept]}
+            layer.load_state_dict(state)
+
+
+def strongest(up: Tensor, down: Tensor, width: int) -> Tensor:
+    """The `width` neurons, ascending, with the greatest product of the norms of what they read, up (n, hidden), and write, down
+    (hidden, n)."""
+    return (up.norm(dim=1) * down.norm(dim=0)).topk(width).indices.sort().values
