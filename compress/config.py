@@ -116,7 +116,11 @@ class Scst(Optimisation):
 
     learning_rate: float = 1e-5
     samples: int = 5
+    draw: str = "samples"  # by chance, at `temperature`; or the hypotheses of a beam search
+    temperature: float = 1.0
     baseline: str = "mean"
+    flip: bool = False  # mirrors half of the pictures
+    crop: float = 0.0  # cuts up to this share off the sides of pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +183,7 @@ CHOICES = {
     ("train", "encoder"): ("frozen", "tuned"),
     ("distill", "init"): ("teacher", "weights"),
     ("distill", "match"): ("tokens", "hidden", "attention"),
+    ("scst", "draw"): ("samples", "beams"),
     ("scst", "baseline"): ("mean", "greedy"),
     ("prune", "parts"): ("encoder", "fusion"),
     ("quantize", "scheme"): ("static",),

@@ -41,9 +41,14 @@ class Hypothesis:
     tokens: tuple[int, ...] = field(compare=False)
 
 
-@torch.inference_mode()
 def beam_search(model: LightCap, grid: Tensor, special: Special, beam: int = 5, max_tokens: int = 20) -> list[Hypothesis]:
     """The best hypothesis for each image of `grid` (B, G, channels). `beam=1` is greedy."""
+    return [max(hypotheses) for hypotheses in beams(model, grid, special, beam, max_tokens)]
+
+
+@torch.inference_mode()
+def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens: int = 20) -> list[list[Hypothesis]]:
+    """All finished hypotheses of each image of `grid`, in no order; at least `beam` of them, where the vocabulary allows so many."""
     b = len(grid)
     where = grid.device
     past = [(k.repeat_interleave(beam, 0), v.repeat_interleave(beam, 0)) for k, v in model.prefill(grid)]
@@ -94,7 +99,7 @@ def beam_search(model: LightCap, grid: Tensor, special: Special, beam: int = 5, 
                 continue
             history = tuple(tokens[row * beam + slot, 1:].tolist())
             finished[image].append(Hypothesis(value / max(1, len(history)), value, history))
-    return [max(hypotheses) for hypotheses in finished]
+    return finished
 
 
 def reorder(past: Past, rows: Tensor) -> Past:
@@ -102,8 +107,11 @@ def reorder(past: Past, rows: Tensor) -> Past:
 
 
 @torch.inference_mode()
-def sample(model: LightCap, grid: Tensor, special: Special, count: int, max_tokens: int = 20, seed: int = 0) -> list[list[Hypothesis]]:
-    """`count` captions for each image of `grid`, drawn from the model's own distribution; the same seed draws the same ones."""
+def sample(
+    model: LightCap, grid: Tensor, special: Special, count: int, max_tokens: int = 20, seed: int = 0, temperature: float = 1.0
+) -> list[list[Hypothesis]]:
+    """`count` captions for each image of `grid`, drawn from the model's own distribution at `temperature`; the same seed draws the same
+    ones."""
     b = len(grid)
     generator = torch.Generator(device=grid.device).manual_seed(seed)
     past = [(k.repeat_interleave(count, 0), v.repeat_interleave(count, 0)) for k, v in model.prefill(grid)]
@@ -113,7 +121,7 @@ def sample(model: LightCap, grid: Tensor, special: Special, count: int, max_toke
     for position in range(max_tokens):
         logits, past = model.step(tokens[:, -1:], position, past)
         logits[:, list(special.never)] = -torch.inf
-        logs = logits.float().log_softmax(-1)
+        logs = (logits.float() / temperature).log_softmax(-1)
         piece = torch.multinomial(logs.exp(), 1, generator=generator)
         logprob += torch.where(done, 0.0, logs.gather(1, piece).squeeze(1))
         tokens = torch.cat([tokens, torch.where(done.unsqueeze(1), special.end, piece)], 1)
