@@ -63,9 +63,9 @@ def test_baselines(parent, scenes, tmp_path, monkeypatch, baseline):
     """Advantages are the samples' rewards less the mean of the other samples', or less the greedy caption's."""
     seen = []
 
-    def spy(model, grid, drawn, advantages, special):
+    def spy(model, grid, drawn, advantages, *rest):
         seen.append((grid, drawn, advantages))
-        return loss(model, grid, drawn, advantages, special)
+        return loss(model, grid, drawn, advantages, *rest)
 
     loss = scst.policy_loss
     monkeypatch.setattr(scst, "policy_loss", spy)
@@ -95,7 +95,37 @@ def test_the_same_seed_gives_the_same_weights(parent, scenes, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_loss_is_minus_advantage_times_log_probability():
+def test_a_search_draws_the_best_hypotheses_of_each_image(parent, scenes):
+    model, tokenizer, settings = read_captioner(parent.path)
+    special = Special.of(tokenizer)
+    torch.manual_seed(0)
+    grid = torch.randn(3, model.config.grid**2, model.config.channels)
+    drawn = scst.draw(model, grid, special, Scst(draw="beams", samples=3), 0)
+    best = [item.tokens for item in beam_search(model, grid, special, 3, model.config.max_tokens)]
+    assert [image[0] for image in drawn] == best
+    assert all(len(set(image)) == 3 for image in drawn)
+    warm, cold = (scst.draw(model, grid, special, Scst(samples=20, temperature=t), 0) for t in (1.0, 1e-3))
+    assert all(len(set(image)) == 1 for image in cold) and len(set(warm[0])) > 1  # near zero it is the greedy caption
+
+
+def test_disturbed_pictures_are_encoded_in_every_step(parent, scenes, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, grid, *rest):
+        seen.append(grid)
+        return loss(model, grid, *rest)
+
+    loss = scst.policy_loss
+    monkeypatch.setattr(scst, "policy_loss", spy)
+    config = Scst(epochs=2, batch_images=8, samples=3, flip=True, crop=0.3)
+    scst.run(parent, config, context(tmp_path / "a", config, scenes, "scst"))
+    before, after = (LightCap.from_pretrained(folder).encoder.state_dict() for folder in (parent.path, tmp_path / "a" / "out"))
+    assert all(torch.equal(after[name], value) for name, value in before.items())  # frozen all the same
+    assert not seen[0].requires_grad and not torch.allclose(seen[0], seen[1], rtol=0.1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_loss_is_minus_advantage_times_log_probability(temperature):
     """Piece by piece from cached decoding, which shares no code with packed teacher forcing but the model."""
     torch.manual_seed(3)
     model = LightCap(dataclasses.replace(preset("tiny", vocabulary=30, heads=2), max_tokens=5)).eval()
@@ -111,8 +141,8 @@ def test_the_loss_is_minus_advantage_times_log_probability():
                 wanted = [*ids, special.end][:5]
                 for position, piece in enumerate(wanted):
                     logits, past = model.step(torch.tensor([[fed[position]]]), position, past)
-                    total -= advantage * float(logits.log_softmax(-1)[0, piece])
+                    total -= advantage * float((logits / temperature).log_softmax(-1)[0, piece])
                     pieces += 1
-    found = scst.policy_loss(model, grid, drawn, advantages, special)
+    found = scst.policy_loss(model, grid, drawn, advantages, special, temperature)
     assert pieces == 4 + 2 + 1 + 3 + 5 + 5
     assert found.item() == pytest.approx(total / pieces, rel=1e-4)
