@@ -98,6 +98,7 @@ class Distill(Optimisation):
     """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher."""
 
     teachers: tuple[str, ...] = ()
+    ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
     heads: int | None = None  # of a new student; the student section's if absent
     init: str = "teacher"
     label_smoothing: float = 0.1
@@ -182,6 +183,7 @@ CHOICES = {
     ("train", "objective"): ("causal", "masked"),
     ("train", "encoder"): ("frozen", "tuned"),
     ("distill", "init"): ("teacher", "weights"),
+    ("distill", "ensemble"): ("each", "all", "running"),
     ("distill", "match"): ("tokens", "hidden", "attention"),
     ("scst", "draw"): ("samples", "beams"),
     ("scst", "baseline"): ("mean", "greedy"),

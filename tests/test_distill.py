@@ -125,6 +125,13 @@ def test_one_teacher_teaches_every_head(run, teachers):
     assert LightCap.from_pretrained(made.path).config.heads == 3
 
 
+def test_heads_learn_from_all_teachers_or_from_the_heads_before_them(run, teachers):
+    digests = {run(Distill(ensemble=e, epochs=1, batch_images=40), name=e).digest() for e in ("each", "all", "running")}
+    assert len(digests) == 3
+    with pytest.raises(RecipeError, match="ensemble: all is of several heads"):
+        run(Distill(ensemble="all", match=("hidden",), epochs=1, batch_images=40))
+
+
 def test_teachers_of_other_sizes_teach_through_maps(run, teachers):
     student = Student(preset="scenes-student", layers=1, hidden=48, attention_heads=3, ffn=64, heads=3)
     made = run(Distill(init="weights", match=ALL, epochs=1, batch_images=40), student)

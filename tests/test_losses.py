@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from compress.training import softmax
+from compress.training.distillation import Goal, ensemble_loss
 from compress.training.losses import attention_loss, caption_loss, hidden_loss, token_loss
 from compress.training.softmax import Logits, logits_at
 
@@ -160,3 +161,43 @@ def test_attention_loss_by_hand(heads):
     padded = student.clone()
     padded.transpose(1, 2)[~real] = 3.0
     assert float(attention_loss(padded, teacher, real)) == pytest.approx(total / 5, rel=1e-5)
+
+
+# ---- what the heads of a student learn tokens from
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_ensembles_against_whole_distributions(temperature):
+    """Three heads, three teachers, all 12 pieces kept (in an order of each teacher's own): sums of plain KLs."""
+    heads, n, v = 3, 4, 12
+    mine, theirs = drawn(heads, n, v, seed=1) / temperature, drawn(heads, n, v, seed=2) / temperature
+    logs, targets = mine.log_softmax(-1), theirs.softmax(-1)
+    ids = torch.stack([torch.stack([torch.randperm(v) for _ in range(n)]) for _ in range(heads)])
+    best = targets.gather(-1, ids)
+
+    def kl_of(p: torch.Tensor, q: torch.Tensor) -> float:
+        return float((p * (p.log() - q)).sum(-1).mean()) * temperature**2
+
+    def goal(ensemble: str) -> Goal:
+        return Goal(("tokens",), 0.0, temperature, 0.8, 0.0, 0.0, ensemble)
+
+    own = [kl_of(targets[i], logs[i]) for i in range(heads)]
+    found = ensemble_loss(logs.gather(-1, ids), best, goal("each"))
+    assert float(found) == pytest.approx(sum(own) / 3, rel=1e-4)
+    asked = ids.transpose(0, 1).flatten(1).expand(heads, -1, -1)  # every head's, at every teacher's pieces
+    found = ensemble_loss(logs.gather(-1, asked), best, goal("all"))
+    every = [kl_of(targets[j], logs[i]) for i in range(heads) for j in range(heads)]
+    assert float(found) == pytest.approx(sum(every) / 9, rel=1e-4)
+    found = ensemble_loss(logs.gather(-1, asked), best, goal("running"))
+    before = [kl_of(logs[:i].exp().mean(0), logs[i]) for i in (1, 2)]
+    wanted = (own[0] + (own[1] + before[0]) / 2 + (own[2] + before[1]) / 2) / 3
+    assert float(found) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_head_does_not_teach_by_changing_itself():
+    logs = drawn(2, 4, 3, seed=1).log_softmax(-1).requires_grad_()
+    best = drawn(1, 4, 3, seed=2).softmax(-1)
+    ensemble_loss(logs, best, Goal(("tokens",), 0.0, 1.0, 0.8, 0.0, 0.0, "running")).backward()
+    alone = logs.detach()[:1].requires_grad_()
+    (token_loss(alone[0], best[0], 1.0) / 2).backward()
+    torch.testing.assert_close(logs.grad[0], alone.grad[0])

@@ -41,6 +41,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         model.config = dataclasses.replace(model.config, mask_piece=first.config.mask_piece)
     if len(sources) not in (1, model.config.heads):
         raise RecipeError(f"{len(sources)} teachers for {model.config.heads} heads; name one, or one per head")
+    if config.ensemble != "each" and ("tokens" not in config.match or model.config.heads == 1):
+        raise RecipeError(f"ensemble: {config.ensemble} is of several heads that match tokens; leave it out here")
     teachers = [load(source.path) for source in sources]
     for name, teacher in zip(config.teachers, teachers, strict=True):
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
@@ -55,7 +57,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         taught = teach(teachers, sources, data, config.top_k, config.temperature, config.teachers, context)
     full = model.word.detach().clone()
     model.narrow(data.keep)
-    goal = Goal(config.match, config.match_epochs, config.temperature, config.token_weight, config.hidden_weight, config.attention_weight)
+    weights = config.token_weight, config.hidden_weight, config.attention_weight
+    goal = Goal(config.match, config.match_epochs, config.temperature, *weights, config.ensemble)
     steps = data.steps(config.epochs, config.batch_images)
     distil(model, data, taught, teachers[0], goal, config, steps, seed, context.stage.name, context)
     model.widen(data.keep, full, UNSEEN_BIAS)

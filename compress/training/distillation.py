@@ -28,7 +28,8 @@ from teachers.teacher import Teacher
 @dataclass(frozen=True)
 class Goal:
     """What is compared, and its weight. `token_weight` is the share of the teachers' tokens against the captions' own; hidden states and
-    attention are added during the first `match_epochs` epochs."""
+    attention are added during the first `match_epochs` epochs. `ensemble` is what a head learns tokens from: `each` from its own teacher
+    (LightCap), `all` from all of them, `running` from its own and from the mean of the heads before it."""
 
     match: tuple[str, ...]
     match_epochs: float
@@ -36,6 +37,7 @@ class Goal:
     token_weight: float
     hidden_weight: float
     attention_weight: float
+    ensemble: str = "each"
 
 
 def teach(
@@ -95,23 +97,44 @@ def distil(
 
 
 def head_loss(model: LightCap, states: Tensor, batch: Batch, taught: list | None, goal: Goal, smoothing: float) -> Tensor:
-    """The mean over heads of what each learns, from the captions and from its teacher. states (n, hidden) at the predicted places."""
+    """The mean over heads of what each learns, from the captions and from its teachers. states (n, hidden) at the predicted places."""
     branches = model.heads.branch_states(states)
-    heads = len(branches)
-    ids = batch.targets[batch.targets != IGNORED].view(1, -1, 1)
+    heads, n, _ = branches.shape
+    ids = batch.targets[batch.targets != IGNORED].view(1, n, 1)
     if taught is not None:
-        best_ids, best = taught_at(taught, batch, states.device)
-        ids = torch.cat([ids.expand(len(taught), -1, -1), best_ids], -1)
-    flat = [x.expand(heads, -1, -1).flatten(0, 1) for x in ((ids,) if taught is None else (ids, best))]
-    logits = logits_at(branches.flatten(0, 1), model.word, model.heads.bias, flat[0])
+        best_ids, best = taught_at(taught, batch, states.device)  # (teachers, n, k)
+        if goal.ensemble != "each":  # every head is asked for every teacher's pieces
+            best_ids = best_ids.transpose(0, 1).flatten(1).unsqueeze(0)
+        ids = torch.cat([ids.expand(len(best_ids), -1, -1), best_ids], -1)
+    ids = ids.expand(heads, -1, -1).flatten(0, 1)
+    logits = logits_at(branches.flatten(0, 1), model.word, model.heads.bias, ids)
     loss = caption_loss(logits, smoothing)
     if taught is None:
         return loss
-    if goal.temperature == 1.0:
-        logs = logits.logs[:, 1:]
-    else:
-        logs = logits_at(branches.flatten(0, 1) / goal.temperature, model.word, model.heads.bias / goal.temperature, flat[0][:, 1:]).logs
-    return (1 - goal.token_weight) * loss + goal.token_weight * token_loss(logs, flat[1], goal.temperature)
+    logs = logits.logs[:, 1:]
+    if goal.temperature != 1.0:
+        logs = logits_at(branches.flatten(0, 1) / goal.temperature, model.word, model.heads.bias / goal.temperature, ids[:, 1:]).logs
+    return (1 - goal.token_weight) * loss + goal.token_weight * ensemble_loss(logs.unflatten(0, (heads, n)), best, goal)
+
+
+def ensemble_loss(logs: Tensor, best: Tensor, goal: Goal) -> Tensor:
+    """logs (heads, n, k), or (heads, n, teachers * k) but for `each`; the teachers' probabilities `best` (teachers, n, k). The mean over
+    heads and, in `all` and `running`, over what a head learns from."""
+    heads, (teachers, _, k) = len(logs), best.shape
+    if goal.ensemble == "each":
+        return token_loss(logs.flatten(0, 1), best.expand(heads, -1, -1).flatten(0, 1), goal.temperature)
+    logs = logs.unflatten(2, (teachers, k)).transpose(1, 2)  # (heads, teachers, n, k)
+    if goal.ensemble == "all":
+        return token_loss(logs.flatten(0, 2), best.expand(heads, -1, -1, -1).flatten(0, 2), goal.temperature)
+    learned = []
+    for head in range(heads):
+        own = head % teachers
+        lessons = [token_loss(logs[head, own], best[own], goal.temperature)]
+        if head:
+            before = logs[:head, own].detach().exp().mean(0)
+            lessons.append(token_loss(logs[head, own], before, goal.temperature))
+        learned.append(torch.stack(lessons).mean())
+    return torch.stack(learned).mean()
 
 
 def taught_at(taught: list[tuple[np.ndarray, np.ndarray]], batch: Batch, where: torch.device) -> tuple[Tensor, Tensor]:
