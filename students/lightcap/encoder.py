@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from students.lightcap.depthwise import DepthwiseConv2d
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -38,7 +40,8 @@ def clip_rn50(image_size: int) -> nn.Module:
 
 
 class Lite0(nn.Module):
-    """timm's network, its fused norm-and-activation modules taken apart: torch-pruning sees a norm only where it is a module of its own."""
+    """timm's network, its fused norm-and-activation modules taken apart (torch-pruning sees a norm only where it is a module of its own),
+    its depthwise convolutions ours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,11 +49,14 @@ class Lite0(nn.Module):
         from timm.layers import BatchNormAct2d
 
         self.net = timm.create_model("tf_efficientnet_lite0", num_classes=0, global_pool="")
-        for name, fused in list(self.net.named_modules()):
-            if isinstance(fused, BatchNormAct2d):
-                parent, _, leaf = name.rpartition(".")
-                norm = nn.BatchNorm2d(fused.num_features, fused.eps, fused.momentum)
-                setattr(self.net.get_submodule(parent), leaf, nn.Sequential(norm, fused.act))
+        for name, module in list(self.net.named_modules()):
+            parent, _, leaf = name.rpartition(".")
+            if isinstance(module, BatchNormAct2d):
+                norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum)
+                setattr(self.net.get_submodule(parent), leaf, nn.Sequential(norm, module.act))
+            elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels:
+                sizes = {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "groups")}
+                setattr(self.net.get_submodule(parent), leaf, DepthwiseConv2d(module.in_channels, module.out_channels, **sizes, bias=False))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net.forward_features(pixels)

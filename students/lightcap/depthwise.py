@@ -1,0 +1,101 @@
+"""Depthwise convolution whose backward pass in bf16 on a CPU is not oneDNN's own where that falls off a cliff.
+
+oneDNN (as torch 2.14 carries it) takes 15 to 60 ms for a batch of 16 where a forward pass takes 1 or 2: in gradients of 5x5 kernels, and in
+gradients of the input of a strided convolution. Both can be had from kernels of it that are fast (benchmarks/depthwise.py):
+
+- the gradient of a 5x5 kernel is put together from those of four 3x3 kernels, at shifts of 0 and 2 of the padded input;
+- the gradient of a strided convolution's input is a convolution, of stride 1 with the kernel turned around, of the output's gradient with
+  zeros between its places.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAST = torch.channels_last
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """One kernel per channel, no bias. With a stride the input is padded as TensorFlow pads: to ceil(size / stride) outputs, more after."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding, kernel, stride = self.padding, self.kernel_size[0], self.stride[0]
+        if stride > 1:
+            x, padding = F.pad(x, [*missing(x.shape[3], kernel, stride), *missing(x.shape[2], kernel, stride)]), (0, 0)
+        if slow_backward(x):
+            return _Depthwise.apply(x.bfloat16(), self.weight.bfloat16(), stride, padding[0])
+        return F.conv2d(x, self.weight, None, stride, padding, 1, self.groups)
+
+
+def missing(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Places to add before and after `size`, so that there are ceil(size / stride) outputs."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def slow_backward(x: Tensor) -> bool:
+    """Whether a backward pass will follow, in bf16 on a CPU."""
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, None, stride, padding, 1, len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=LAST)
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = (strided_input_gradient if ctx.stride > 1 else input_gradient)(gradient, x, weight, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[1]:
+            of_weight = (quartered_weight_gradient if weight.shape[2] == 5 else weight_gradient)(
+                gradient, x, weight.shape[2], ctx.stride, ctx.padding
+            )
+        return of_x, of_weight, None, None
+
+
+def gradients(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, of_x: bool):
+    """torch's own, of the input or of the weight."""
+    steps, pads = [stride, stride], [padding, padding]
+    return torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, steps, pads, [1, 1], False, [0, 0], len(weight), [of_x, not of_x, False]
+    )
+
+
+def input_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return gradients(gradient, x, weight, stride, padding, True)[0]
+
+
+def strided_input_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """gradient (N, C, H', W') -> (N, C, H, W) as x."""
+    n, channels, height, width = x.shape
+    more = 2 * padding - weight.shape[2] + 1
+    apart = torch.empty((n, channels, height + more, width + more), dtype=gradient.dtype, memory_format=LAST).zero_()
+    apart[:, :, ::stride, ::stride][:, :, : gradient.shape[2], : gradient.shape[3]] = gradient
+    return F.conv2d(apart, weight.flip(2, 3), None, 1, weight.shape[2] - 1 - padding, 1, channels)
+
+
+def weight_gradient(gradient: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """(C, 1, kernel, kernel)."""
+    return gradients(gradient, x, gradient.new_empty(x.shape[1], 1, kernel, kernel), stride, padding, False)[1]
+
+
+def quartered_weight_gradient(gradient: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """(C, 1, 5, 5); rows and columns 2 are in two quarters each, which agree."""
+    x = F.pad(x, [padding] * 4)
+    height, width = (stride * (size - 1) + 3 for size in gradient.shape[2:])
+    whole = gradient.new_empty(x.shape[1], 1, kernel, kernel)
+    for down in (0, 2):
+        for across in (0, 2):
+            seen = x[:, :, down : down + height, across : across + width].contiguous(memory_format=LAST)
+            whole[:, :, down : down + 3, across : across + 3] = weight_gradient(gradient, seen, 3, stride, 0)
+    return whole
