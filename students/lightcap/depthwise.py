@@ -55,12 +55,18 @@ class _Depthwise(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=LAST)
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = (strided_input_gradient if ctx.stride > 1 else input_gradient)(gradient, x, weight, ctx.stride, ctx.padding)
+            of_x = gradient_of_input(gradient, x, weight, ctx.stride, ctx.padding)
         if ctx.needs_input_grad[1]:
-            of_weight = (quartered_weight_gradient if weight.shape[2] == 5 else weight_gradient)(
-                gradient, x, weight.shape[2], ctx.stride, ctx.padding
-            )
+            of_weight = gradient_of_weight(gradient, x, weight.shape[2], ctx.stride, ctx.padding)
         return of_x, of_weight, None, None
+
+
+def gradient_of_input(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return (strided_input_gradient if stride > 1 else input_gradient)(gradient, x, weight, stride, padding)
+
+
+def gradient_of_weight(gradient: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    return (quartered_weight_gradient if kernel == 5 else weight_gradient)(gradient, x, kernel, stride, padding)
 
 
 def gradients(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, of_x: bool):
