@@ -25,6 +25,7 @@ from students.lightcap import depthwise  # noqa: E402
 from students.lightcap.encoder import Lite0  # noqa: E402
 
 SIZE = 224
+TOTALS = ("input_ms", "input_ours_ms", "weight_ms", "weight_ours_ms")
 
 
 def shapes(images: int) -> list[tuple[str, depthwise.DepthwiseConv2d, tuple[int, ...]]]:
@@ -75,6 +76,12 @@ def row(name: str, module: depthwise.DepthwiseConv2d, shape: tuple[int, ...], re
     return {"layer": name, "shape": list(shape), "kernel": kernel, "stride": stride} | medians | spread
 
 
+def line(row: dict) -> str:
+    kernel = f"{row['kernel']}x{row['kernel']} / {row['stride']}, {row['shape'][1]:4} x {row['shape'][2]:3}"
+    gradients = [f"{name} {row[f'{name}_ms']:6.2f} -> {row[f'{name}_ours_ms']:5.2f} ms" for name in ("input", "weight")]
+    return f"{row['layer']:24} {kernel}: {', '.join(gradients)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--images", type=int, default=16)
@@ -85,10 +92,8 @@ def main() -> None:
     for name, module, shape in shapes(asked.images):
         rows.append(row(name, module, shape, asked.repeats))
         if not asked.json:
-            now = rows[-1]
-            print(f"{name:24} {now['kernel']}x{now['kernel']} / {now['stride']}, {shape[1]:4} x {shape[2]:3}: input {now['input_ms']:7.2f} -> "
-                  f"{now['input_ours_ms']:6.2f} ms, weight {now['weight_ms']:7.2f} -> {now['weight_ours_ms']:6.2f} ms", flush=True)  # fmt: skip
-    total = {key: sum(row[key] for row in rows) for key in ("input_ms", "input_ours_ms", "weight_ms", "weight_ours_ms")}
+            print(line(rows[-1]), flush=True)
+    total = {key: sum(row[key] for row in rows) for key in TOTALS}
     ratios = {name: round(total[f"{name}_ms"] / total[f"{name}_ours_ms"], 2) for name in ("input", "weight")}
     document = {"benchmark": "depthwise", "torch": torch.__version__, "threads": torch.get_num_threads(), "images": asked.images}
     print(json.dumps(document | {"rows": rows, "total": {key: round(value, 2) for key, value in total.items()}, "ratios": ratios}))
