@@ -140,6 +140,7 @@ class Prune(Optimisation):
     params: float | None = None
     mb: float | None = None
     parts: tuple[str, ...] = ("encoder", "fusion")
+    importance: str = "caption"  # what ranks channels (compress/stages/prune/importance.py)
     steps: int = 1
     round_to: int = 8
     recover_epochs: float = 1.0
@@ -187,6 +188,7 @@ CHOICES = {
     ("distill", "match"): ("tokens", "hidden", "attention"),
     ("scst", "draw"): ("samples", "beams"),
     ("scst", "baseline"): ("mean", "greedy"),
+    ("prune", "importance"): ("caption", "distillation", "magnitude"),
     ("prune", "parts"): ("encoder", "fusion"),
     ("quantize", "scheme"): ("static",),
     ("vocabulary", "keep"): ("seen",),

@@ -310,6 +310,65 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
             assert float(scores[unit][channel]) == pytest.approx(sum(slopes) / 2, rel=0.05, abs=1e-4), unit
 
 
+def test_importance_by_distillation_is_the_curvature_of_the_kl(world, monkeypatch):
+    """Twice the KL divergence from the model to itself with one gate moved by eps, over eps squared; means over many draws."""
+    model, tokenizer, preprocessing, _, context = world
+    monkeypatch.setattr(importance, "BATCHES", 400)
+    monkeypatch.setattr(importance, "IMAGES", 1)
+    unit = channels.units(model, ("fusion",))[1]
+    here = context("a")
+    corpus = importance.corpus(model, tokenizer, preprocessing, here)
+    images = len(corpus.captions.images)
+    monkeypatch.setattr(type(corpus), "batches", lambda self, *_: lambda step: pack(self.captions, [0]))
+    scores = importance.importance(model, tokenizer, preprocessing, [unit], Prune(macs=0.7, importance="distillation"), 17, here)[unit]
+    assert images > 1 and unit.kind == "head" and float(scores.min()) > 0
+    model.narrow(corpus.keep)
+    batch, layer = pack(corpus.captions, [0]), model.get_submodule(unit.name)
+
+    def logs(head: int, gate: float) -> torch.Tensor:
+        places = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
+
+        def before(_, inputs):
+            x = inputs[0].clone()
+            x[..., places] *= gate
+            return (x,)
+
+        handle = layer.output.register_forward_pre_hook(before)
+        with torch.no_grad():
+            grid = corpus.grid_of(model, batch.images)
+            states = model.states(grid, batch.tokens, batch.positions, batch.mask(grid.shape[1]))
+            said = model.heads(states[batch.targets != IGNORED], model.word).double().log_softmax(-1)
+        handle.remove()
+        return said
+
+    eps = 0.05
+    for head in range(unit.width):
+        p, q = logs(head, 1.0), logs(head, 1 + eps)
+        curvature = float((p.exp() * (p - q)).sum(-1).mean()) * 2 / eps**2
+        # Of n pieces' mean loss the squared slope is 1 / n of a piece's.
+        assert float(scores[head]) * len(p) == pytest.approx(curvature, rel=0.25), head
+
+
+def test_magnitude_is_of_folded_weights(world):
+    model, tokenizer, preprocessing, _, context = world
+    wanted = channels.units(model, ("encoder", "fusion"))
+    config, here = Prune(macs=0.7, importance="magnitude"), context("a")
+    before = importance.importance(model, tokenizer, preprocessing, wanted, config, 17, here)
+    assert all(score.shape == (unit.width,) and float(score.mean()) == pytest.approx(1) for unit, score in before.items())
+    conv = next(unit for unit in wanted if unit.kind == "conv")
+    norm = importance.norms_behind(model)[conv.name]
+    layer = model.fusion.layers[0]
+    with torch.no_grad():
+        model.get_submodule(conv.name).weight *= 10  # a norm takes it back
+        norm.running_var *= 100
+        layer.down.weight[:, 3] *= 7
+    after = importance.importance(model, tokenizer, preprocessing, wanted, config, 17, here)
+    torch.testing.assert_close(after[conv], before[conv], rtol=1e-3, atol=1e-3)
+    ffn = next(unit for unit in wanted if unit.kind == "ffn" and unit.name == "fusion.layers.0")
+    ratio = after[ffn] / before[ffn]
+    assert float(ratio[3] / ratio[0]) == pytest.approx(7, rel=1e-4)
+
+
 def test_the_stage_meets_its_target_and_is_the_same_twice(world, monkeypatch):
     model, tokenizer, _, parent, context = world
     monkeypatch.setattr(importance, "BATCHES", 1)

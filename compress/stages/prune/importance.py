@@ -1,4 +1,9 @@
-"""How much the loss would change without a channel: the derivative of the caption loss at a gate on it (Molchanov et al., 2019).
+"""How much a channel matters, by one of three measures:
+
+`caption`: how much the caption loss would change without it, by the derivative at a gate on it (Molchanov et al., 2019), in absolute value.
+`distillation`: how far the model would move from itself without it. Its own KL divergence has no slope where it stands; its curvature there
+is the mean square of the gate's derivative over pieces drawn from the model (the Fisher information).
+`magnitude`: the norm of what writes it, batch norm folded in, times the norm of what reads it; over the mean of its unit.
 
 A gate on a convolution's channel sits behind its batch norm, where the derivative is weight * d weight + bias * d bias; one on
 a feed-forward channel, or on a head, sits before the linear layer that reads it, where it is the sum of W * dW over its columns.
@@ -26,8 +31,11 @@ IMAGES = 16
 def importance(
     model: LightCap, tokenizer: Tokenizer, settings: dict, wanted: list[Unit], config: Prune, seed: int, context: Context
 ) -> dict[Unit, Tensor]:
-    """Per unit (width,): the mean over batches of the absolute gate derivative."""
+    """Per unit (width,): by `config.importance`, the mean over batches of the gate derivative, absolute or squared; or norms."""
     through_encoder = any(unit.kind == "conv" for unit in wanted)
+    if config.importance == "magnitude":
+        norms = norms_behind(model) if through_encoder else {}
+        return {unit: magnitude(model, unit, norms) for unit in wanted}
     data = corpus(model, tokenizer, settings, context, tuned=through_encoder)
     full, bias = model.word.detach().clone(), model.heads.bias.detach().clone()
     norms = norms_behind(model) if through_encoder else {}
@@ -37,6 +45,7 @@ def importance(
     model.encoder.to(memory_format=torch.channels_last)
     batch_of = data.batches(IMAGES, seed, model.config.mask_piece)
     total = {unit: torch.zeros(unit.width) for unit in wanted}
+    source = torch.Generator(where).manual_seed(seed)
     with context.progress.task("importance", BATCHES) as task:
         for step in range(BATCHES):
             batch = batch_of(step)
@@ -44,9 +53,14 @@ def importance(
             states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix))
             real = batch.targets != IGNORED
             logits = model.heads(states[real], model.word)
-            F.cross_entropy(logits, batch.targets[real], label_smoothing=config.label_smoothing).backward()
+            if config.importance == "caption":
+                F.cross_entropy(logits, batch.targets[real], label_smoothing=config.label_smoothing).backward()
+            else:
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=source)[:, 0]
+                F.cross_entropy(logits, drawn).backward()
             for unit in wanted:
-                total[unit] += gate(model, unit, norms).abs().cpu()
+                slope = gate(model, unit, norms)
+                total[unit] += (slope.abs() if config.importance == "caption" else slope.square()).cpu()
             model.zero_grad(set_to_none=True)
             task.advance()
     model.cpu()
@@ -63,6 +77,21 @@ def gate(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> Tenso
     reader = layer.down if unit.kind == "ffn" else layer.output
     columns = (reader.weight.detach() * reader.weight.grad).sum(0)
     return columns if unit.kind == "ffn" else columns.view(unit.width, -1).sum(1)
+
+
+@torch.no_grad()
+def magnitude(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> Tensor:
+    """(width,), of mean 1."""
+    module = model.get_submodule(unit.name)
+    if unit.kind == "conv":
+        norm = norms[unit.name]
+        size = module.weight.flatten(1).norm(dim=1) * norm.weight.abs() / (norm.running_var + norm.eps).sqrt()
+    elif unit.kind == "ffn":
+        size = module.up.weight.norm(dim=1) * module.down.weight.norm(dim=0)
+    else:
+        written = module.value.weight.view(unit.width, -1).norm(dim=1)
+        size = written * module.output.weight.t().reshape(unit.width, -1).norm(dim=1)
+    return size / size.mean()
 
 
 def norms_behind(model: LightCap) -> dict[str, nn.BatchNorm2d]:
