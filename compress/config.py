@@ -99,7 +99,7 @@ class Distill(Optimisation):
 
     teachers: tuple[str, ...] = ()
     ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
-    heads: int | None = None  # of a new student; the student section's if absent
+    heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
     init: str = "teacher"
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)

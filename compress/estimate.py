@@ -57,7 +57,10 @@ def shape(recipe: Recipe, stage: Stage, models: dict[str, LightCapConfig], amoun
     """The architecture of what a stage makes. Pruned shapes are not known before: it is its parent's."""
     config, student = stage.config, recipe.student
     if stage.parent:
-        return with_extractor(models[stage.parent], config) if isinstance(config, Concepts) else models[stage.parent]
+        parent = models[stage.parent]
+        if isinstance(config, Distill) and config.heads:
+            parent = dataclasses.replace(parent, heads=config.heads)
+        return with_extractor(parent, config) if isinstance(config, Concepts) else parent
     like = models.get(getattr(config, "extractor", None) or (config.teachers[0] if isinstance(config, Distill) else ""))
     modulator = getattr(config, "modulator", None)
     if isinstance(config, Distill):

@@ -308,8 +308,6 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
         if start is not None and start.value is not None:
             parent = _value(start, str, kind, "from")
             earlier(parent, start, "from")
-            if kind == "distill" and config.heads:
-                raise RecipeError(f"{start.place}keys 'from' and 'heads' exclude each other: what it goes on from has its heads")
             if getattr(config, "preset", None):
                 raise RecipeError(f"{start.place}keys 'from' and 'preset' exclude each other: a preset starts anew")
         elif kind == "distill" or (kind in NEW and (config.preset or before is None or getattr(config, "extractor", None))):
@@ -353,8 +351,8 @@ def _with_teachers(config, settings: dict[str, Located], before: str | None, pla
         raise RecipeError(f"{where.place}'distill' needs a teacher: put a 'train' stage before it, or name 'teachers'")
     for teacher in teachers:
         earlier(teacher, where, "teachers")
-    heads = config.heads or student.heads
-    if "from" not in settings and heads and len(teachers) not in (1, heads):
+    heads = config.heads or (None if "from" in settings else student.heads)
+    if heads and len(teachers) not in (1, heads):
         raise RecipeError(
             f"{where.place}key 'teachers' holds {len(teachers)} teachers for {heads} heads;"
             f" give one, or exactly one per head"

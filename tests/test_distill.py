@@ -132,6 +132,27 @@ def test_heads_learn_from_all_teachers_or_from_the_heads_before_them(run, teache
         run(Distill(ensemble="all", match=("hidden",), epochs=1, batch_images=40))
 
 
+def test_one_head_becomes_three_for_three_teachers(run, teachers):
+    one = run(Distill(teachers=("teacher",), init="weights", heads=1, epochs=0.01, batch_images=40), name="one")
+    config = Distill(heads=3, epochs=0.01, batch_images=40, learning_rate=1e-9, dropout=0.0)
+    three = LightCap.from_pretrained(run(config, parent=one, name="three").path)
+    before = LightCap.from_pretrained(one.path)
+    assert before.config.heads == 1 and three.config.heads == len(three.heads.branches) == 3
+    grid = torch.randn(2, before.config.grid**2, before.config.channels)
+    for model in (before, three):
+        model.eval()
+    torch.testing.assert_close(*(first_logits(model, grid) for model in (before, three)), atol=1e-4, rtol=1e-4)
+    with pytest.raises(RecipeError, match="taught by one teacher, stay equal"):
+        run(dataclasses.replace(config, teachers=("teacher",)), parent=one, name="same")
+    with pytest.raises(RecipeError, match="heads: 2 asked of a captioner that has 3"):
+        run(dataclasses.replace(config, heads=2, teachers=("teacher", "teacher-2")), parent=run(config, parent=one, name="four"), name="x")
+
+
+def first_logits(model: LightCap, grid: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.step(torch.full((2, 1), 2), 0, model.prefill(grid))[0]
+
+
 def test_teachers_of_other_sizes_teach_through_maps(run, teachers):
     student = Student(preset="scenes-student", layers=1, hidden=48, attention_heads=3, ffn=64, heads=3)
     made = run(Distill(init="weights", match=ALL, epochs=1, batch_images=40), student)

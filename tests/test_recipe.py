@@ -94,7 +94,7 @@ def test_rows_are_compared_with_what_against_names(tmp_path):
 
 
 def test_a_student_keeps_its_heads(tmp_path):
-    """Another number of heads than the section's is a new student's; what goes on from it is taught by one teacher each."""
+    """Another number of heads than the section's is a new student's; what goes on from it is taught by one teacher each, or gets more."""
     text = """student: {heads: 1}
 stages:
   - train: {as: a, preset: tiny}
@@ -104,7 +104,8 @@ stages:
 """
     assert read_recipe(write(tmp_path, text)).stages[3].config.teachers == ("b", "a")
     assert "2 teachers for 1 heads" in error_of(tmp_path, text.replace("heads: 2, ", ""))
-    assert "keys 'from' and 'heads' exclude each other" in error_of(tmp_path, text, "tuned.heads=2")
+    assert read_recipe(write(tmp_path, text), ["tuned.heads=2"]).stages[3].config.heads == 2
+    assert "2 teachers for 3 heads" in error_of(tmp_path, text, "tuned.heads=3")
 
 
 def test_distill_learns_from_the_stage_before(tmp_path):

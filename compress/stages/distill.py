@@ -6,6 +6,7 @@ Token distributions are read from targets computed once per teacher. Hidden stat
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 from compress.artifact import Artifact
@@ -33,6 +34,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     if parent is not None:
         model, tokenizer, settings = read_captioner(parent.path)
         set_dropout(model, config.dropout)
+        if config.heads:
+            multiply_heads(model, config.heads, len(sources))
     else:
         weights = student.fusion_weights if config.init == "weights" else None
         model, tokenizer, _ = new_captioner(
@@ -63,6 +66,19 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     distil(model, data, taught, teachers[0], goal, config, steps, seed, context.stage.name, context)
     model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)
+
+
+def multiply_heads(model: LightCap, count: int, teachers: int) -> None:
+    """A captioner of one head gets `count` copies of it, for as many teachers. RecipeError where that makes no difference or no sense."""
+    own = model.config.heads
+    if own == count:
+        return
+    if own != 1:
+        raise RecipeError(f"heads: {count} asked of a captioner that has {own}; only one that has 1 can get more")
+    if teachers == 1:
+        raise RecipeError(f"heads: {count} copies of one head, taught by one teacher, stay equal; name a teacher for each")
+    model.heads.branches.extend(copy.deepcopy(model.heads.branches[0]) for _ in range(count - 1))
+    model.config = dataclasses.replace(model.config, heads=count)
 
 
 def start_from(model: LightCap, first: LightCap, teachers: list[LightCap]) -> None:
