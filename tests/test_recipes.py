@@ -31,7 +31,7 @@ MADE_SMALL = [stage.name for stage in read_recipe("ablation").stages if stage.ki
 PLAIN = ("baseline", "concepts", "modulator", "modulator-18", "modulator-19", "trunk")
 ABLATION = (
     *TINY, "student.fusion_weights=null", *(f"{name}.preset=tiny" for name in PLAIN), *(f"{name}.fusion_weights=null" for name in PLAIN),
-    *(f"{name}.epochs=1" for name in MADE_SMALL), "states.match_epochs=1", "heads-pretrained.match_epochs=1",
+    *(f"{name}.epochs=1" for name in MADE_SMALL), "states.match_epochs=1",
 )  # fmt: skip
 COCO = (
     *TINY, "data.captions=dataset_coco.json", "data.images=coco", "extractor.regions=annotations/instances_train2014.json",

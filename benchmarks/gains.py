@@ -1,0 +1,101 @@
+"""What each stage of a run gains over the stage that its recipe compares it with, the seeds of a stage together, as Markdown.
+
+    python benchmarks/gains.py runs/ablation [--json]
+
+Stages that differ in their seed alone are one row. Its gain is the mean over seeds of the difference in CIDEr-D,
+seed by seed; its 95 % interval is a bootstrap over images of each image's mean over seeds, so it holds the variance of images, and that of
+seeds as far as they average out; the gain of every seed stands beside it. With --json, one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.results import CAPTIONS, interval, number, table  # noqa: E402
+from compress import ledger  # noqa: E402
+from compress.config import Stage  # noqa: E402
+from compress.errors import LightcapError  # noqa: E402
+from compress.metrics.bootstrap import paired  # noqa: E402
+from compress.recipe import read_recipe  # noqa: E402
+
+
+def groups(stages: Sequence[Stage]) -> dict[str, list[str]]:
+    """{stage: itself and the stages that differ from it in their seed alone}, in the order of the recipe. Parents, and what rows are
+    compared with, may differ in their seeds too."""
+    found: dict[tuple, list[str]] = {}
+    first: dict[str | None, str | None] = {None: None}  # of each stage's group
+    for stage in stages:
+        config = dataclasses.asdict(stage.config) | {"seed": None}
+        names = found.setdefault((stage.kind, str(config), first[stage.parent], first[stage.against]), [])
+        names.append(stage.name)
+        first[stage.name] = names[0]
+    return {names[0]: names for names in found.values()}
+
+
+def scores(run: Path, row: Mapping) -> dict[str, float]:
+    """{image: CIDEr-D x100 of its caption}."""
+    return {item["image"]: item["cider"] for item in json.loads((run / row["artifact"] / CAPTIONS).read_text())}
+
+
+def gains(run: Path) -> list[dict]:
+    """One row for each stage that has captions and is compared with one that has."""
+    rows = {row["name"]: ledger.row(row) for row in ledger.read_run(run)}
+    stages = read_recipe(run / "recipe.yaml").stages
+    against = {stage.name: stage.against for stage in stages}
+    spoken = {name: scores(run, row) for name, row in rows.items() if (run / row["artifact"] / CAPTIONS).is_file()}
+    found = []
+    for name, seeds in groups(stages).items():
+        pairs = [(seed, against[seed]) for seed in seeds if seed in spoken and against[seed] in spoken]
+        if not pairs:
+            continue
+        images = sorted(spoken[name])
+        mine, theirs = (np.mean([[spoken[pair[side]][image] for image in images] for pair in pairs], 0) for side in (0, 1))
+        whole = paired(mine, theirs)
+        each = [float(np.mean([spoken[a][image] - spoken[b][image] for image in images])) for a, b in pairs]
+        ciders = [rows[seed]["cider"] for seed, _ in pairs]
+        cost = {key: rows[name][key] for key in ("gmacs_caption", "params")}
+        seconds = sum(rows[seed]["seconds"] or 0.0 for seed, _ in pairs)
+        found.append({"name": name, "against": against[name], "seeds": len(pairs), "cider": float(np.mean(ciders)), "gain": whole.delta,
+                      "gain_ci95": list(whole.ci95), "gain_by_seed": each, "seconds": seconds} | cost)  # fmt: skip
+    return found
+
+
+COLUMNS = {
+    "stage": lambda row: row["name"],
+    "compared with": lambda row: row["against"],
+    "seeds": lambda row: str(row["seeds"]),
+    "CIDEr": lambda row: number(row["cider"], ".1f"),
+    "gain": lambda row: f"{number(row['gain'], '+.1f')} {interval(row['gain_ci95'], '+.1f')}",
+    "of each seed": lambda row: ", ".join(format(gain, "+.1f") for gain in row["gain_by_seed"]),
+    "GMACs": lambda row: number(row["gmacs_caption"], ".3f"),
+    "params": lambda row: number(row["params"], ".2f", 1e6) + ("M" if row["params"] else ""),
+    "seconds": lambda row: number(row["seconds"], ".0f"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        rows = gains(arguments.run)
+    except LightcapError as error:
+        parser.exit(2, f"gains.py: {error.message}\n")
+    if arguments.json:
+        print(json.dumps({"run": str(arguments.run), "rows": rows}))
+    else:
+        print(table(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows], "---:"))
+
+
+if __name__ == "__main__":
+    main()
