@@ -252,7 +252,7 @@ def _captions_without_torch(chosen, photos: Sequence[Path], beam: int) -> Iterat
     from compress.runtime import Captioner
 
     captioner = Captioner(chosen.path)
-    yield from _captions(photos, lambda image: captioner.caption(image, beam))
+    yield from _captions(photos, captioner.open, lambda image: captioner.caption(image, beam))
 
 
 def _captions_with_torch(chosen, photos: Sequence[Path], beam: int) -> Iterator[dict]:
@@ -264,8 +264,6 @@ def _captions_with_torch(chosen, photos: Sequence[Path], beam: int) -> Iterator[
 def _captions(photos: Sequence[Path], caption_of: Callable) -> Iterator[dict]:
     """One answer per photo, in order: its caption with the milliseconds from decoded pixels to text, or why it cannot be read."""
     import time
-
-    from compress.runtime import open_image
 
     for photo in photos:
         try:
@@ -357,6 +355,8 @@ def export_command(model: str, out: Path, as_json: bool) -> None:
     value = {"out": str(out), "bytes": made.bytes(), "digest": made.digest(), "files": sorted(path.name for path in out.iterdir())}
     _answer(as_json, value, lambda: f"{out}: {value['bytes'] / 1e6:.2f} MB; try: python {out / 'caption.py'} PHOTO")
 
+    if (said := export.warning(chosen)) is not None:
+        click.echo(f"lightcap: {said}", err=True)
 
 @cli.command("doctor")
 @as_json
