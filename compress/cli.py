@@ -7,6 +7,7 @@ failed stage, a missed gate or an unreadable image; 2 wrong input; 130 stopped f
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -252,24 +253,25 @@ def _captions_without_torch(chosen, photos: Sequence[Path], beam: int) -> Iterat
     from compress.runtime import Captioner
 
     captioner = Captioner(chosen.path)
-    yield from _captions(photos, lambda image: captioner.caption(image, beam))
+    yield from _captions(photos, captioner.open, lambda image: captioner.caption(image, beam))
 
 
 def _captions_with_torch(chosen, photos: Sequence[Path], beam: int) -> Iterator[dict]:
     from compress import evaluate
+    from compress.runtime import OVERSAMPLED, open_photo
 
-    yield from _captions(photos, lambda image: evaluate.captions_of_images(chosen, [image], beam)[0])
+    least = OVERSAMPLED * evaluate.settings_of(chosen)["image_size"]
+    opened = functools.partial(open_photo, least=least)
+    yield from _captions(photos, opened, lambda image: evaluate.captions_of_images(chosen, [image], beam)[0])
 
 
-def _captions(photos: Sequence[Path], caption_of: Callable) -> Iterator[dict]:
+def _captions(photos: Sequence[Path], opened: Callable, caption_of: Callable) -> Iterator[dict]:
     """One answer per photo, in order: its caption with the milliseconds from decoded pixels to text, or why it cannot be read."""
     import time
 
-    from compress.runtime import open_image
-
     for photo in photos:
         try:
-            image = open_image(photo)
+            image = opened(photo)
         except ValueError as error:
             yield {"image": str(photo), "error": str(error)}
             continue
@@ -353,6 +355,8 @@ def export_command(model: str, out: Path, as_json: bool) -> None:
         from compress.stages import export
 
         export.export(chosen, folder)
+    if (said := export.warning(chosen)) is not None:
+        click.echo(f"lightcap: {said}", err=True)
     made = artifact.Artifact(out)
     value = {"out": str(out), "bytes": made.bytes(), "digest": made.digest(), "files": sorted(path.name for path in out.iterdir())}
     _answer(as_json, value, lambda: f"{out}: {value['bytes'] / 1e6:.2f} MB; try: python {out / 'caption.py'} PHOTO")

@@ -50,6 +50,8 @@ FLAGS = {
     "i8mm": "NEON INT8 matrix product",
 }
 FAST_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+EXACT = "exact"
+SATURATES = "can saturate: an x86 processor without VNNI adds two products in 16 bits; quantize with reduce_range: true"
 
 
 def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
@@ -86,6 +88,7 @@ def _cpu(cpuinfo: Path) -> dict:
         "threads": thread_count(),
         "flags": [label for flag, label in FLAGS.items() if flag in flags],
         "fast_int8": any(flag in flags for flag in FAST_INT8),
+        "int8_sums": SATURATES if "fpu" in flags and not flags.intersection(FAST_INT8) else EXACT if flags else "unknown",
         "memory_gb": _memory_gb(),
     }
 

@@ -120,8 +120,8 @@ def captions(
     return said
 
 
-def captions_of_images(artifact: Artifact, images: Sequence[np.ndarray], beam: int = 1) -> list[tuple[str, float]]:
-    """(caption, log-probability) of decoded images, (H, W, 3) uint8 each, from a float artifact."""
+def captions_of_images(artifact: Artifact, images: Sequence, beam: int = 1) -> list[tuple[str, float]]:
+    """(caption, log-probability) of decoded images, PIL's or (H, W, 3) uint8 each, from a float artifact."""
     model, tokenizer, settings = read_captioner(artifact.path)
     batch = torch.from_numpy(np.stack([runtime.pixels(image, settings) for image in images]))
     with torch.inference_mode():

@@ -18,28 +18,49 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 NEVER = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")  # pieces that a caption cannot hold
 FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "encoder.onnx", "decoder.onnx")
+# A JPEG of many megapixels is decoded at a part of its size, but with sides of at least this many times those that the encoder sees:
+# after resizing no pixel differs by more than one or two of 255, and 12 megapixels take a third of the time and a quarter of the memory.
+OVERSAMPLED = 4
+CPUINFO = Path("/proc/cpuinfo")
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # x86 flags of integer products whose sums are exact
 
 
-def open_image(path: str | Path) -> np.ndarray:
-    """A file -> (H, W, 3) uint8, turned upright by its EXIF orientation. ValueError, one line, where it is no whole image."""
+def open_photo(path: str | Path, least: int | None = None) -> Image.Image:
+    """A file -> an RGB PIL image, decoded and turned upright by its EXIF orientation. ValueError, one line, where it is no whole image.
+
+    `least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, while both sides keep at least that many pixels.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return rgb(ImageOps.exif_transpose(image))
+            if least is not None:
+                image.draft(None, (least, least))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return flat(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except Exception as error:
         raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split()) or type(error).__name__})") from None
 
 
-def rgb(image) -> np.ndarray:
-    """A PIL image of any mode -> (H, W, 3) uint8. What is transparent becomes white; 16-bit grey is scaled to 8."""
+def open_image(path: str | Path) -> np.ndarray:
+    """A file -> (H, W, 3) uint8, upright, every pixel of it. ValueError, one line, where it is no whole image."""
+    return np.asarray(open_photo(path))
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode -> RGB, itself if it is so already. What is transparent becomes white; 16-bit grey is scaled to 8."""
     from PIL import Image
 
     if image.mode.startswith("I"):
@@ -49,7 +70,12 @@ def rgb(image) -> np.ndarray:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(paper, image)
-    return np.asarray(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image of any mode -> (H, W, 3) uint8, by `flat`."""
+    return np.asarray(flat(image))
 
 
 def squash(image, settings: dict) -> np.ndarray:
@@ -62,13 +88,15 @@ def squash(image, settings: dict) -> np.ndarray:
             f"preprocessor_config.json: resize {settings.get('resize')!r} with interpolation {settings.get('interpolation')!r} is not "
             "known here; only 'squash' with 'bicubic' is"
         )
-    image = image if isinstance(image, np.ndarray) else rgb(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"an image must be (height, width, 3) uint8, this one is {image.shape} {image.dtype}")
-    size = settings["image_size"]
-    if image.shape[:2] != (size, size):
-        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-    return image
+    size = (settings["image_size"],) * 2
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"an image must be (height, width, 3) uint8, this one is {image.shape} {image.dtype}")
+        if image.shape[:2] == size:
+            return image
+        image = Image.fromarray(image)
+    image = flat(image)  # a photo's pixels are not copied on the way: of 12 megapixels each copy takes 36 MB or 48
+    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
 
 def pixels(image, settings: dict) -> np.ndarray:
@@ -108,6 +136,15 @@ class Captioner:
         pasts = [item for item in self.decoder.get_inputs() if item.name.startswith("past_")]
         self.past_names = [item.name for item in pasts]
         self.empty = [(item.shape[1], item.shape[3]) for item in pasts]  # heads and their width, which differ by layer when pruned
+
+    def open(self, path: str | Path) -> Image.Image:
+        """A photo's file, with no more pixels than are needed to squash it. ValueError, one line, where it is no whole image."""
+        return open_photo(path, OVERSAMPLED * self.settings["image_size"])
+
+    def may_saturate(self) -> bool:
+        """Whether sums of INT8 products can saturate here: full-range weights on an x86 processor without VNNI."""
+        quantized = self.config.get("quantized")
+        return bool(quantized) and not quantized.get("reduce_range", False) and without_vnni(CPUINFO)
 
     def encode(self, batch: np.ndarray) -> np.ndarray:
         """Pixels (B, 3, S, S) -> grid (B, G, channels)."""
@@ -193,7 +230,7 @@ class Captioner:
     def captions(self, images: np.ndarray | Iterable, beam: int = 1, max_tokens: int | None = None) -> list[tuple[str, float]]:
         """(caption, log-probability) of each image: a pixel batch (B, 3, S, S) float32, or files, PIL images and uint8 arrays."""
         if not (isinstance(images, np.ndarray) and images.dtype == np.float32):
-            opened = (open_image(item) if isinstance(item, str | Path) else item for item in images)
+            opened = (self.open(item) if isinstance(item, str | Path) else item for item in images)
             images = np.stack([pixels(image, self.settings) for image in opened])
         return self.decode(self.encode(images), beam, max_tokens)
 
@@ -230,6 +267,16 @@ def open_session(path: Path, threads: int):
         raise ValueError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]}); copy it again") from None
 
 
+def without_vnni(cpuinfo: Path) -> bool:
+    """Whether this is an x86 processor on which ONNX Runtime adds two uint8 x int8 products in 16 bits, where they can saturate. False
+    where the system does not say."""
+    if not cpuinfo.is_file():
+        return False
+    lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines())
+    flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), [])  # ARM says "Features"
+    return bool(flags) and not set(flags).intersection(VNNI)
+
+
 def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -262,10 +309,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, ValueError, ImportError) as error:
         print(f"caption.py: {error}", file=sys.stderr)
         return 2
+    if captioner.may_saturate():
+        print(
+            "caption.py: this processor has no VNNI, so INT8 sums can saturate and captions differ from those measured; "
+            "quantize with reduce_range: true for it",
+            file=sys.stderr,
+        )
     rows = []
     for photo in options.photos:
         try:
-            image = open_image(photo)
+            image = captioner.open(photo)
         except ValueError as error:
             rows.append({"image": photo, "error": str(error)})
             print(f"caption.py: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -236,6 +237,17 @@ def test_export_writes_a_folder_that_runs(lightcap, exported, tmp_path, photos):
     assert status == 2 and "captioner is there already" in error
 
 
+def test_export_says_where_int8_can_saturate(lightcap, exported, tmp_path):
+    assert "saturate" not in lightcap("export", exported, "--out", "float")[2]
+    config = json.loads((exported / "config.json").read_text())
+    shutil.copytree(exported, tmp_path / "int8")
+    for reduced in (False, True):
+        described = {"scheme": "static", "reduce_range": reduced}
+        (tmp_path / "int8" / "config.json").write_text(json.dumps(config | {"quantized": described}))
+        status, _, error = lightcap("export", "int8", "--out", f"out-{reduced}", "--json")
+        assert status == 0 and ("without VNNI" in error and "reduce_range: true" in error) is not reduced
+
+
 def test_a_half_downloaded_model(lightcap, model, photos, tmp_path):
     for path in model.iterdir():
         data = path.read_bytes()
@@ -266,8 +278,15 @@ def test_doctor(lightcap, tmp_path):
     cpuinfo.write_text("model name\t: Test CPU\nflags\t\t: fpu avx2 avx512_vnni amx_int8\n")
     cpu = doctor.examine(cpuinfo)["cpu"]
     assert (cpu["name"], cpu["flags"], cpu["fast_int8"]) == ("Test CPU", ["AVX2", "AVX512-VNNI", "AMX-INT8"], True)
+    assert cpu["int8_sums"] == "exact"
     cpuinfo.write_text("model name\t: Old CPU\nflags\t\t: fpu avx2\n")
-    assert doctor.examine(cpuinfo)["cpu"]["fast_int8"] is False
+    cpu = doctor.examine(cpuinfo)["cpu"]
+    assert cpu["fast_int8"] is False
+    assert "can saturate" in cpu["int8_sums"] and "reduce_range: true" in cpu["int8_sums"]
+    cpuinfo.write_text("Features\t: fp asimd crc32\n")  # an ARM processor without dot products is slow, but adds in 32 bits
+    cpu = doctor.examine(cpuinfo)["cpu"]
+    assert (cpu["fast_int8"], cpu["int8_sums"]) == (False, "exact")
+    assert doctor.examine(tmp_path / "absent")["cpu"]["int8_sums"] == "unknown"
 
 
 def test_doctor_names_what_is_missing(lightcap, monkeypatch):

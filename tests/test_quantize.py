@@ -116,7 +116,7 @@ def test_weights_are_integers_in_at_most_the_promised_share(model, folder):
 def test_the_folder_says_what_it_is_and_names_no_path(parent, folder):
     values = json.loads((folder / "config.json").read_text())
     assert values["quantized"] == {"scheme": "static", "weights": "int8", "activations": "uint8", "calibration_images": 12,
-                                   "calibrated_by": "neural-compressor"}
+                                   "calibrated_by": "neural-compressor", "reduce_range": False}
     assert tiny.Artifact(folder).quantized
     assert tiny.LightCap.from_pretrained(parent.path).config.to_dict() == {k: v for k, v in values.items() if k != "quantized"} | {
         "shapes": {name: tuple(shape) for name, shape in values["shapes"].items()}}
@@ -129,6 +129,30 @@ def test_an_export_of_the_quantized_artifact_holds_its_graphs(folder, tmp_path):
     export.export(tiny.Artifact(folder), tmp_path / "out")
     assert (tmp_path / "out" / "decoder.onnx").read_bytes() == (folder / "decoder.onnx").read_bytes()
     assert (tmp_path / "out" / "caption.py").is_file()
+
+
+def integers(folder) -> dict[str, np.ndarray]:
+    """The INT8 weights of both graphs, without zero points."""
+    return {f"{name}: {tensor.name}": numpy_helper.to_array(tensor).astype(int) for name, tensor in graphs.named_weights(folder)
+            if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1}
+
+
+def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(model, parent, folder, captioner):
+    """7-bit weights: 255 x 64 + 255 x 64 is below 2^15, where a full range has pairs above."""
+    where = context(parent.path.parent / "reduced")
+    quantize.run(parent, Quantize(calibration_images=12, reduce_range=True), where)
+    reduced, whole = integers(where.output), integers(folder)
+    assert reduced.keys() == whole.keys() and len(reduced) == 11 + 16
+    for name, weight in reduced.items():
+        assert weight.min() >= -64 and weight.max() <= 63 and np.abs(weight).max() >= 60, name
+        assert np.abs(whole[name]).max() >= 120, name
+        np.testing.assert_allclose(2 * weight, whole[name], atol=2)
+    assert json.loads((where.output / "config.json").read_text())["quantized"]["reduce_range"] is True
+    assert export.warning(tiny.Artifact(where.output)) is None
+    assert "reduce_range: true" in export.warning(tiny.Artifact(folder)) and export.warning(parent) is None
+    pixels = tiny.pixels(tiny.pictures(16, seed=5))
+    said = [text for text, _ in runtime.Captioner(where.output, threads=1).captions(pixels)]
+    assert sum(text == tiny.caption(index) for index, text in enumerate(said)) >= 14
 
 
 def test_weights_that_do_not_shrink_fail_by_name(folder, tmp_path):

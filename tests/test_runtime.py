@@ -58,6 +58,55 @@ def test_a_file_is_turned_upright(tmp_path):
     np.testing.assert_array_equal(runtime.open_image(tmp_path / "turned.png"), np.rot90(np.asarray(image), -1))
 
 
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_and_looks_the_same(captioner, tmp_path):
+    coarse = np.random.default_rng(4).integers(0, 255, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((2400, 1800), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "large.jpg", quality=92, exif=exif)
+    opened = captioner.open(tmp_path / "large.jpg")
+    assert opened.size == (450, 600)  # a quarter, upright; an eighth would have less than 4 x 80 pixels
+    whole = runtime.open_image(tmp_path / "large.jpg")
+    assert whole.shape == (2400, 1800, 3)
+    difference = np.abs(runtime.squash(opened, tiny.SETTINGS).astype(int) - runtime.squash(whole, tiny.SETTINGS))
+    assert difference.max() <= 2
+    image.resize((600, 450)).save(tmp_path / "small.jpg")
+    np.testing.assert_array_equal(captioner.open(tmp_path / "small.jpg"), runtime.open_image(tmp_path / "small.jpg"))
+
+
+def test_a_photo_is_squashed_without_a_copy_of_it():
+    image = photo(size=(90, 61))
+    assert runtime.flat(image) is image
+    np.testing.assert_array_equal(runtime.squash(image, tiny.SETTINGS), runtime.squash(np.asarray(image), tiny.SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "quantized", "warned"),
+    [
+        ("flags : fpu sse2 avx2", {"scheme": "static"}, True),
+        ("flags : fpu sse2 avx2 avx512f", {"scheme": "static", "reduce_range": False}, True),
+        ("flags : fpu sse2 avx2", {"scheme": "static", "reduce_range": True}, False),
+        ("flags : fpu sse2 avx2", None, False),
+        ("flags : fpu sse2 avx2 avx_vnni", {"scheme": "static"}, False),
+        ("Features : fp asimd", {"scheme": "static"}, False),
+        (None, {"scheme": "static"}, False),
+    ],
+)
+def test_the_script_says_where_int8_sums_can_saturate(folder, tmp_path, monkeypatch, capsys, cpuinfo, quantized, warned):
+    for file in runtime.FILES:
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | ({"quantized": quantized} if quantized else {})))
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{cpuinfo}\n")
+    photo().save(tmp_path / "a.png")
+    monkeypatch.setattr(runtime, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "caption.py"))
+    assert runtime.main([str(tmp_path / "a.png"), "--threads", "1"]) == 0
+    error = capsys.readouterr().err
+    assert (error.startswith("caption.py: this processor has no VNNI") and error.count("\n") == 1) if warned else error == ""
+
+
 def test_images_and_settings_that_cannot_be_used_are_refused_in_one_line(tmp_path):
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
     for path, words in ((tmp_path / "torn.jpg", "not a readable image"), (tmp_path / "none.jpg", "no such image")):

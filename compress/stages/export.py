@@ -28,6 +28,10 @@ from students.lightcap.fusion import PREFIX_POSITION
 OPSET = 20
 REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"
 SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
+SATURATION = (
+    "on x86 processors without VNNI the sums of these INT8 products can saturate, and captions differ from those measured here; for such "
+    "devices quantize with reduce_range: true"
+)
 
 
 class Encoder(nn.Module):
@@ -274,6 +278,12 @@ def export(artifact, out: str | Path) -> None:
     write_program(out)
 
 
+def warning(artifact) -> str | None:
+    """What is to be known of the devices that an export of `artifact` may run on."""
+    quantized = artifact.config.get("quantized")
+    return SATURATION if quantized and not quantized.get("reduce_range", False) else None
+
+
 def write_program(out: Path) -> None:
     shutil.copyfile(runtime.__file__, out / "caption.py")
     (out / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
@@ -282,3 +292,5 @@ def write_program(out: Path) -> None:
 def run(parent, config, context) -> None:
     """The stage `export`: `parent` as a folder that captions by itself, in `context.output`."""
     export(parent, context.output)
+    if (said := warning(parent)) is not None:
+        context.progress.log(f"{context.stage.name}: {said}")

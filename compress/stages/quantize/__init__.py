@@ -39,12 +39,13 @@ def run(parent, config, context) -> None:
     examples = chosen(context.data.split("train"), config.calibration_images, context.seed)
     grids: list[torch.Tensor] = []
     with context.progress.task("calibrate", len(examples)) as task:
-        encoder = quantized_encoder(model, watched(model, pixel_batches(context.data, examples, settings), grids, task))
+        batches = watched(model, pixel_batches(context.data, examples, settings), grids, task)
+        encoder = quantized_encoder(model, batches, config.reduce_range)
     captions = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in examples]
-    decoder = quantized_decoder(model, zip(grids, captions, strict=True))
+    decoder = quantized_decoder(model, zip(grids, captions, strict=True), config.reduce_range)
     made = {"encoder.onnx": encoder, "decoder.onnx": decoder}
     if model.config.concepts:
-        made["concepts.onnx"] = quantized_concepts(model, grids)
+        made["concepts.onnx"] = quantized_concepts(model, grids, config.reduce_range)
     for name, proto in made.items():
         graphs.write(graphs.clean(proto), context.output / name)
     context.progress.log(summary(graphs.kernels(context.output / "encoder.onnx"), graphs.kernels(context.output / "decoder.onnx")))
@@ -55,7 +56,7 @@ def run(parent, config, context) -> None:
     for name in export.SETTINGS[1:]:
         shutil.copyfile(parent.path / name, context.output / name)
     described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(examples),
-                 "calibrated_by": "neural-compressor"}
+                 "calibrated_by": "neural-compressor", "reduce_range": config.reduce_range}
     values = model.config.to_dict() | {"quantized": described}
     (context.output / "config.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
 

@@ -14,10 +14,10 @@ from compress.stages.quantize.decoder import make_integer
 from students.lightcap import LightCap
 
 
-def quantized_concepts(model: LightCap, grids: Iterable[Tensor]) -> ModelProto:
+def quantized_concepts(model: LightCap, grids: Iterable[Tensor], reduce_range: bool = False) -> ModelProto:
     """grid -> word pieces of the concepts, with scales from `grids`, (1, G, C) each."""
     example = (torch.zeros(1, model.config.grid**2, model.config.channels),)
-    prepared = observe.prepare(observe.ConceptScores(model), example, ({},))
+    prepared = observe.prepare(observe.ConceptScores(model), example, ({},), reduce_range)
     observe.run(prepared, ((grid,) for grid in grids))
     scales = {name.removeprefix("model.").partition(".")[2]: scale for name, scale in observe.linear_scales(prepared).items()}
     proto = export.concepts_graph(model)

@@ -25,14 +25,18 @@ from students.lightcap import LightCap
 LONGEST = 4096  # tokens of all captions of one calibration image
 
 
-def quantized_decoder(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]]) -> ModelProto:
+def quantized_decoder(
+    model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]], reduce_range: bool = False
+) -> ModelProto:
     """`samples`: an image's grid (1, G, C) and its captions as ids with [CLS] and [SEP]. StageError where a weight got no scales."""
     proto = export.decoder_graph(model)
-    make_integer(proto.graph, calibrate(model, samples))
+    make_integer(proto.graph, calibrate(model, samples, reduce_range))
     return proto
 
 
-def calibrate(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]]) -> dict[str, Scales]:
+def calibrate(
+    model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]], reduce_range: bool = False
+) -> dict[str, Scales]:
     """Scales by the names of the decoder graph's weights, from captions under teacher forcing, one image at a time (so unpadded)."""
     grid = model.config.grid**2
     inputs = teacher_forced(model, torch.zeros(1, grid, model.config.channels), [[0] * 6, [0] * 8])
@@ -41,7 +45,7 @@ def calibrate(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]]
     shapes = {"grid": None, "tokens": {1: length}, "positions": {1: length}, "mask": {2: length + prefix, 3: length + prefix}}
     if model.config.concepts:
         shapes["concepts"] = None
-    prepared = observe.prepare(observe.TeacherForced(model), inputs, shapes)
+    prepared = observe.prepare(observe.TeacherForced(model), inputs, shapes, reduce_range)
     observe.run(prepared, (teacher_forced(model, *sample) for sample in samples))
     return {graph_name(name): scales for name, scales in observe.linear_scales(prepared).items()}
 
@@ -126,6 +130,6 @@ def integer_lookup(node: NodeProto) -> list[NodeProto]:
 
 def store_integer(graph: GraphProto, tensor: TensorProto, scales: Scales) -> None:
     """Replaces a float weight (in, out) by its INT8 values under the same name, and adds its scale for lookups (removed where unread)."""
-    values = np.round(numpy_helper.to_array(tensor).astype(np.float64) / scales.weight).clip(-128, 127).astype(np.int8)
+    values = np.round(numpy_helper.to_array(tensor).astype(np.float64) / scales.weight).clip(*scales.bounds).astype(np.int8)
     graphs.add_initializer(graph, f"{tensor.name}_scale", scales.weight.astype(np.float32))
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

@@ -17,12 +17,12 @@ from compress.stages.quantize import observe
 from students.lightcap import LightCap
 
 
-def quantized_encoder(model: LightCap, batches: Iterable[np.ndarray]) -> ModelProto:
+def quantized_encoder(model: LightCap, batches: Iterable[np.ndarray], reduce_range: bool = False) -> ModelProto:
     """pixels -> grid with one set of scales, from `batches` of pixels (B, 3, S, S) float32."""
     size = model.config.image_size
     inputs = (torch.zeros(2, 3, size, size),)
     shapes = ({0: Dim("images", min=1, max=4096)},)
-    prepared = observe.prepare(export.Encoder(model), inputs, shapes)
+    prepared = observe.prepare(export.Encoder(model), inputs, shapes, reduce_range)
     observe.observe_everything(prepared)
     observe.run(prepared, ((torch.from_numpy(batch),) for batch in batches))
     folded = fold(prepared)

@@ -20,14 +20,20 @@ ACTIVATIONS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.h
                aten.clamp.default, aten.clamp_.default}
 ARITHMETIC = {aten.conv2d.default, aten.add.Tensor, aten.add_.Tensor, aten.avg_pool2d.default, aten.max_pool2d.default}
 
+EIGHT_BITS = (-128, 127)
+# x86 processors without VNNI add two products of uint8 and int8 in 16 bits: 2 x 255 x 128 saturates there, 2 x 255 x 64 = 32,640 does not.
+SEVEN_BITS = (-64, 63)
+
 
 @dataclass(frozen=True)
 class Scales:
-    """One Linear: its input's scale and zero point (uint8), its weight's scale per output (int8, symmetric)."""
+    """One Linear: its input's scale and zero point (uint8), its weight's scale per output (int8, symmetric) and its least and greatest
+    integer."""
 
     scale: float
     zero_point: int
     weight: np.ndarray
+    bounds: tuple[int, int] = EIGHT_BITS
 
 
 class TeacherForced(nn.Module):
@@ -52,15 +58,28 @@ class ConceptScores(nn.Module):
         return self.model.concept_scores(grid)
 
 
-def prepare(module: nn.Module, inputs: tuple, dynamic_shapes) -> GraphModule:
+def prepare(module: nn.Module, inputs: tuple, dynamic_shapes, reduce_range: bool = False) -> GraphModule:
     """neural-compressor's static INT8 preparation: uint8 activations per tensor, int8 weights per output channel. Its histogram observers
-    ("kl") clip rare extremes: EfficientNet-Lite0's grids came out nearer to the float ones than with the range of all values."""
+    ("kl") clip rare extremes: EfficientNet-Lite0's grids came out nearer to the float ones than with the range of all values.
+
+    `reduce_range`: weights of 7 bits. neural-compressor has no setting for it, and torchao's own takes the bit from the activations, which
+    QuantizeLinear does not keep to: it clips at 255, whatever was calibrated."""
     with warnings.catch_warnings():
         for origin in ("torch", "torchao", "neural_compressor", "copyreg"):
             warnings.filterwarnings("ignore", module=rf"{origin}(\.|$)")
         export, quantization = neural_compressor()
         exported = export.export(module.eval(), inputs, dynamic_shapes=dynamic_shapes)
-        return quantization.prepare(exported, quantization.StaticQuantConfig(act_algo="kl"), example_inputs=inputs)
+        prepared = quantization.prepare(exported, quantization.StaticQuantConfig(act_algo="kl"), example_inputs=inputs)
+    if reduce_range:
+        for observer in weight_observers(prepared):
+            observer.quant_min, observer.quant_max = SEVEN_BITS
+    return prepared
+
+
+def weight_observers(prepared: GraphModule) -> list[nn.Module]:
+    """What watches weights: the observers of int8; activations are uint8."""
+    observers = {prepared.get_submodule(node.target) for node in prepared.graph.nodes if is_observer(node)}
+    return [observer for observer in observers if observer.dtype == torch.int8]
 
 
 def neural_compressor():
@@ -131,6 +150,8 @@ def linear_scales(prepared: GraphModule) -> dict[str, Scales]:
         if not (is_observer(source) and is_observer(weight)):
             continue
         scale, zero_point = modules[source.target].calculate_qparams()
-        weight_scale, _ = modules[weight.target].calculate_qparams()
-        found[str(weight.args[0].target)] = Scales(float(scale), int(zero_point), weight_scale.double().numpy())
+        observer = modules[weight.target]
+        weight_scale, _ = observer.calculate_qparams()
+        bounds = (observer.quant_min, observer.quant_max)
+        found[str(weight.args[0].target)] = Scales(float(scale), int(zero_point), weight_scale.double().numpy(), bounds)
     return found
