@@ -32,6 +32,7 @@ from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import GateError, LightcapError, StageError, UsageError, expected
 from compress.memory import bounded
+from compress.pages import huge_pages
 from compress.parallel import ALONE, Share, until
 from compress.process import only_writer
 
@@ -108,7 +109,7 @@ def run(
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
         run_ = _Run(wanted, out, cache, data, progress or Progress(), stages, evaluation, share)
         try:
-            with bounded():
+            with bounded(), huge_pages():
                 if share.rank:
                     return _trained_with(run_)
                 with only_writer(out / ".writer", _refuse):
