@@ -1,0 +1,113 @@
+"""What the benchmarks compute from their measurements, and how they measure: on a tiny export and on made-up times."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compress
+
+sys.path.insert(0, str(Path(compress.__file__).resolve().parents[1] / "benchmarks"))
+
+import latency  # noqa: E402
+import memory  # noqa: E402
+import models  # noqa: E402
+import neighbours  # noqa: E402
+import prune  # noqa: E402
+
+from compress.artifact import Artifact  # noqa: E402
+from compress.cost import TOKENS  # noqa: E402
+
+
+def rows(**captions):
+    """Rows of `name`: milliseconds of a caption; the encoder takes half of it, a step a hundredth."""
+    return [
+        {"name": name.replace("_", "-"), "caption_ms": ms, "encoder_ms": ms / 2, "step_ms": ms / 100} for name, ms in captions.items()
+    ]
+
+
+def test_latencys_ratios_are_the_others_time_over_ours_and_ours_over_the_limits():
+    found = latency.ratios(rows(eager=200.0, int8=40.0, pruned_int8=20.0, blip_base=2000.0, git_base=1000.0, ort_static=50.0), "ms")
+    assert found == {
+        "encoder_int8_vs_eager": 5.0, "step_int8_vs_eager": 5.0, "caption_int8_vs_eager": 5.0, "caption_pruned_int8_vs_eager": 10.0,
+        "caption_int8_vs_blip_base": 50.0, "caption_int8_vs_git_base": 25.0, "encoder_int8_vs_ort_static": 0.8,
+        "encoder_int8_vs_openvino": None,
+    }  # fmt: skip
+
+
+def test_what_is_not_measured_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = latency.left_out(["git-base"])
+    assert found.keys() == {"openvino", "git-base"} and "lightcap[bench]" in found["openvino"]
+    assert set(neighbours.NAMES) >= found.keys()
+
+
+def test_a_row_holds_each_phase_a_step_and_the_whole_caption():
+    times = [{"encoder": (10.0 + i, 9.0), "steps": (TOKENS * 2.0, TOKENS * 1.0), "text": (1.0, 1.0)} for i in range(3)]
+    row = latency.summary(times)
+    assert (row["encoder_ms"], row["step_ms"], row["step_cpu_ms"]) == (11.0, 2.0, 1.0)
+    assert (row["caption_ms"], row["caption_cpu_ms"]) == (11.0 + 2 * TOKENS + 1, 10.0 + TOKENS)
+    assert row["caption_ms_q1"] <= row["caption_ms"] <= row["caption_ms_q3"] and "steps_ms" not in row
+    assert latency.summary([{"encoder": (1.0, 1.0)}] * 2).keys() == {"encoder_ms", "encoder_ms_q1", "encoder_ms_q3", "encoder_cpu_ms"}
+
+
+def test_both_routes_run_all_phases_and_all_rounds_in_turn(model, folder):
+    order = []
+
+    def noting(name, work):
+        def noted(picture):
+            order.append(name)
+            yield from work(picture)
+
+        return noted
+
+    eager = noting("slow", lambda picture: iter(["encoder"]))
+    subjects = [latency.Subject("onnx", "", noting("onnx", latency.graphs(Artifact(folder))), {}), latency.Subject("slow", "", eager, {})]
+    found = latency.measure(subjects, [np.zeros((80, 80, 3), np.uint8)], 3)
+    assert order == ["onnx", "slow"] * (3 + latency.WARM)
+    assert len(found["onnx"]) == len(found["slow"]) == 3
+    assert list(found["onnx"][0]) == ["pixels", "encoder", "prefix", "steps", "text"]
+    assert all(clock > 0 for clock, _ in found["onnx"][0].values())
+
+
+def test_prunes_ratio_is_the_share_of_time_saved_over_the_share_of_macs_saved():
+    whole = {"share": 1.0, "precision": "int8", "gmacs_encoder": 5.0, "gmacs_caption": 6.0, "encoder_ms": 30.0, "caption_ms": 40.0}
+    half = {"share": 0.5, "precision": "int8", "gmacs_encoder": 2.5, "gmacs_caption": 3.0, "encoder_ms": 18.0, "caption_ms": 30.0}
+    assert prune.ratios([whole, half], "ms") == {"encoder_int8_at_0.5": 0.8, "caption_int8_at_0.5": 0.5}
+
+
+def test_the_made_up_vocabulary_spells_every_concept_and_every_word():
+    words = models.tokenizer(models.COCO_PIECES)
+    assert words.get_vocab_size() == models.COCO_PIECES
+    for name in models.read_concepts():
+        assert "[UNK]" not in words.encode(name, add_special_tokens=False).tokens
+    assert models.tokenizer().get_vocab_size() == models.BERT_PIECES
+
+
+def test_bytes_without_concepts_leave_out_the_extractors_graph(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "concepts.onnx").write_bytes(bytes(1000))
+    row = models.row(Artifact(tmp_path))
+    assert row["bytes"] - row["bytes_without_concepts"] == 1000
+    assert models.row(Artifact(folder))["bytes"] == row["bytes_without_concepts"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the page cache is Linux's")
+def test_memory_measures_the_script_alone(folder, tmp_path):
+    from PIL import Image
+
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (90, 60), "red").save(photo)
+    python = sys.executable
+    given = [
+        case for case in memory.cases(python, {"export": folder}, dict.fromkeys(memory.SIZES, photo)) if case.name != "export, large"
+    ]
+    imports, plain, beam = memory.measure(given, 2)
+    assert (imports["name"], plain["name"], beam["name"]) == ("imports alone", "export, photo", "export, beam 5")
+    assert 0 < imports["cold_start_s"] and plain["folder_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert 20 < imports["peak_mb"] < plain["peak_mb"] <= plain["peak_mb_max"] < 500
+    assert {"cold_start_from_disk_s", "cpu_s"} <= plain.keys() and "cold_start_from_disk_s" not in imports
+    with pytest.raises(RuntimeError, match="no such image"):
+        memory.run((python, str(folder / "caption.py"), str(tmp_path / "none.png")))
