@@ -93,7 +93,7 @@ def row(artifact: Artifact) -> dict:
     config = LightCapConfig.from_dict(artifact.config)
     costs = costs_of(config, 8 if artifact.quantized else 32)
     return {
-        "params": costs["params"], "gmacs_caption": round(costs["gmacs_caption"], 3), "gmacs_encoder": round(costs["gmacs_encoder"], 3),
+        "params": costs["params"], "gmacs_caption": round(costs["gmacs_caption"], 6), "gmacs_encoder": round(costs["gmacs_encoder"], 6),
         "word_pieces": config.vocabulary, "bytes": artifact.bytes(), "bytes_without_concepts": artifact.bytes() - concept_bytes(artifact),
     }  # fmt: skip
 

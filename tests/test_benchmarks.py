@@ -1,5 +1,8 @@
-"""What the benchmarks compute from their measurements, and how they measure: on a tiny export and on made-up times."""
+"""What the benchmarks compute from their measurements, and how they measure: on tiny models and on made-up times."""
 
+import dataclasses
+import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import prune  # noqa: E402
 
 from compress.artifact import Artifact  # noqa: E402
 from compress.cost import TOKENS  # noqa: E402
+from students.lightcap import preset  # noqa: E402
 
 
 def rows(**captions):
@@ -111,6 +115,59 @@ def test_memory_measures_the_script_alone(folder, tmp_path):
     assert {"cold_start_from_disk_s", "cpu_s"} <= plain.keys() and "cold_start_from_disk_s" not in imports
     with pytest.raises(RuntimeError, match="no such image"):
         memory.run((python, str(folder / "caption.py"), str(tmp_path / "none.png")))
+
+
+@pytest.fixture
+def tiny_models(monkeypatch):
+    """The benchmarks' models, each as small as it can be."""
+    from transformers import BlipConfig, BlipForConditionalGeneration, GitConfig, GitForCausalLM
+
+    def small(name, vocabulary):
+        return dataclasses.replace(preset("tiny", vocabulary=vocabulary), concepts=6, alignment=(32, 16), modulator=8)
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    blip = BlipConfig(text_config=size | {"encoder_hidden_size": 32}, vision_config=size | {"image_size": 384, "patch_size": 64})
+    git = GitConfig(**size, vision_config=size | {"image_size": 224, "patch_size": 32})
+    monkeypatch.setattr(models, "preset", small)
+    monkeypatch.setattr(neighbours, "blip_base", lambda: BlipForConditionalGeneration(blip).eval())
+    monkeypatch.setattr(neighbours, "git_base", lambda: GitForCausalLM(git).eval())
+
+
+def document(benchmark, capsys, monkeypatch, *arguments):
+    """What the benchmark's command says in its last line."""
+    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *map(str, arguments)])
+    benchmark.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of transformers and openvino
+def test_latency_measures_every_row_and_ratio(tiny_models, capsys, monkeypatch, tmp_path):
+    arguments = ("--rounds", 2, "--images", 16, "--keep", tmp_path)
+    found = document(latency, capsys, monkeypatch, *arguments)
+    without = set() if importlib.util.find_spec("openvino") else {"openvino"}
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == [name for name in ("eager", "onnx", "int8", "pruned-int8", *neighbours.NAMES) if name not in without]
+    assert found["left_out"].keys() == without
+    assert {name for name, value in found["ratios"].items() if value is None} == {f"encoder_int8_vs_{name}" for name in without}
+    assert found["ratios"].keys() == found["ratios_cpu"].keys() == latency.RATIOS.keys()
+    assert rows["eager"]["word_pieces"] == models.BERT_PIECES and rows["int8"]["word_pieces"] == models.COCO_PIECES
+    assert rows["pruned-int8"]["gmacs_caption"] <= 0.5 * rows["int8"]["gmacs_caption"] + 0.001  # both are rounded
+    assert rows["pruned-int8"]["bytes"] < rows["int8"]["bytes"] < 0.35 * rows["onnx"]["bytes"]
+    assert all(row["bytes_without_concepts"] < row["bytes"] for row in rows.values() if "bytes" in row)
+    kept = {path: path.stat().st_mtime for path in tmp_path.iterdir()}
+    again = document(latency, capsys, monkeypatch, *arguments, "--leave-out", "blip-base", "git-base")
+    assert {path: path.stat().st_mtime for path in tmp_path.iterdir()} == kept
+    assert again["left_out"].keys() == without | {"blip-base", "git-base"} and again["ratios"]["caption_int8_vs_git_base"] is None
+
+
+@pytest.mark.slow
+def test_prune_measures_each_share_in_both_precisions(tiny_models, capsys, monkeypatch, tmp_path):
+    found = document(prune, capsys, monkeypatch, "--rounds", 2, "--images", 16, "--shares", 0.8, 0.6)
+    assert [row["name"] for row in found["rows"]] == ["1 fp32", "1 int8", "0.8 fp32", "0.8 int8", "0.6 fp32", "0.6 int8"]
+    macs = [row["gmacs_caption"] for row in found["rows"][::2]]
+    assert macs[1] <= 0.8 * macs[0] + 0.001 and macs[2] <= 0.6 * macs[0] + 0.001
+    assert len(found["ratios"]) == 2 * 2 * 2
 
 
 @pytest.mark.slow
