@@ -1,0 +1,186 @@
+"""What the benchmarks compute from their measurements, and how they measure: on tiny models and on made-up times."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compress
+
+sys.path.insert(0, str(Path(compress.__file__).resolve().parents[1] / "benchmarks"))
+
+import latency  # noqa: E402
+import memory  # noqa: E402
+import models  # noqa: E402
+import neighbours  # noqa: E402
+import prune  # noqa: E402
+
+from compress.artifact import Artifact  # noqa: E402
+from compress.cost import TOKENS  # noqa: E402
+from students.lightcap import preset  # noqa: E402
+
+
+def rows(**captions):
+    """Rows of `name`: milliseconds of a caption; the encoder takes half of it, a step a hundredth."""
+    return [
+        {"name": name.replace("_", "-"), "caption_ms": ms, "encoder_ms": ms / 2, "step_ms": ms / 100} for name, ms in captions.items()
+    ]
+
+
+def test_latencys_ratios_are_the_others_time_over_ours_and_ours_over_the_limits():
+    found = latency.ratios(rows(eager=200.0, int8=40.0, pruned_int8=20.0, blip_base=2000.0, git_base=1000.0, ort_static=50.0), "ms")
+    assert found == {
+        "encoder_int8_vs_eager": 5.0, "step_int8_vs_eager": 5.0, "caption_int8_vs_eager": 5.0, "caption_pruned_int8_vs_eager": 10.0,
+        "caption_int8_vs_blip_base": 50.0, "caption_int8_vs_git_base": 25.0, "encoder_int8_vs_ort_static": 0.8,
+        "encoder_int8_vs_openvino": None,
+    }  # fmt: skip
+
+
+def test_what_is_not_measured_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = latency.left_out(["git-base"])
+    assert found.keys() == {"openvino", "git-base"} and "lightcap[bench]" in found["openvino"]
+    assert set(neighbours.NAMES) >= found.keys()
+
+
+def test_a_row_holds_each_phase_a_step_and_the_whole_caption():
+    times = [{"encoder": (10.0 + i, 9.0), "steps": (TOKENS * 2.0, TOKENS * 1.0), "text": (1.0, 1.0)} for i in range(3)]
+    row = latency.summary(times)
+    assert (row["encoder_ms"], row["step_ms"], row["step_cpu_ms"]) == (11.0, 2.0, 1.0)
+    assert (row["caption_ms"], row["caption_cpu_ms"]) == (11.0 + 2 * TOKENS + 1, 10.0 + TOKENS)
+    assert row["caption_ms_q1"] <= row["caption_ms"] <= row["caption_ms_q3"] and "steps_ms" not in row
+    assert latency.summary([{"encoder": (1.0, 1.0)}] * 2).keys() == {"encoder_ms", "encoder_ms_q1", "encoder_ms_q3", "encoder_cpu_ms"}
+
+
+def test_both_routes_run_all_phases_and_all_rounds_in_turn(model, folder):
+    order = []
+
+    def noting(name, work):
+        def noted(picture):
+            order.append(name)
+            yield from work(picture)
+
+        return noted
+
+    eager = noting("slow", lambda picture: iter(["encoder"]))
+    subjects = [latency.Subject("onnx", "", noting("onnx", latency.graphs(Artifact(folder))), {}), latency.Subject("slow", "", eager, {})]
+    found = latency.measure(subjects, [np.zeros((80, 80, 3), np.uint8)], 3)
+    assert order == ["onnx", "slow"] * (3 + latency.WARM)
+    assert len(found["onnx"]) == len(found["slow"]) == 3
+    assert list(found["onnx"][0]) == ["pixels", "encoder", "prefix", "steps", "text"]
+    assert all(clock > 0 for clock, _ in found["onnx"][0].values())
+
+
+def test_prunes_ratio_is_the_share_of_time_saved_over_the_share_of_macs_saved():
+    whole = {"share": 1.0, "precision": "int8", "gmacs_encoder": 5.0, "gmacs_caption": 6.0, "encoder_ms": 30.0, "caption_ms": 40.0}
+    half = {"share": 0.5, "precision": "int8", "gmacs_encoder": 2.5, "gmacs_caption": 3.0, "encoder_ms": 18.0, "caption_ms": 30.0}
+    assert prune.ratios([whole, half], "ms") == {"encoder_int8_at_0.5": 0.8, "caption_int8_at_0.5": 0.5}
+
+
+def test_the_made_up_vocabulary_spells_every_concept_and_every_word():
+    words = models.tokenizer(models.COCO_PIECES)
+    assert words.get_vocab_size() == models.COCO_PIECES
+    for name in models.read_concepts():
+        assert "[UNK]" not in words.encode(name, add_special_tokens=False).tokens
+    assert models.tokenizer().get_vocab_size() == models.BERT_PIECES
+
+
+def test_bytes_without_concepts_leave_out_the_extractors_graph(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "concepts.onnx").write_bytes(bytes(1000))
+    row = models.row(Artifact(tmp_path))
+    assert row["bytes"] - row["bytes_without_concepts"] == 1000
+    assert models.row(Artifact(folder))["bytes"] == row["bytes_without_concepts"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the page cache is Linux's")
+def test_memory_measures_the_script_alone(folder, tmp_path):
+    from PIL import Image
+
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (90, 60), "red").save(photo)
+    python = sys.executable
+    given = [
+        case for case in memory.cases(python, {"export": folder}, dict.fromkeys(memory.SIZES, photo)) if case.name != "export, large"
+    ]
+    imports, plain, beam = memory.measure(given, 2)
+    assert (imports["name"], plain["name"], beam["name"]) == ("imports alone", "export, photo", "export, beam 5")
+    assert 0 < imports["cold_start_s"] and plain["folder_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert 20 < imports["peak_mb"] < plain["peak_mb"] <= plain["peak_mb_max"] < 500
+    assert {"cold_start_from_disk_s", "cpu_s"} <= plain.keys() and "cold_start_from_disk_s" not in imports
+    with pytest.raises(RuntimeError, match="no such image"):
+        memory.run((python, str(folder / "caption.py"), str(tmp_path / "none.png")))
+
+
+@pytest.fixture
+def tiny_models(monkeypatch):
+    """The benchmarks' models, each as small as it can be."""
+    from transformers import BlipConfig, BlipForConditionalGeneration, GitConfig, GitForCausalLM
+
+    def small(name, vocabulary):
+        return dataclasses.replace(preset("tiny", vocabulary=vocabulary), concepts=6, alignment=(32, 16), modulator=8)
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    blip = BlipConfig(text_config=size | {"encoder_hidden_size": 32}, vision_config=size | {"image_size": 384, "patch_size": 64})
+    git = GitConfig(**size, vision_config=size | {"image_size": 224, "patch_size": 32})
+    monkeypatch.setattr(models, "preset", small)
+    monkeypatch.setattr(neighbours, "blip_base", lambda: BlipForConditionalGeneration(blip).eval())
+    monkeypatch.setattr(neighbours, "git_base", lambda: GitForCausalLM(git).eval())
+
+
+def document(benchmark, capsys, monkeypatch, *arguments):
+    """What the benchmark's command says in its last line."""
+    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *map(str, arguments)])
+    benchmark.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of transformers and openvino
+def test_latency_measures_every_row_and_ratio(tiny_models, capsys, monkeypatch, tmp_path):
+    arguments = ("--rounds", 2, "--images", 16, "--keep", tmp_path)
+    found = document(latency, capsys, monkeypatch, *arguments)
+    without = set() if importlib.util.find_spec("openvino") else {"openvino"}
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == [name for name in ("eager", "onnx", "int8", "pruned-int8", *neighbours.NAMES) if name not in without]
+    assert found["left_out"].keys() == without
+    assert {name for name, value in found["ratios"].items() if value is None} == {f"encoder_int8_vs_{name}" for name in without}
+    assert found["ratios"].keys() == found["ratios_cpu"].keys() == latency.RATIOS.keys()
+    assert rows["eager"]["word_pieces"] == models.BERT_PIECES and rows["int8"]["word_pieces"] == models.COCO_PIECES
+    assert rows["pruned-int8"]["gmacs_caption"] <= 0.5 * rows["int8"]["gmacs_caption"] + 0.001  # both are rounded
+    assert rows["pruned-int8"]["bytes"] < rows["int8"]["bytes"] < 0.35 * rows["onnx"]["bytes"]
+    assert all(row["bytes_without_concepts"] < row["bytes"] for row in rows.values() if "bytes" in row)
+    kept = {path: path.stat().st_mtime for path in tmp_path.iterdir()}
+    again = document(latency, capsys, monkeypatch, *arguments, "--leave-out", "blip-base", "git-base")
+    assert {path: path.stat().st_mtime for path in tmp_path.iterdir()} == kept
+    assert again["left_out"].keys() == without | {"blip-base", "git-base"} and again["ratios"]["caption_int8_vs_git_base"] is None
+
+
+@pytest.mark.slow
+def test_prune_measures_each_share_in_both_precisions(tiny_models, capsys, monkeypatch, tmp_path):
+    found = document(prune, capsys, monkeypatch, "--rounds", 2, "--images", 16, "--shares", 0.8, 0.6)
+    assert [row["name"] for row in found["rows"]] == ["1 fp32", "1 int8", "0.8 fp32", "0.8 int8", "0.6 fp32", "0.6 int8"]
+    macs = [row["gmacs_caption"] for row in found["rows"][::2]]
+    assert macs[1] <= 0.8 * macs[0] + 0.001 and macs[2] <= 0.6 * macs[0] + 0.001
+    assert len(found["ratios"]) == 2 * 2 * 2
+
+
+@pytest.mark.slow
+def test_lightcap_40m_in_int8_keeps_the_promised_bytes_memory_and_start(tmp_path):
+    """34 MB of files without the concept extractor and 40 MB with it, 200 MB of memory, 1.5 s from the process's start (of CPU time: other
+    work on the machine is not the captioner's), for a photo of the usual size and for one of 12 megapixels."""
+    from PIL import Image
+
+    built = models.build("int8-export", tmp_path, images=8)
+    row = models.row(built)
+    assert row["bytes"] <= 40e6 and row["bytes_without_concepts"] <= 34e6 and row["word_pieces"] == models.COCO_PIECES
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    for name, size in memory.SIZES.items():
+        coarse.resize(size).save(tmp_path / f"{name}.jpg", quality=92)
+        found = memory.run((sys.executable, str(built.path / "caption.py"), "--threads", "1", str(tmp_path / f"{name}.jpg")))
+        assert found.peak_mb < 200 and found.cpu_s < 1.5, (name, found)
