@@ -11,7 +11,7 @@ quickstart: .venv/.lightcap
 
 test: .venv/.lightcap-test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 verify: .venv/.lightcap-test
 	$(BIN)/python -m pytest -q -m slow
