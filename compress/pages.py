@@ -1,18 +1,18 @@
 """Huge pages for the heap, while a run lasts.
 
 Training takes and frees gigabytes in every few steps, and what was given back (compress/memory.py) is faulted in again, 4 KiB at a time:
-a quarter million faults for each gigabyte, which was a quarter of the time of the photos recipe's teacher (0.80 steps a second, 1.07
-without them; Zen 4, 2 cores). In pages of 2 MiB there are next to none. glibc would ask for them only if GLIBC_TUNABLES had said so
-before the process began. Elsewhere than on Linux, and where the kernel has no such pages, nothing here does anything.
+a quarter million faults for each gigabyte. In pages of 2 MiB there are next to none. glibc would ask for them only if GLIBC_TUNABLES had
+said so before the process began. Elsewhere than on Linux, and where the kernel has no such pages, nothing here does anything.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from compress.memory import watching
 
 MADV_HUGEPAGE = 14
 HUGE = 2 * 2**20
@@ -27,20 +27,13 @@ def huge_pages() -> Iterator[None]:
     if madvise is None or not MAPS.is_file():
         yield
         return
-    ended = threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(SECONDS):
-            if (found := heap()) is not None:  # again and again: what a heap grows by is a mapping of its own, of which nothing was asked
-                madvise(found[0], found[1] - found[0], MADV_HUGEPAGE)
+    def look() -> None:
+        if (found := heap()) is not None:  # again and again: what a heap grows by is a mapping of its own, of which nothing was asked
+            madvise(found[0], found[1] - found[0], MADV_HUGEPAGE)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with watching(look, SECONDS):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def heap() -> tuple[int, int] | None:

@@ -37,7 +37,6 @@ from compress.parallel import ALONE, Share, until
 from compress.process import only_writer
 
 BASELINE = "nearest"
-MOST_RESIDENT = 5.2 * 2**30  # bytes, above which freed memory is given back; at 4.5 GiB the photos teacher did so every two seconds
 JOINT = ("concepts", "train", "distill", "scst")  # stages that several processes train together
 
 
@@ -110,7 +109,7 @@ def run(
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
         run_ = _Run(wanted, out, cache, data, progress or Progress(), stages, evaluation, share)
         try:
-            with bounded(MOST_RESIDENT), huge_pages():
+            with bounded(), huge_pages():
                 if share.rank:
                     return _trained_with(run_)
                 with only_writer(out / ".writer", _refuse):
