@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import compress
 from compress import pages
 
@@ -40,13 +38,16 @@ with pages.huge_pages():
 """
 
 
-@pytest.mark.skipif(not SETTING.is_file() or "[never]" in SETTING.read_text(), reason="the kernel has no huge pages to give")
 def test_a_heap_that_is_given_back_is_faulted_in_by_huge_pages():
+    """Where the kernel gives none, asking for them changes nothing."""
     done = subprocess.run([sys.executable, "-c", CYCLES], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    plain, huge = map(int, done.stdout.split())
-    assert plain > 40_000  # 200 MB in pages of 4 KiB
-    assert huge < plain / 4
+    plain, asked = map(int, done.stdout.split())
+    if SETTING.is_file() and "[madvise]" in SETTING.read_text():
+        assert plain > 40_000  # 200 MB in pages of 4 KiB
+        assert asked < plain / 4
+    else:
+        assert asked < 1.1 * plain + 1000
 
 
 def test_the_heap_is_whole_huge_pages(tmp_path, monkeypatch):
