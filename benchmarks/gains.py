@@ -20,7 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.results import CAPTIONS, interval, number, table  # noqa: E402
+from results import CAPTIONS, interval, number, table  # noqa: E402
+
 from compress import ledger  # noqa: E402
 from compress.config import Stage  # noqa: E402
 from compress.errors import LightcapError  # noqa: E402

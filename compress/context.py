@@ -21,12 +21,22 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Task:
-    """One piece of work of `total` units. Call `advance` as units are done."""
+    """One piece of work of `total` units. Call `advance` as units are done, `resume` for those that were done before it began."""
 
     def __init__(self, label: str, total: float | None, show) -> None:
-        self.label, self.total, self.done, self.note = label, total, 0.0, ""
+        self.label, self.total, self.done, self.before, self.note = label, total, 0.0, 0.0, ""
         self.started = time.monotonic()
         self._show = show
+
+    def resume(self, units: float) -> None:
+        """They count as done, and not in the rate."""
+        self.before += units
+        self.advance(units)
+
+    @property
+    def rate(self) -> float:
+        """Units a second."""
+        return (self.done - self.before) / max(time.monotonic() - self.started, 1e-9)
 
     def advance(self, units: float = 1, note: str = "") -> None:
         """`note`, such as a loss, stands at the end of the line until the next one."""
@@ -36,8 +46,7 @@ class Task:
 
     def line(self) -> str:
         """`student: 1200/3000, 85.1/s, 21 s left`"""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        rate = self.done / seconds
+        rate = self.rate
         note = f", {self.note}" if self.note else ""
         if self.total is None:
             return f"{self.label}: {self.done:g}, {rate:.3g}/s{note}"
@@ -111,8 +120,7 @@ class Progress:
         number = bars.add_task(label, total=total, rate="")
 
         def show(task: Task) -> None:
-            rate = task.done / max(time.monotonic() - task.started, 1e-9)
-            bars.update(number, completed=task.done, rate=f"{rate:.3g}/s {task.note}")
+            bars.update(number, completed=task.done, rate=f"{task.rate:.3g}/s {task.note}")
 
         task = Task(label, total, show)
         try:

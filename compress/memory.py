@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's mallopt
-MOST_RESIDENT = 5.2 * 2**30  # bytes, mapped files among them; at 4.5 GiB the photos teacher gave back a gigabyte every two seconds
+MOST_RESIDENT = 5.2 * 2**30  # bytes, mapped files among them; near what training holds at once, it would give back without a pause
 GROWTH = 0.5 * 2**30  # what must have been added since the last time
 SECONDS = 0.1
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NEVER = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")  # pieces that a caption cannot hold
 FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "encoder.onnx", "decoder.onnx")
 # A JPEG of many megapixels is decoded at a part of its size, but with sides of at least this many times those that the encoder sees:
-# after resizing no pixel differs by more than one or two of 255, and 12 megapixels take a third of the time and a quarter of the memory.
+# after resizing no pixel differs by more than 2 of 255.
 OVERSAMPLED = 4
 CPUINFO = Path("/proc/cpuinfo")
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # x86 flags of integer products whose sums are exact

@@ -128,6 +128,8 @@ def test_one_teacher_teaches_every_head(run, teachers):
 def test_heads_learn_from_all_teachers_or_from_the_heads_before_them(run, teachers):
     digests = {run(Distill(ensemble=e, epochs=1, batch_images=40), name=e).digest() for e in ("each", "all", "running")}
     assert len(digests) == 3
+    with pytest.raises(RecipeError, match="ensemble: all is of several teachers"):
+        run(Distill(ensemble="all", teachers=("teacher",), epochs=1, batch_images=40))
     with pytest.raises(RecipeError, match="ensemble: all is of several heads"):
         run(Distill(ensemble="all", match=("hidden",), epochs=1, batch_images=40))
 

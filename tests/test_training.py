@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compress.config import Optimisation
-from compress.context import Progress
+from compress.context import Progress, Task
 from compress.errors import StageError
 from compress.training import features, loop
 from compress.training.batches import IGNORED, Captions, order, pack
@@ -26,6 +26,15 @@ CONFIG = Optimisation(learning_rate=0.01, warmup=0.2)
 
 
 # ---- fit
+
+
+def test_what_was_done_before_a_kill_is_not_in_the_rate(monkeypatch):
+    clock = iter([0.0, *[10.0] * 20])
+    monkeypatch.setattr("compress.context.time.monotonic", lambda: next(clock))
+    task = Task("teacher", 100, lambda task: None)
+    task.resume(60)
+    task.advance(20)
+    assert task.line() == "teacher: 80/100, 2/s, 10 s left"
 
 
 class Killed(Exception):

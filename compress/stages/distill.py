@@ -44,6 +44,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         model.config = dataclasses.replace(model.config, mask_piece=first.config.mask_piece)
     if len(sources) not in (1, model.config.heads):
         raise RecipeError(f"{len(sources)} teachers for {model.config.heads} heads; name one, or one per head")
+    if config.ensemble == "all" and len(sources) == 1:
+        raise RecipeError("ensemble: all is of several teachers; leave it out with one")
     if config.ensemble != "each" and ("tokens" not in config.match or model.config.heads == 1):
         raise RecipeError(f"ensemble: {config.ensemble} is of several heads that match tokens; leave it out here")
     teachers = [load(source.path) for source in sources]

@@ -49,7 +49,7 @@ def fit(
     parameters = [p for group in groups for p in group.parameters]
     saved = time.monotonic()
     with progress.task(label, steps) as task:
-        task.advance(start)
+        task.resume(start)
         for step in range(start, steps):
             torch.manual_seed(seed * 1_000_003 + step + share.rank * 1_000_000_007)
             for group, peak in zip(optimizer.param_groups, peaks(groups), strict=True):
