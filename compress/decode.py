@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from students.lightcap import LightCap
-from students.lightcap.fusion import Past
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
     """All finished hypotheses of each image of `grid`, in no order; at least `beam` of them, where the vocabulary allows so many."""
     b = len(grid)
     where = grid.device
-    past = [(k.repeat_interleave(beam, 0), v.repeat_interleave(beam, 0)) for k, v in model.prefill(grid)]
+    past = model.prefill(grid)
     scores = torch.full((b, beam), -torch.inf, device=where)
     scores[:, 0] = 0.0
     tokens = torch.full((b * beam, 1), special.start, device=where)
@@ -64,7 +63,7 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
         total = scores.unsqueeze(-1) + logs.view(len(live), beam, -1)
         best, index = total.flatten(1).topk(min(2 * beam, total[0].numel()), dim=1)
         source, piece = index // logs.shape[-1], index % logs.shape[-1]
-        keep_rows, chosen, chosen_scores, chosen_pieces = [], [], [], []
+        keep_images, keep_rows, chosen, chosen_scores, chosen_pieces = [], [], [], [], []
         ends = (piece == special.end).tolist()
         values = best.tolist()
         for row, image in enumerate(live):
@@ -81,17 +80,19 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
                 continue
             real = min(len(slots), beam)
             slots = (slots + slots[-1:] * beam)[:beam]
-            keep_rows.append(image)
+            keep_images.append(image)
+            keep_rows.append(row)
             chosen.append(row * beam + source[row, slots])
             chosen_scores.append(best[row, slots].index_fill(0, torch.arange(real, beam, device=where), -torch.inf))
             chosen_pieces.append(piece[row, slots])
-        live = keep_rows
+        images = None if len(keep_rows) == len(live) else torch.tensor(keep_rows, device=where)
+        live = keep_images
         if not live:
             break
         rows = torch.cat(chosen)
         scores = torch.stack(chosen_scores)
         tokens = torch.cat([tokens[rows], torch.cat(chosen_pieces).unsqueeze(1)], 1)
-        past = reorder(past, rows)
+        past = [seen.rows(rows, images) for seen in past]
     for row, image in enumerate(live):
         for slot in range(beam):
             value = float(scores[row, slot])
@@ -102,10 +103,6 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
     return finished
 
 
-def reorder(past: Past, rows: Tensor) -> Past:
-    return [(keys[rows], values[rows]) for keys, values in past]
-
-
 @torch.inference_mode()
 def sample(
     model: LightCap, grid: Tensor, special: Special, count: int, max_tokens: int = 20, seed: int = 0, temperature: float = 1.0
@@ -114,7 +111,7 @@ def sample(
     ones."""
     b = len(grid)
     generator = torch.Generator(device=grid.device).manual_seed(seed)
-    past = [(k.repeat_interleave(count, 0), v.repeat_interleave(count, 0)) for k, v in model.prefill(grid)]
+    past = model.prefill(grid)
     tokens = torch.full((b * count, 1), special.start, device=grid.device)
     logprob = torch.zeros(b * count, device=grid.device)
     done = torch.zeros(b * count, dtype=torch.bool, device=grid.device)

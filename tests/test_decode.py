@@ -9,6 +9,7 @@ import torch
 
 from compress import runtime
 from compress.decode import Hypothesis, Special, beam_search, sample
+from students.lightcap.fusion import Seen
 
 PAD, START, END, MASK = 0, 1, 2, 3
 SPECIAL = Special(START, END, (PAD, START, MASK))
@@ -19,7 +20,7 @@ VOCABULARY = 7
 class Tables:
     """A captioner whose logits are a random function of the image and of every piece so far.
 
-    `past` carries the image's number and the pieces, as keys of shape (N, 1, length, 1), so a wrong reordering shows.
+    `past` carries the image's number and the pieces as keys, of shape (B, 1, 1, 1) and (N, 1, length, 1), so a wrong reordering shows.
     """
 
     def __init__(self, seed: int, scale: float = 2.0) -> None:
@@ -34,13 +35,16 @@ class Tables:
         return self.known[history].copy()
 
     def prefill(self, grid):
-        return [(grid[:, None].clone(), grid[:, None].clone())]
+        return [Seen(grid[:, None].clone(), grid[:, None].clone())]
 
     def step(self, tokens, position, past):
-        keys = torch.cat([past[0][0], tokens[:, None, :, None].float()], 2)
+        [seen], pieces = past, tokens[:, None, :, None].float()
+        own = pieces if seen.own_keys is None else torch.cat([seen.own_keys, pieces], 2)
         self.steps += 1
-        assert keys.shape[2] == position + 2  # the image's number, then the pieces so far
-        return torch.from_numpy(np.stack([self.logits(tuple(row[0, :, 0].tolist())) for row in keys])), [(keys, keys)]
+        assert own.shape[2] == position + 1 and seen.length == position + 1  # the image's number, and the pieces before this one
+        whole = torch.cat([seen.keys.repeat_interleave(len(own) // len(seen.keys), 0), own], 2)
+        logits = np.stack([self.logits(tuple(row[0, :, 0].tolist())) for row in whole])
+        return torch.from_numpy(logits), [Seen(seen.keys, seen.values, own, own)]
 
 
 def grid(images: int) -> torch.Tensor:
@@ -217,12 +221,14 @@ def test_sampling_is_reproducible():
 def device_search(model: Tables, images: int, beam: int, most: int) -> list[tuple[list[int], float]]:
     """`compress.runtime`'s search over the same logits."""
     captioner = types.SimpleNamespace(start=START, end=END, never=list(SPECIAL.never))
-    captioner.prefill = lambda grid: [array.numpy() for array in model.prefill(torch.from_numpy(grid))[0]]
+    captioner.prefill = lambda grid: [array.numpy() for array in model.prefill(torch.from_numpy(grid))[0][:2]]
 
     def step(tokens, position, past):
-        pair = tuple(torch.from_numpy(array) for array in past)
-        logits, [present] = model.step(torch.tensor(tokens)[:, None], position, [pair])
-        return logits.numpy(), [array.numpy() for array in present]
+        number, own = torch.from_numpy(past[0]).split([1, past[0].shape[2] - 1], 2)
+        seen = Seen(number, number, own, own) if own.shape[2] else Seen(number, number)
+        logits, [present] = model.step(torch.tensor(tokens)[:, None], position, [seen])
+        whole = torch.cat([number, present.own_keys], 2).numpy()
+        return logits.numpy(), [whole, whole]
 
     captioner.step = step
     return runtime.Captioner.search(captioner, grid(images).numpy(), beam, most)

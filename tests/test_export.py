@@ -34,7 +34,7 @@ def test_prefix_and_steps_of_one_graph_give_pytorchs_keys_and_logits_with_a_prun
     with torch.no_grad():
         past = model.prefill(grid)
         mine = captioner.prefill(grid.numpy())
-        for expected, got in zip([tensor for pair in past for tensor in pair], mine, strict=True):
+        for expected, got in zip([tensor for seen in past for tensor in (seen.keys, seen.values)], mine, strict=True):
             np.testing.assert_allclose(got, expected.numpy(), atol=1e-4)
         assert mine[0].shape == (3, 1, 25, 16) and mine[2].shape == (3, 2, 25, 16)
         for position in range(6):

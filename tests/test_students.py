@@ -63,6 +63,32 @@ def stepwise(model: LightCap, grid: torch.Tensor, caption: list[int]) -> torch.T
     return torch.stack(rows)
 
 
+# ---- steps
+
+
+def test_several_captions_of_an_image_share_its_prefix(model, grid):
+    """Steps of four captions of each of three images, then of chosen ones of two images, are those of every caption alone."""
+    captions = torch.randint(4, VOCABULARY, (3, 4, 5), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        past, found = model.prefill(grid), []
+        for position in range(5):
+            logits, past = model.step(captions.flatten(0, 1)[:, position : position + 1], position, past)
+            found.append(logits.unflatten(0, (3, 4)))
+        assert len(past[0].keys) == 3 and past[0].own_keys.shape[::2] == (12, 5)
+        chosen = torch.tensor([3, 3, 1, 0, 11, 8, 9, 10])
+        kept = [seen.rows(chosen, torch.tensor([0, 2])) for seen in past]
+        last, _ = model.step(torch.full((8, 1), 7), 5, kept)
+    together = torch.stack(found, 2)
+    for image in range(3):
+        for index in range(4):
+            alone = stepwise(model, grid[image : image + 1], [*captions[image, index].tolist(), 3])
+            torch.testing.assert_close(together[image, index], alone, atol=1e-4, rtol=1e-4)
+    for row, caption in enumerate(chosen.tolist()):
+        image, index = divmod(caption, 4)
+        alone = stepwise(model, grid[image : image + 1], [*captions[image, index].tolist(), 7, 3])
+        torch.testing.assert_close(last[row], alone[-1], atol=1e-4, rtol=1e-4)
+
+
 # ---- sizes
 
 

@@ -7,6 +7,8 @@ the prefix's own output, so there only its keys and values are computed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,27 @@ from torch import Tensor, nn
 from students.lightcap.config import PREFIX_POSITION
 from students.lightcap.dropout import Dropout
 
-Past = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each (N, heads, length, head_dim)
+
+class Seen(NamedTuple):
+    """One layer's keys and values: of the prefix of B images, each (B, heads, P, head_dim), and of the captions so far, k for each image
+    one after the other, each (B * k, heads, T, head_dim); None before the first piece. A prefix is never copied for its captions."""
+
+    keys: Tensor
+    values: Tensor
+    own_keys: Tensor | None = None
+    own_values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2] + (0 if self.own_keys is None else self.own_keys.shape[2])
+
+    def rows(self, captions: Tensor, images: Tensor | None) -> Seen:
+        """Those `captions` (and `images`, if not all) alone, in their order."""
+        keys, values = (self.keys, self.values) if images is None else (self.keys[images], self.values[images])
+        return Seen(keys, values, self.own_keys[captions], self.own_values[captions])
+
+
+Past = list[Seen]  # per layer
 
 
 def attention(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
@@ -28,6 +50,26 @@ def attention(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
     scores = scores.expand(n, heads, length, keys.shape[2]).flatten(0, 1)
     scores = torch.baddbmm(scores, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=size**-0.5)
     return scores.softmax(-1).unflatten(0, (n, heads))
+
+
+def attend(queries: Tensor, seen: Seen, mask: Tensor | None) -> Tensor:
+    """Attention of caption pieces (B * k, heads, T, head_dim) to their image's prefix and to their own caption, all at once for an image's
+    k captions. `mask` (1, 1, T, own T) bool."""
+    n, heads, length, size = queries.shape
+    images, prefix = len(seen.keys), seen.keys.shape[2]
+
+    def by_image(x: Tensor) -> Tensor:  # (B * k, heads, T, ...) -> (B, heads, k * T, ...)
+        return x.unflatten(0, (images, n // images)).transpose(1, 2).flatten(2, 3)
+
+    def by_caption(x: Tensor) -> Tensor:
+        return x.unflatten(2, (n // images, length)).transpose(1, 2).flatten(0, 1)
+
+    among = queries @ seen.own_keys.transpose(2, 3)
+    if mask is not None:
+        among = among.masked_fill(~mask, float("-inf"))
+    scores = torch.cat([by_caption(by_image(queries) @ seen.keys.transpose(2, 3)), among], -1) * size**-0.5
+    before, own = scores.softmax(-1).split([prefix, among.shape[-1]], -1)
+    return by_caption(by_image(before) @ seen.values) + own @ seen.own_values
 
 
 class Layer(nn.Module):
@@ -54,25 +96,30 @@ class Layer(nn.Module):
         return x.view(n, length, width // self.head_dim, self.head_dim).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None, first: int, probe: list | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (N, S, hidden); mask (N or 1, 1, S - first, past + S) bool, True where attention is allowed, None for everywhere; queries are
-        made for x[:, first:] alone. Returns the new states (N, S - first, hidden) and all keys and values."""
+        self, x: Tensor, past: Seen | None, mask: Tensor | None, first: int, probe: list | None = None
+    ) -> tuple[Tensor, Seen]:
+        """x (N, S, hidden): prefix and captions, or captions' next pieces after `past`. mask (N or 1, 1, S - first, S; or S, own length) bool,
+        True where attention is allowed, None for everywhere; queries are made for x[:, first:] alone. Returns the new states
+        (N, S - first, hidden) and what is seen from now on."""
         keys, values = self.split(self.key(x)), self.split(self.value(x))
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
         x = x[:, first:]
         queries = self.split(self.query(x))
-        if probe is None and (mask is None or not torch.is_grad_enabled()):
+        if past is not None:
+            own = (keys, values) if past.own_keys is None else (torch.cat([past.own_keys, keys], 2), torch.cat([past.own_values, values], 2))
+            seen = Seen(past.keys, past.values, *own)
+            mixed = attend(queries, seen, mask)
+        elif probe is None and (mask is None or not torch.is_grad_enabled()):
+            seen = Seen(keys, values)
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         else:
+            seen = Seen(keys, values)
             rows = attention(queries, keys, mask)
             mixed = rows @ values
             if probe is not None:
                 probe.append(rows)
         x = self.norm1(x + self.dropout(self.output(mixed.transpose(1, 2).flatten(2))))
         x = self.norm2(x + self.dropout(self.down(F.gelu(self.up(x)))))
-        return x, (keys, values)
+        return x, seen
 
 
 class Fusion(nn.Module):
@@ -109,7 +156,7 @@ class Fusion(nn.Module):
         self, x: Tensor, first: int, past: Past | None = None, mask: Tensor | None = None, probe: list | None = None
     ) -> tuple[Tensor, Past]:
         """x (N, S, hidden), of which x[:, :first] is prefix. Returns the caption's states (N, S - first, hidden) and the keys and values.
-        `mask` (N or 1, 1, S, past + S). `probe`, a list, receives per layer (caption states, caption rows of the attention matrix)."""
+        `mask` (N or 1, 1, S, S), after `past` (1, 1, S, own length). `probe`, a list, receives per layer (caption states, caption rows of the attention matrix)."""
         present: Past = []
         for index, layer in enumerate(self.layers):
             skip = first if index + 1 == len(self.layers) else 0

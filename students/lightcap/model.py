@@ -93,7 +93,8 @@ class LightCap(nn.Module):
         return self.fusion(prefix, first=prefix.shape[1])[1]
 
     def step(self, tokens: Tensor, position: int, past: Past) -> tuple[Tensor, Past]:
-        """tokens (N, 1) at `position`, keys and values so far -> logits (N, V) and all keys and values.
+        """tokens (N, 1) at `position` of N / B captions for each of the B images of `past`, keys and values so far -> logits (N, V) and all
+        keys and values.
 
         A model of masked pieces reads [MASK] behind the token; what is kept of it is nothing, since the next piece takes its place.
         """
@@ -102,11 +103,13 @@ class LightCap(nn.Module):
             states, present = self.fusion(self.fusion.embed_caption(tokens, places), first=0, past=past)
             return self.heads(states[:, -1], self.word), present
         pair = torch.cat([tokens, torch.full_like(tokens, self.config.mask_piece)], 1)
-        sees = torch.ones(1, 1, 2, past[0][0].shape[2] + 2, dtype=torch.bool, device=tokens.device)
+        own = past[0].length - past[0].keys.shape[2] + 2
+        sees = torch.ones(1, 1, 2, own, dtype=torch.bool, device=tokens.device)
         sees[:, :, 0, -1] = False
         x = self.fusion.embed_caption(pair, torch.cat([places, places + 1], 1))
         states, present = self.fusion(x, first=0, past=past, mask=sees)
-        return self.heads(states[:, -1], self.word), [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in present]
+        kept = [seen._replace(own_keys=seen.own_keys[:, :, :-1], own_values=seen.own_values[:, :, :-1]) for seen in present]
+        return self.heads(states[:, -1], self.word), kept
 
     def states(
         self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, probe: list | None = None, concepts: Tensor | None = None
