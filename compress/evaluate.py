@@ -16,7 +16,7 @@ from compress.context import Context, Progress
 from compress.data import CaptionSet
 from compress.data.concepts import read_concepts
 from compress.decode import Special, beam_search
-from compress.errors import ModelError
+from compress.errors import ModelError, StageError
 from compress.metrics.bootstrap import paired
 from compress.training.corpus import UNSEEN_BIAS
 from compress.training.features import device, grids, pixels
@@ -48,11 +48,22 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     write_json(artifact.path / CAPTIONS, spoken)
     row = accuracy(scores) | {"split": context.recipe.data.val_split} | costs(artifact, against)
     if against is not None:
-        before = {item["image"]: item["cider"] for item in json.loads((against.path / CAPTIONS).read_text())}
-        pair = paired(np.array([item["cider"] for item in spoken]), np.array([before[item["image"]] for item in spoken]))
+        earlier = {item["image"]: item for item in json.loads((against.path / CAPTIONS).read_text())}
+        if artifact.quantized:
+            check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()])
+        before = [earlier[item["image"]]["cider"] for item in spoken]
+        pair = paired(np.array([item["cider"] for item in spoken]), np.array(before))
         row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
     pictures = pixels(data, settings_of(artifact), context.cache, context.progress)[:TIMED_IMAGES]
     return row | latency(artifact, against, pictures)
+
+
+def check_variety(said: Sequence[str], before: Sequence[str]) -> None:
+    """StageError where every image got one caption, and not so from the parent: graphs that run, and whose numbers are broken."""
+    if len(set(said)) == 1 < len(set(before)):
+        different = len(set(before))
+        raise StageError(f"all {len(said)} images get the same caption, '{said[0]}', and {different} different ones from the parent; "
+                         "try more calibration_images, or trials")
 
 
 def accuracy(scores: metrics.Scores) -> dict:
@@ -113,7 +124,7 @@ def captions(
     model.to(where)
     special = special.among(spoken)
     for start in range(0, len(data), BATCH):
-        grid = torch.from_numpy(features[start : start + BATCH]).to(where).float()
+        grid = torch.from_numpy(np.array(features[start : start + BATCH])).to(where).float()
         for hypothesis in beam_search(model, grid, special, beam, model.config.max_tokens):
             said.append((decode_caption(tokenizer, spoken[list(hypothesis.tokens)].tolist()), hypothesis.logprob))
         advance(len(grid))

@@ -325,6 +325,8 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             config = _with_teachers(config, settings, before, place, student, earlier)
         if kind == "prune" and sum(getattr(config, key) is not None for key in ("macs", "params", "mb")) != 1:
             raise RecipeError(f"{place}'prune' needs exactly one target: macs, params (shares of its parent) or mb")
+        if kind == "quantize" and config.trials and config.max_drop_cider is None:
+            raise RecipeError(f"{settings['trials'].place}key 'trials': there is nothing to try for without 'max_drop_cider'")
         against = _compared(parent, config)
         chosen = settings.get("against")
         if chosen is not None and chosen.value is not None:

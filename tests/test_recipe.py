@@ -234,6 +234,7 @@ def test_wrong_settings(tmp_path, setting, expected):
         ("stages: [{distill: {}}]", r"'distill' needs a teacher"),
         (one_stage("prune: {}"), r"chain.yaml:3: 'prune' needs exactly one target"),
         (one_stage("prune: {macs: 0.5, mb: 3}"), r"'prune' needs exactly one target"),
+        (one_stage("quantize: {trials: 2}"), r"chain.yaml:3: key 'trials': there is nothing to try for without 'max_drop_cider'"),
         (one_stage("vocabulary: {from: teachr}"), r"'teachr' is not a stage here; earlier stages: teacher; did you mean 'teacher'\?"),
         (one_stage("train: {from: teacher, preset: tiny}"), r"keys 'from' and 'preset' exclude each other"),
         (one_stage("distill: {as: s, teachers: [later]}") + "  - train: {as: later}", r"key 'teachers': 'later' comes later"),

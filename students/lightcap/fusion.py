@@ -98,15 +98,16 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, past: Seen | None, mask: Tensor | None, first: int, probe: list | None = None
     ) -> tuple[Tensor, Seen]:
-        """x (N, S, hidden): prefix and captions, or captions' next pieces after `past`. mask (N or 1, 1, S - first, S; or S, own length) bool,
-        True where attention is allowed, None for everywhere; queries are made for x[:, first:] alone. Returns the new states
-        (N, S - first, hidden) and what is seen from now on."""
+        """x (N, S, hidden): prefix and captions, or captions' next pieces after `past`. mask (N or 1, 1, S - first, S), or after `past`
+        (1, 1, S, own length): bool, True where attention is allowed, None for everywhere. Queries are made for x[:, first:] alone. Returns
+        the new states (N, S - first, hidden) and what is seen from now on."""
         keys, values = self.split(self.key(x)), self.split(self.value(x))
         x = x[:, first:]
         queries = self.split(self.query(x))
         if past is not None:
-            own = (keys, values) if past.own_keys is None else (torch.cat([past.own_keys, keys], 2), torch.cat([past.own_values, values], 2))
-            seen = Seen(past.keys, past.values, *own)
+            if past.own_keys is not None:
+                keys, values = torch.cat([past.own_keys, keys], 2), torch.cat([past.own_values, values], 2)
+            seen = Seen(past.keys, past.values, keys, values)
             mixed = attend(queries, seen, mask)
         elif probe is None and (mask is None or not torch.is_grad_enabled()):
             seen = Seen(keys, values)
@@ -156,7 +157,8 @@ class Fusion(nn.Module):
         self, x: Tensor, first: int, past: Past | None = None, mask: Tensor | None = None, probe: list | None = None
     ) -> tuple[Tensor, Past]:
         """x (N, S, hidden), of which x[:, :first] is prefix. Returns the caption's states (N, S - first, hidden) and the keys and values.
-        `mask` (N or 1, 1, S, S), after `past` (1, 1, S, own length). `probe`, a list, receives per layer (caption states, caption rows of the attention matrix)."""
+        `mask` (N or 1, 1, S, S), after `past` (1, 1, S, own length). `probe`, a list, receives per layer (caption states, caption rows of
+        the attention matrix)."""
         present: Past = []
         for index, layer in enumerate(self.layers):
             skip = first if index + 1 == len(self.layers) else 0

@@ -2,63 +2,107 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from compress import graphs
+from compress.artifact import write_json
 from compress.errors import ModelError, StageError
 
 BATCH = 8
+SENSITIVITY = "sensitivity.json"  # part: KL divergence, nats a token, where it was measured
+SENSITIVITY_IMAGES = 32
 
 
 def run(parent, config, context) -> None:
     """Writes encoder.onnx and decoder.onnx, the parent's settings, and "quantized" in config.json, into `context.output`.
 
-    `config`: `compress.config.Quantize`. StageError where the weights do not shrink to `config.max_weight_ratio` of the parent's, naming
-    the tensors still in float.
+    `config`: `compress.config.Quantize`. With `trials`, CIDEr on val is held to `max_drop_cider` by `search`. StageError where the weights
+    do not shrink to `config.max_weight_ratio` of the parent's, naming the tensors still in float.
     """
-    from compress.stages import export
+    from compress.stages.quantize import decoder, encoder
     from compress.stages.quantize.concepts import quantized_concepts
-    from compress.stages.quantize.decoder import quantized_decoder
-    from compress.stages.quantize.encoder import quantized_encoder
-    from students.lightcap import LightCap
-    from students.lightcap.tokenizer import encode_captions, read_tokenizer
+    from compress.stages.quantize.search import TRIAL, search
+    from compress.stages.quantize.sensitivity import ALL, sensitivity
+    from compress.stages.quantize.tune import tune
+    from compress.training.start import read_captioner
 
-    try:
-        model = LightCap.from_pretrained(parent.path)
-        tokenizer = read_tokenizer(parent.path / "tokenizer.json")
-    except (FileNotFoundError, ValueError) as error:
-        raise ModelError(f"quantize needs a float model: {error}") from None
-    settings = json.loads((parent.path / "preprocessor_config.json").read_text())
-    examples = chosen(context.data.split("train"), config.calibration_images, context.seed)
+    if not (parent.path / "model.safetensors").is_file():
+        raise ModelError(f"quantize needs a float model: {parent.path} has no model.safetensors")
+    model, tokenizer, settings = read_captioner(parent.path)
+    found = calibrate(model, tokenizer, settings, config, context.data, context.seed, context.progress)
+
+    @functools.cache
+    def tuned_model():
+        return tune(model, found.encoder, found.decoder, tokenizer, settings, config, context)
+
+    def make(tuned: bool, floating: Sequence[str], folder: Path) -> None:
+        whole = tuned_model() if tuned else model
+        made = {"encoder.onnx": encoder.quantized_encoder(whole, found.encoder, floating),
+                "decoder.onnx": decoder.quantized_decoder(whole, found.decoder, floating)}
+        if model.config.concepts:
+            made["concepts.onnx"] = quantized_concepts(model, found.grids, config.reduce_range)
+        for name, proto in made.items():
+            graphs.write(graphs.clean(proto), folder / name)
+        described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
+                     "calibrated_by": "neural-compressor", "reduce_range": config.reduce_range, "float_parts": list(floating),
+                     "tune_epochs": config.tune_epochs if tuned else 0.0}
+        describe(folder, parent, model, described)
+        check(folder, model, config.max_weight_ratio, context.progress)
+
+    @functools.cache
+    def measured() -> dict[str, float]:
+        few = slice(SENSITIVITY_IMAGES)
+        pictures = [picture for batch in pixel_batches(context.data, found.examples[few], settings) for picture in batch]
+        lost = sensitivity(model, found.encoder, found.decoder, pictures, found.captions[few], context.progress)
+        context.progress.log("KL divergence by part, nats a token: " + ", ".join(f"{part} {value:.2g}" for part, value in lost.items()))
+        return lost
+
+    def worst() -> list[str]:
+        return [part for part in measured() if part != ALL]
+
+    if config.trials and config.max_drop_cider is not None:
+        best = search(make, config.tune_epochs > 0, worst, parent, context)
+        shutil.copytree(best, context.output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(TRIAL))
+    else:
+        make(config.tune_epochs > 0, (), context.output)
+    if config.sensitivity:
+        write_json(context.output / SENSITIVITY, measured())
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The graphs with observers that saw `examples`: the float model's grids (1, G, C) of them, and their captions as ids."""
+
+    encoder: torch.fx.GraphModule
+    decoder: torch.fx.GraphModule
+    examples: list
+    grids: list[torch.Tensor]
+    captions: list[list[list[int]]]
+
+
+def calibrate(model, tokenizer, settings: dict, config, data, seed: int, progress) -> Calibrated:
+    """Runs `config.calibration_images` training images of `data`, a function of the seed, through the model's graphs."""
+    from compress.stages.quantize import decoder, encoder
+    from students.lightcap.tokenizer import encode_captions
+
+    examples = chosen(data.split("train"), config.calibration_images, seed)
     grids: list[torch.Tensor] = []
-    with context.progress.task("calibrate", len(examples)) as task:
-        batches = watched(model, pixel_batches(context.data, examples, settings), grids, task)
-        encoder = quantized_encoder(model, batches, config.reduce_range)
+    with progress.task("calibrate", len(examples)) as task:
+        batches = watched(model, pixel_batches(data, examples, settings), grids, task)
+        encoding = encoder.calibrated(model, batches, config.reduce_range)
     captions = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in examples]
-    decoder = quantized_decoder(model, zip(grids, captions, strict=True), config.reduce_range)
-    made = {"encoder.onnx": encoder, "decoder.onnx": decoder}
-    if model.config.concepts:
-        made["concepts.onnx"] = quantized_concepts(model, grids, config.reduce_range)
-    for name, proto in made.items():
-        graphs.write(graphs.clean(proto), context.output / name)
-    context.progress.log(summary(graphs.kernels(context.output / "encoder.onnx"), graphs.kernels(context.output / "decoder.onnx")))
-    kept, whole = graphs.weight_bytes(context.output), float_bytes(model)
-    share = sum(kept.values()) / whole
-    context.progress.log(f"int8 weights: {kept['integer']} integer and {kept['float']} float bytes, {share:.3f} of the parent's {whole}")
-    check_ratio(kept, whole, config.max_weight_ratio, context.output)
-    for name in export.SETTINGS[1:]:
-        shutil.copyfile(parent.path / name, context.output / name)
-    described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(examples),
-                 "calibrated_by": "neural-compressor", "reduce_range": config.reduce_range}
-    values = model.config.to_dict() | {"quantized": described}
-    (context.output / "config.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+    decoding = decoder.calibrated(model, zip(grids, captions, strict=True), config.reduce_range)
+    return Calibrated(encoding, decoding, examples, grids, captions)
 
 
 def chosen(data, count: int, seed: int) -> list:
@@ -81,6 +125,25 @@ def watched(model, batches: Iterator[np.ndarray], grids: list[torch.Tensor], tas
             grids += model.encode(torch.from_numpy(batch)).split(1)
         yield batch
         task.advance(len(batch))
+
+
+def describe(folder: Path, parent, model, quantized: dict) -> None:
+    """Writes the parent's settings, and config.json with what was done."""
+    from compress.stages import export
+
+    for name in export.SETTINGS[1:]:
+        shutil.copyfile(parent.path / name, folder / name)
+    values = model.config.to_dict() | {"quantized": quantized}
+    (folder / "config.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def check(folder: Path, model, most: float, progress) -> None:
+    """Logs what runs as integers, and the bytes; StageError where the weights exceed `most` of the float model's."""
+    progress.log(summary(graphs.kernels(folder / "encoder.onnx"), graphs.kernels(folder / "decoder.onnx")))
+    kept, whole = graphs.weight_bytes(folder), float_bytes(model)
+    share = sum(kept.values()) / whole
+    progress.log(f"int8 weights: {kept['integer']} integer and {kept['float']} float bytes, {share:.3f} of the parent's {whole}")
+    check_ratio(kept, whole, most, folder)
 
 
 def summary(encoder: Counter[str], decoder: Counter[str]) -> str:

@@ -7,47 +7,50 @@ word, for lookup and for logits. Norms, softmax, the products of attention, GELU
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.export import Dim
+from torch.fx import GraphModule
 
 from compress import graphs
 from compress.errors import StageError
 from compress.stages import export
 from compress.stages.quantize import observe
 from compress.stages.quantize.observe import Scales
+from compress.stages.quantize.simulate import part_named
 from students.lightcap import LightCap
 
 LONGEST = 4096  # tokens of all captions of one calibration image
 
 
-def quantized_decoder(
-    model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]], reduce_range: bool = False
-) -> ModelProto:
-    """`samples`: an image's grid (1, G, C) and its captions as ids with [CLS] and [SEP]. StageError where a weight got no scales."""
+def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> ModelProto:
+    """`prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float weights. StageError where a weight
+    got no scales."""
     proto = export.decoder_graph(model)
-    make_integer(proto.graph, calibrate(model, samples, reduce_range))
+    scales = observe.linear_scales(prepared)
+    float_weights = {graph_name(name) for name in scales if part_named(name.removesuffix(".weight")) in floating}
+    make_integer(proto.graph, {graph_name(name): scale for name, scale in scales.items()}, float_weights)
     return proto
 
 
-def calibrate(
-    model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]], reduce_range: bool = False
-) -> dict[str, Scales]:
-    """Scales by the names of the decoder graph's weights, from captions under teacher forcing, one image at a time (so unpadded)."""
+def calibrated(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]], reduce_range: bool = False) -> GraphModule:
+    """The decoder with observers that saw `samples`, an image's grid (1, G, C) and its captions as ids with [CLS] and [SEP], under teacher
+    forcing, one image at a time (so unpadded)."""
     grid = model.config.grid**2
-    inputs = teacher_forced(model, torch.zeros(1, grid, model.config.channels), [[0] * 6, [0] * 8])
-    length, prefix = Dim("length", min=2, max=LONGEST), model.config.prefix
-    # The mask is (1, 1, P + T, P + T): its sizes follow from the others.
-    shapes = {"grid": None, "tokens": {1: length}, "positions": {1: length}, "mask": {2: length + prefix, 3: length + prefix}}
+    inputs = tuple(torch.cat([x, x]) for x in teacher_forced(model, torch.zeros(1, grid, model.config.channels), [[0] * 6, [0] * 8]))
+    images, length, prefix = Dim("images", min=1, max=LONGEST), Dim("length", min=2, max=LONGEST), model.config.prefix
+    # The mask is (B, 1, P + T, P + T): its sizes follow from the others.
+    shapes = {"grid": {0: images}, "tokens": {0: images, 1: length}, "positions": {0: images, 1: length},
+              "mask": {0: images, 2: length + prefix, 3: length + prefix}}
     if model.config.concepts:
-        shapes["concepts"] = None
+        shapes["concepts"] = {0: images}
     prepared = observe.prepare(observe.TeacherForced(model), inputs, shapes, reduce_range)
     observe.run(prepared, (teacher_forced(model, *sample) for sample in samples))
-    return {graph_name(name): scales for name, scales in observe.linear_scales(prepared).items()}
+    return prepared
 
 
 def teacher_forced(model: LightCap, grid: Tensor, captions: list[list[int]]) -> tuple[Tensor, ...]:
@@ -72,11 +75,12 @@ def graph_name(name: str) -> str:
     return "vocabulary" if name == "word.weight" else name
 
 
-def make_integer(graph: GraphProto, scales: dict[str, Scales]) -> None:
-    """Every MatMul against an initializer, in place. StageError naming the initializers that have no scales."""
+def make_integer(graph: GraphProto, scales: dict[str, Scales], floating: Collection[str] = ()) -> None:
+    """Every MatMul against an initializer but those in `floating`, in place. StageError naming the initializers that have no scales."""
+    scales = {name: scale for name, scale in scales.items() if name not in floating}
     weights = graphs.initializers(graph)
     products = [node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    if missing := [name for name in products if name not in scales]:
+    if missing := [name for name in products if name not in scales and name not in floating]:
         raise StageError(f"calibration gave no scales for {', '.join(missing)}")
     nodes: list[NodeProto] = []
     quantized: dict[tuple[str, float, int], tuple[str, str]] = {}
@@ -129,7 +133,10 @@ def integer_lookup(node: NodeProto) -> list[NodeProto]:
 
 
 def store_integer(graph: GraphProto, tensor: TensorProto, scales: Scales) -> None:
-    """Replaces a float weight (in, out) by its INT8 values under the same name, and adds its scale for lookups (removed where unread)."""
-    values = np.round(numpy_helper.to_array(tensor).astype(np.float64) / scales.weight).clip(*scales.bounds).astype(np.int8)
+    """Replaces a float weight (in, out) by its INT8 values under the same name, and adds its scale for lookups (removed where unread).
+
+    A row's greatest weight falls between two integers: in another arithmetic than PyTorch's it would be another one."""
+    inverse = np.float32(1) / scales.weight.astype(np.float32)
+    values = np.rint(numpy_helper.to_array(tensor) * inverse).clip(*scales.bounds).astype(np.int8)
     graphs.add_initializer(graph, f"{tensor.name}_scale", scales.weight.astype(np.float32))
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

@@ -4,35 +4,47 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from torch.export import Dim
+from torch.fx import GraphModule
 
 from compress import graphs
 from compress.stages import export
 from compress.stages.quantize import observe
+from compress.stages.quantize.simulate import leave_float
 from students.lightcap import LightCap
 
 
-def quantized_encoder(model: LightCap, batches: Iterable[np.ndarray], reduce_range: bool = False) -> ModelProto:
-    """pixels -> grid with one set of scales, from `batches` of pixels (B, 3, S, S) float32."""
-    size = model.config.image_size
-    inputs = (torch.zeros(2, 3, size, size),)
-    shapes = ({0: Dim("images", min=1, max=4096)},)
+def calibrated(model: LightCap, batches: Iterable[np.ndarray], reduce_range: bool = False) -> GraphModule:
+    """The encoder with observers that saw `batches` of pixels (B, 3, S, S) float32."""
+    inputs, shapes = example(model)
     prepared = observe.prepare(export.Encoder(model), inputs, shapes, reduce_range)
     observe.observe_everything(prepared)
     observe.run(prepared, ((torch.from_numpy(batch),) for batch in batches))
-    folded = fold(prepared)
-    proto = export.to_onnx(folded, inputs, ["pixels"], ["grid"], shapes)
+    return prepared
+
+
+def example(model: LightCap) -> tuple[tuple, tuple]:
+    """Inputs to trace the encoder with, and which of their sizes may change."""
+    size = model.config.image_size
+    return (torch.zeros(2, 3, size, size),), ({0: Dim("images", min=1, max=4096)},)
+
+
+def quantized_encoder(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> ModelProto:
+    """pixels -> grid with one set of scales, those that `prepared` saw; `floating`: parts (`simulate.parts`) that stay in float."""
+    inputs, shapes = example(model)
+    proto = export.to_onnx(fold(leave_float(prepared, floating)), inputs, ["pixels"], ["grid"], shapes)
     fold_pads(proto.graph)
     return proto
 
 
-def fold(prepared: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """torchao's conversion with integer weights. neural-compressor's own `convert` drops `fold_quantize`, and every weight stays fp32."""
+def fold(prepared: GraphModule) -> GraphModule:
+    """`prepared`, changed in place, by torchao's conversion with integer weights. neural-compressor's own `convert` drops `fold_quantize`,
+    and every weight stays fp32."""
     with warnings.catch_warnings():
         for origin in ("torch", "torchao"):
             warnings.filterwarnings("ignore", module=rf"{origin}(\.|$)")

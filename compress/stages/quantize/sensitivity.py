@@ -1,0 +1,59 @@
+"""What each part loses in INT8: how far the captions' token probabilities move when it alone is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from compress.context import Progress
+from compress.stages.quantize.decoder import teacher_forced
+from compress.stages.quantize.simulate import parts, simulated, switch
+from students.lightcap import LightCap
+
+ALL = "all"
+
+
+@torch.no_grad()
+def sensitivity(
+    model: LightCap, encoder: GraphModule, decoder: GraphModule, pixels: Sequence[np.ndarray], captions: Sequence[list[list[int]]],
+    progress: Progress,
+) -> dict[str, float]:
+    """Part -> the mean KL divergence, in nats a token, of the graphs' own token probabilities from those with that part rounded; the
+    greatest first, and `ALL` for all of them together.
+
+    `encoder` and `decoder` are calibrated graphs; `pixels` are images (3, S, S) as the encoder takes them, `captions` the ids of each one's
+    captions with [CLS] and [SEP]. Concepts stay those of the float model: their extractor is not rounded here."""
+    graphs = simulated(encoder), simulated(decoder)
+    names = [*parts(encoder), *parts(decoder)]
+    batches = [torch.from_numpy(np.stack(pixels[start : start + 8])) for start in range(0, len(pixels), 8)]
+    with progress.task("sensitivity", len(names) + 2) as task:
+        switch(graphs, [])
+        plain = grids(graphs[0], batches)
+        forced = [teacher_forced(model, grid[None], ids) for grid, ids in zip(plain, captions, strict=True)]
+        expected = [logs(graphs[1], inputs) for inputs in forced]
+        task.advance(1)
+        found = {}
+        for name in [ALL, *names]:
+            switch(graphs, None if name == ALL else [name])
+            moved = grids(graphs[0], batches) if name == ALL or name in parts(encoder) else plain
+            total = count = 0.0
+            for grid, inputs, before in zip(moved, forced, expected, strict=True):
+                after = logs(graphs[1], (grid[None], *inputs[1:]))
+                total += float((before.exp() * (before - after)).sum())
+                count += len(before)
+            found[name] = total / count
+            task.advance(1)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def grids(encoder: GraphModule, batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat([encoder(batch) for batch in batches])
+
+
+def logs(decoder: GraphModule, inputs: tuple[Tensor, ...]) -> Tensor:
+    """(T, V) log-probabilities."""
+    return decoder(*inputs)[0].log_softmax(-1)

@@ -1,0 +1,285 @@
+"""INT8 within a budget: what each part loses, parts that stay in float, tuned weights, and the search that tries them."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_captioner as tiny
+import torch
+
+from compress import evaluate, graphs, runtime
+from compress.artifact import Artifact
+from compress.config import Data, Quantize, Recipe, Stage, Student
+from compress.context import Context, Progress
+from compress.data import CaptionSet, Example
+from compress.decode import Special
+from compress.errors import StageError
+from compress.stages import quantize
+from compress.stages.quantize import decoder, encoder, observe, search, sensitivity, simulate, tune
+from students.lightcap.tokenizer import decode_caption, encode_captions
+
+WORST = "fusion.layers.1.attention"
+
+
+def spoil(model, factor: float) -> None:
+    """The same function with one channel of the last attention `factor` times smaller and its reader as much larger: INT8's one scale for
+    activations, and one a row for weights, are then those of a channel that says little."""
+    layer = model.fusion.layers[1]
+    with torch.no_grad():
+        layer.value.weight[3] /= factor
+        layer.value.bias[3] /= factor
+        layer.output.weight[:, 3] *= factor
+
+
+def captions_of(count: int, split: str) -> tuple[Example, ...]:
+    return tuple(Example(image_id=str(i), split=split, captions=(tiny.caption(i),)) for i in range(count))
+
+
+@pytest.fixture(scope="module")
+def data():
+    pictures = {"train": tiny.pictures(16), "val": tiny.pictures(16, seed=5)}
+    return CaptionSet(captions_of(16, "train") + captions_of(16, "val"), "0" * 64, "colours",
+                      reader=lambda example: pictures[example.split][int(example.image_id)])
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A captioner that INT8 breaks in one part."""
+    model = tiny.build(tiny.PRUNED, steps=120)
+    spoil(model, 3000.0)
+    return tiny.artifact(model, tmp_path_factory.mktemp("search") / "float")
+
+
+def context(folder, data, config, log=None) -> Context:
+    stage = Stage(kind="quantize", name="int8", parent="float", config=config)
+    recipe = Recipe(name="r", seed=17, data=Data(), student=Student(), stages=(stage,), path=folder / "r.yaml")
+    for name in ("out", "work", "cache"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    progress = Progress(quiet=log is None, stream=log)
+    return Context(recipe=recipe, stage=stage, data=data, seed=17, threads=1, output=folder / "out", work=folder / "work",
+                   cache=folder / "cache", artifacts={}, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """A captioner, its calibrated graphs, pixels and captions."""
+    model = tiny.build(tiny.PRUNED, steps=120)
+    spoil(model, 20.0)
+    pixels = tiny.pixels(tiny.pictures(16))
+    captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
+    with torch.no_grad():
+        grids = model.encode(torch.from_numpy(pixels)).split(1)
+    return model, encoder.calibrated(model, [pixels]), decoder.calibrated(model, zip(grids, captions, strict=True)), pixels, captions
+
+
+def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, tmp_path):
+    model, encoding, decoding, pixels, captions = calibrated
+    batch = torch.from_numpy(pixels)
+    with torch.no_grad():
+        simulation = simulate.simulated(encoding)
+        grid = simulation(batch)
+        torch.testing.assert_close(grid, encoder.fold(simulate.leave_float(encoding, ()))(batch), atol=1e-5, rtol=0)
+        simulate.switch([simulation], [])
+        torch.testing.assert_close(simulation(batch), model.encode(batch), atol=1e-4, rtol=1e-4)
+
+        captioner = runtime.Captioner(written(calibrated, tmp_path), threads=1)
+        past = captioner.prefill(grid.numpy())
+        forced = simulate.simulated(decoding)
+        for image in range(4):
+            logits = forced(*decoder.teacher_forced(model, grid[image : image + 1], captions[image]))[0]
+            row = [array[image : image + 1] for array in past]
+            for position, piece in enumerate(captions[image][0][:-1]):
+                got, row = captioner.step(np.array([piece]), position, row)
+                np.testing.assert_allclose(got[0], logits[position].numpy(), atol=1e-4)
+
+
+def test_pytorchs_quantized_graph_and_onnx_runtime_say_the_same(calibrated, tmp_path):
+    model, encoding, decoding, *_ = calibrated
+    captioner = runtime.Captioner(written(calibrated, tmp_path), threads=1)
+    pixels = tiny.pixels(tiny.pictures(16, seed=5))
+    with torch.no_grad():
+        grid = encoder.fold(simulate.leave_float(encoding, ()))(torch.from_numpy(pixels))
+        said, logits = simulate.greedy(simulate.simulated(decoding), model, grid, Special.of(tiny.tokenizer()))
+    theirs = captioner.captions(pixels, beam=1)
+    assert [decode_caption(tiny.tokenizer(), pieces) for pieces in said] == [text for text, _ in theirs]
+    for pieces, chosen, (_, logprob) in zip(said, logits.log_softmax(-1).amax(-1), theirs, strict=True):
+        assert logprob == pytest.approx(float(chosen[: len(pieces) + 1].sum()), abs=0.02)
+
+
+def written(calibrated, folder, floating=()):
+    model, encoding, decoding, *_ = calibrated
+    parent = tiny.artifact(model, folder / "float")
+    quantize.describe(folder, parent, model, {})
+    graphs.write(graphs.clean(encoder.quantized_encoder(model, encoding, floating)), folder / "encoder.onnx")
+    graphs.write(graphs.clean(decoder.quantized_decoder(model, decoding, floating)), folder / "decoder.onnx")
+    return folder
+
+
+def test_parts_are_blocks_of_the_encoder_and_halves_of_layers(calibrated):
+    _, encoding, decoding, *_ = calibrated
+    blocks = [f"encoder.blocks.{i}" for i in range(3)]
+    layers = [f"fusion.layers.{i}.{half}" for i in range(2) for half in ("attention", "ffn")]
+    assert list(simulate.parts(encoding)) == ["encoder.stem.0", "encoder.stem.3", "encoder.stem.6", *blocks]
+    assert list(simulate.parts(decoding)) == ["fusion.grid", *layers, "heads", "vocabulary"]
+    for graph in (encoding, decoding):
+        owned = [name for names in simulate.parts(graph).values() for name in names]
+        assert sorted(owned) == sorted(str(node.target) for node in graph.graph.nodes if observe.is_observer(node))
+
+
+@pytest.mark.parametrize(("module", "part"), [
+    ("encoder.trunk.layer1.0.conv2", "encoder.layer1.0"), ("encoder.trunk.conv1", "encoder.conv1"),
+    ("encoder.trunk.blocks.2.1.conv_pwl", "encoder.blocks.2"), ("model.fusion.layers.3.up", "fusion.layers.3.ffn"),
+    ("model.heads.branches.2.transform", "heads"), ("model.heads", "heads"), ("model.fusion.word", "vocabulary"),
+])  # fmt: skip
+def test_a_part_is_named_by_where_it_stands(module, part):
+    assert simulate.part_named(module) == part
+
+
+def test_the_part_that_loses_most_is_named_first(calibrated):
+    model, encoding, decoding, pixels, captions = calibrated
+    found = sensitivity.sensitivity(model, encoding, decoding, pixels, captions, Progress(quiet=True))
+    assert set(found) == {sensitivity.ALL, *simulate.parts(encoding), *simulate.parts(decoding)}
+    assert list(found.values()) == sorted(found.values(), reverse=True) and min(found.values()) >= 0
+    del found[sensitivity.ALL]
+    (first, most), (_, second) = list(found.items())[:2]
+    assert first == WORST and most > 3 * second
+
+
+def test_parts_left_in_float_are_float_kernels_and_all_others_integer_ones(calibrated, tmp_path):
+    folder = written(calibrated, tmp_path, ("encoder.blocks.2", WORST, "vocabulary"))
+    encoding, decoding = (graphs.kernels(folder / name) for name in ("encoder.onnx", "decoder.onnx"))
+    assert (encoding["QLinearConv"], encoding["Conv"] + encoding["FusedConv"]) == (11 - 3, 3)
+    assert encoding["QLinearAdd"] == 1  # the block before hands on floats, and so adds them
+    products = decoding["MatMulInteger"] + decoding["MatMulIntegerToFloat"]
+    assert products == 16 - 5
+    whole = sum(graphs.weight_bytes(folder).values())
+    assert whole > 1.5 * sum(graphs.weight_bytes(written(calibrated, tmp_path / "int8")).values())
+    said = [text for text, _ in runtime.Captioner(folder, threads=1).captions(tiny.pixels(tiny.pictures(16, seed=5)))]
+    assert sum(text == tiny.caption(index) for index, text in enumerate(said)) >= 15
+
+
+def logs(encoding, decoding, model, pixels, captions):
+    """Log-probabilities over all captions by the graphs as they are."""
+    with torch.no_grad():
+        grid = encoding(torch.from_numpy(pixels))
+        forced = [decoding(*decoder.teacher_forced(model, grid[i : i + 1], captions[i]))[0] for i in range(len(pixels))]
+    return torch.cat(forced).log_softmax(-1)
+
+
+def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(data, tmp_path):
+    model = tiny.build(tiny.PRUNED, steps=120)
+    spoil(model, 60.0)
+    parent = tiny.artifact(model, tmp_path / "float")
+    config = Quantize(calibration_images=16, tune_epochs=25.0, tune_learning_rate=3e-4)
+    where = context(tmp_path, data, config)
+    found = quantize.calibrate(model, tiny.tokenizer(), tiny.SETTINGS, config, data, 17, where.progress)
+    captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
+    given = copy.deepcopy(model), tiny.pixels(tiny.pictures(16)), captions
+    expected = logs(found.encoder, found.decoder, *given)  # observers change nothing
+    distance = {}
+    for when in ("before", "after"):
+        rounded = logs(simulate.simulated(found.encoder), simulate.simulated(found.decoder), *given)
+        distance[when] = float((expected.exp() * (expected - rounded)).sum(-1).mean())
+        if when == "before":
+            tune.tune(model, found.encoder, found.decoder, tiny.tokenizer(), tiny.SETTINGS, config, where)
+    assert distance["after"] < 0.5 * distance["before"]
+
+    quantize.run(parent, config, where)  # without trials, at once
+    assert json.loads((where.output / "config.json").read_text())["quantized"]["tune_epochs"] == 25.0
+    captioner = runtime.Captioner(where.output, threads=1)
+    grid = captioner.encode(given[1])
+    first, _ = captioner.step(np.full(16, captioner.start), 0, captioner.prefill(grid))
+    rows = [sum(len(caption[0]) - 1 for caption in captions[:i]) for i in range(16)]
+    after = torch.from_numpy(first).log_softmax(-1)
+    assert float((expected[rows].exp() * (expected[rows] - after)).sum(-1).mean()) < distance["before"]
+
+
+def test_the_worst_part_goes_back_to_float_until_the_budget_holds(broken, data, tmp_path, capsys):
+    plain = context(tmp_path / "plain", data, Quantize(calibration_images=16))
+    quantize.run(broken, plain.stage.config, plain)
+    before = search.ciders(broken, plain)
+    assert (search.ciders(Artifact(plain.output), plain) - before).mean() < -100
+
+    config = Quantize(calibration_images=16, trials=3, max_drop_cider=5.0, max_weight_ratio=0.9)
+    where = dataclasses.replace(context(tmp_path / "tried", data, config), progress=Progress())
+    quantize.run(broken, config, where)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("int8: trial")]
+    assert len(lines) == 2 and "all in INT8: CIDEr -" in lines[0] and lines[0].endswith("not met")
+    assert f"trial 1 of 3, in float: {WORST}: CIDEr" in lines[1] and lines[1].endswith("max_drop_cider 5 met")
+    assert (search.ciders(Artifact(where.output), where) - before).mean() > -5
+    assert json.loads((where.output / "config.json").read_text())["quantized"]["float_parts"] == [WORST]
+    assert sorted(path.name for path in where.output.iterdir()) == sorted(
+        ["encoder.onnx", "decoder.onnx", "config.json", "tokenizer.json", "preprocessor_config.json"])
+
+
+class Trials:
+    """A maker of artifacts whose CIDEr is given, one after the other."""
+
+    def __init__(self, monkeypatch, *ciders: float) -> None:
+        self.ciders, self.made = list(ciders), []
+        monkeypatch.setattr(search, "ciders", lambda artifact, context: np.array([self.of(artifact)]))
+
+    def of(self, artifact) -> float:
+        file = artifact.path / "encoder.onnx"
+        return float(file.read_text()) if file.exists() else 100.0
+
+    def __call__(self, tuned, floating, folder) -> None:
+        self.made.append((tuned, floating))
+        value = self.ciders[len(self.made) - 1]
+        if value is None:
+            raise StageError("quantized weights take too much")
+        (folder / "encoder.onnx").write_text(str(value))
+
+
+@pytest.mark.parametrize(("ciders", "best", "made"), [
+    ((99.0,), 0, [(False, ())]),
+    ((90.0, 98.5), 1, [(False, ()), (True, ())]),
+    ((90.0, 95.0, 94.0, 93.0), 1, [(False, ()), (True, ()), (True, ("a",)), (True, ("a", "b"))]),
+    ((90.0, 80.0, None), 0, [(False, ()), (True, ()), (True, ("a",))]),
+])  # fmt: skip
+def test_a_search_tries_in_turn_and_keeps_the_best(ciders, best, made, data, tmp_path, monkeypatch):
+    where = context(tmp_path, data, Quantize(trials=3, max_drop_cider=2.0))
+    make = Trials(monkeypatch, *ciders)
+    found = search.search(make, True, lambda: ["a", "b", "c"], Artifact(tmp_path / "parent"), where)
+    assert found == where.work / f"trial-{best}" and make.made == made
+    assert [path.parent.name for path in where.work.rglob("*.onnx")] == [f"trial-{best}"]
+
+
+def test_a_search_that_was_stopped_goes_on_after_its_last_trial(data, tmp_path, monkeypatch):
+    where = context(tmp_path, data, Quantize(trials=3, max_drop_cider=2.0))
+    first = Trials(monkeypatch, 90.0, 95.0)
+    with pytest.raises(IndexError):  # stopped while it makes the third
+        search.search(first, False, lambda: ["a", "b", "c"], Artifact(tmp_path / "parent"), where)
+    assert sorted(path.name for path in where.work.iterdir()) == ["trial-0", "trial-1"]
+    second = Trials(monkeypatch, 99.0)
+    assert search.search(second, False, lambda: ["a", "b", "c"], Artifact(tmp_path / "parent"), where).name == "trial-2"
+    assert second.made == [(False, ("a", "b"))]
+
+
+def test_an_artifact_that_cannot_be_made_at_all_fails(data, tmp_path, monkeypatch):
+    where = context(tmp_path, data, Quantize(trials=3, max_drop_cider=2.0))
+    with pytest.raises(StageError, match="too much"):
+        search.search(Trials(monkeypatch, None), True, list, Artifact(tmp_path / "parent"), where)
+
+
+def test_one_caption_for_all_images_is_an_error():
+    with pytest.raises(StageError, match="all 3 images get the same caption, 'a dog', and 2 different ones from the parent"):
+        evaluate.check_variety(["a dog"] * 3, ["a dog", "a cat", "a dog"])
+    evaluate.check_variety(["a dog"] * 3, ["a cat"] * 3)
+    evaluate.check_variety(["a dog", "a cat"], ["a dog", "a hat"])
+
+
+def test_tuned_weights_reach_the_observers(calibrated):
+    _, encoding, *_ = calibrated
+    graph, trained = copy.deepcopy(encoding), simulate.simulated(encoding)
+    name = next(name for name, _ in trained.named_parameters() if name.endswith("conv1.weight"))
+    with torch.no_grad():
+        trained.get_parameter(name).mul_(0.5)
+    tune.take_weights(graph, trained)
+    node = next(node for node in graph.graph.nodes if node.op == "get_attr" and node.target == name)
+    observer = next(iter(node.users)).target
+    before, after = (g.get_submodule(observer).calculate_qparams()[0] for g in (encoding, graph))
+    torch.testing.assert_close(after, before / 2)
+    torch.testing.assert_close(graph.get_parameter(name), encoding.get_parameter(name) / 2)
