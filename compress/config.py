@@ -134,11 +134,14 @@ class Vocabulary:
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Optimisation):
-    """Structured pruning to one target, a share of the parent's MACs per caption, of its parameters, or megabytes on disk."""
+    """Structured pruning to one target: a share of the parent's MACs per caption or of its parameters, megabytes on disk, or milliseconds
+    a caption (as in the row's latency_ms). Of several `steps`, one that loses more than `max_drop_cider` on val is taken back, and the
+    last good one is the stage's artifact."""
 
     macs: float | None = None
     params: float | None = None
     mb: float | None = None
+    ms: float | None = None
     parts: tuple[str, ...] = ("encoder", "fusion")
     importance: str = "caption"  # what ranks channels (compress/stages/prune/importance.py)
     steps: int = 1
@@ -251,6 +254,7 @@ RANGES = {
     "macs": SHARE,
     "params": SHARE,
     "mb": ABOVE_ZERO,
+    "ms": ABOVE_ZERO,
     "steps": COUNT,
     "round_to": COUNT,
     "recover_epochs": NOT_NEGATIVE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,8 @@ from compress.config import Recipe, Stage
 from compress.parallel import ALONE, Share
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from compress.data import CaptionSet
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -155,3 +157,4 @@ class Context:
     artifacts: Mapping[str, Artifact]  # earlier stages of this run, by name
     progress: Progress
     share: Share = ALONE  # of every batch, where several processes train
+    ciders: Callable[[Artifact], np.ndarray] | None = None  # CIDEr-D x100 of each val image, for a stage that must know before it ends

@@ -6,9 +6,10 @@ otherwise miss on a CPU), on meta tensors, so nothing is computed. FLOPs are 2 x
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,27 @@ def parameters_by_part(model: LightCap) -> dict[str, int]:
 
 def count(module: nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+@torch.inference_mode()
+def generate(model: LightCap, pixels: torch.Tensor, start: int, tokens: int = TOKENS) -> list[int]:
+    """What is timed of a model in PyTorch: pixels (1, 3, S, S) to `start` and exactly `tokens` most probable pieces."""
+    past = model.prefill(model.encode(pixels))
+    pieces = [start]
+    for position in range(tokens):
+        logits, past = model.step(torch.tensor([pieces[-1:]]), position, past)
+        pieces.append(int(logits[0].argmax()))
+    return pieces
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def interleaved(works: Sequence[Callable[[int], object]], rounds: int, warm: int = 2) -> list[list[float]]:

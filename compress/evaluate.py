@@ -66,6 +66,13 @@ def check_variety(said: Sequence[str], before: Sequence[str]) -> None:
                          "try more calibration_images, or trials")
 
 
+def ciders(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress) -> np.ndarray:
+    """CIDEr-D x100 of each image of `data`, beam 5."""
+    with progress.task(f"captions of {data.examples[0].split}", len(data)) as task:
+        said = captions(artifact, data, BEAM, cache, progress, task.advance)
+    return metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples]).per_image
+
+
 def accuracy(scores: metrics.Scores) -> dict:
     return {"cider": scores.cider, "cider_ci95": list(scores.cider_ci95), "bleu4": scores.bleu4, "rouge_l": scores.rouge_l,
             "images": scores.images}
@@ -209,14 +216,10 @@ def latency(artifact: Artifact, against: Artifact | None, pictures: np.ndarray, 
 
             export(against, Path(folder) / "parent")
             pair[1] = Artifact(Path(folder) / "parent")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with cost.one_thread():
             works = [timed_graphs(item, tokens) if name == "onnxruntime" else timed_torch(item, tokens) for item in pair]
             rounds = [lambda turn, work=work: work(pictures[turn % len(pictures)]) for work in works]
             times = cost.interleaved(rounds, TIMED_IMAGES)
-        finally:
-            torch.set_num_threads(threads)
     found = [{**cost.quantiles(ms), "threads": 1, "beam": 1, "runtime": name} for ms in times]
     return {"latency_ms": found[0], "parent_latency_ms": found[1] if against is not None else None}
 
@@ -239,13 +242,8 @@ def timed_torch(artifact: Artifact, tokens: int):
     model, tokenizer, settings = read_captioner(artifact.path)
     start = tokenizer.token_to_id("[CLS]")
 
-    @torch.inference_mode()
     def work(picture: np.ndarray) -> str:
-        past = model.prefill(model.encode(torch.from_numpy(runtime.pixels(picture, settings)[None])))
-        pieces = [start]
-        for position in range(tokens):
-            logits, past = model.step(torch.tensor([pieces[-1:]]), position, past)
-            pieces.append(int(logits[0].argmax()))
-        return decode_caption(tokenizer, pieces)
+        pixels = torch.from_numpy(runtime.pixels(picture, settings)[None])
+        return decode_caption(tokenizer, cost.generate(model, pixels, start, tokens))
 
     return work

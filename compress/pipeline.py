@@ -226,6 +226,7 @@ def _context(run_: _Run, stage: Stage, artifacts: Mapping, output: Path, work: P
         artifacts=MappingProxyType(dict(artifacts)),
         progress=run_.progress if run_.share.rank == 0 else Progress(quiet=True),
         share=run_.share if stage.kind in JOINT else ALONE,
+        ciders=lambda artifact: run_.evaluator().ciders(artifact, run_.data.split(run_.recipe.data.val_split), run_.cache, run_.progress),
     )
 
 

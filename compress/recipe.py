@@ -323,8 +323,8 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
                 raise RecipeError(f"{start.place}keys 'from' and 'extractor' exclude each other: an extractor starts a new captioner")
         if kind == "distill":
             config = _with_teachers(config, settings, before, place, student, earlier)
-        if kind == "prune" and sum(getattr(config, key) is not None for key in ("macs", "params", "mb")) != 1:
-            raise RecipeError(f"{place}'prune' needs exactly one target: macs, params (shares of its parent) or mb")
+        if kind == "prune" and sum(getattr(config, key) is not None for key in ("macs", "params", "mb", "ms")) != 1:
+            raise RecipeError(f"{place}'prune' needs exactly one target: macs, params (shares of its parent), mb or ms")
         if kind == "quantize" and config.trials and config.max_drop_cider is None:
             raise RecipeError(f"{settings['trials'].place}key 'trials': there is nothing to try for without 'max_drop_cider'")
         against = _compared(parent, config)

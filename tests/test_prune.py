@@ -409,3 +409,64 @@ def test_what_the_target_did_not_need_comes_back():
         if last_of_unit and len(kept) <= target.RETURNS:
             rest = [other for other in kept if other != block]
             assert aim.measure(channels.remove(model, rest)) > aim.wanted
+
+
+# ---- milliseconds, and steps that are taken back
+
+
+def test_a_time_is_the_models_own_beside_its_parents(monkeypatch):
+    """The parent is slowed down by half between two askings: a model of half its time is still at half of the first."""
+    parent, small, speed = build(), build(), {"parent": 10.0, "small": 5.0}
+    names = {}
+
+    def interleaved(works, rounds):
+        return [[speed[names[id(work.__defaults__[0])]]] * rounds for work in works]
+
+    monkeypatch.setattr(cost, "interleaved", interleaved)
+    monkeypatch.setattr(target.copy, "deepcopy", lambda model: model)
+    names |= {id(parent): "parent", id(small): "small"}
+    clock = target.Clock.beside(parent)
+    assert (clock(parent), clock(small)) == (10.0, 5.0)
+    speed.update(parent=15.0, small=7.5)
+    assert (clock(parent), clock(small)) == (10.0, 5.0)
+
+
+def test_a_target_in_milliseconds_takes_blocks_until_the_clock_says_so(world, monkeypatch):
+    """With a clock that counts MACs, the stage ends where the target in MACs does; after a stop the clock is not asked again."""
+    model, _, _, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    before = target.macs(model)
+    monkeypatch.setattr(target.Clock, "beside", lambda parent: target.Clock(parent, 20.0))
+    monkeypatch.setattr(target.Clock, "__call__", lambda self, timed: 20.0 * target.macs(timed) / before)
+    given = {"round_to": 4, "recover_epochs": 0.0, "recover_encoder_epochs": 0.0}
+    here = context("a")
+    prune.run(parent, Prune(ms=20 * 0.9, **given), here)
+    assert 0.85 < target.macs(LightCap.from_pretrained(here.output)) / before <= 0.9
+    assert not target.Target.of(settings(ms=15.0), model).exact and target.Target.of(settings(macs=0.7), model).exact
+
+    again = dataclasses.replace(here, output=here.output.parent / "again")
+    monkeypatch.setattr(prune, "choose", None)
+    prune.run(parent, Prune(ms=20 * 0.9, **given), again)
+    assert Artifact(again.output).digest() == Artifact(here.output).digest()
+    with pytest.raises(StageError, match="prune to ms: 30 is not below the parent's 20"):
+        target.Target.of(settings(ms=30.0), model)
+
+
+@pytest.mark.parametrize(("drops", "steps"), [((1.0, 2.5), 1), ((1.0, 1.5), 2), ((3.0,), 1)])
+def test_a_step_that_loses_too_much_is_taken_back(world, monkeypatch, drops, steps):
+    model, _, _, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    losses, asked = iter(drops), []
+
+    def ciders(artifact):
+        asked.append(artifact.path.name)
+        return torch.tensor([50.0 if artifact.path.name == "parent" else 50.0 - next(losses)]).numpy()
+
+    here = dataclasses.replace(context("a"), ciders=ciders)
+    config = Prune(params=0.8, steps=2, round_to=4, recover_epochs=0.0, recover_encoder_epochs=0.0, max_drop_cider=2.0)
+    prune.run(parent, config, here)
+    assert asked == ["parent", *(f"step-{step}" for step in range(1, len(drops) + 1))]
+    made = LightCap.from_pretrained(here.output)
+    share = target.parameters(made) / target.parameters(model)
+    assert share <= 0.8 if steps == 2 else 0.8 < share <= 0.9
+    assert Artifact(here.output).digest() == Artifact(here.work / f"step-{steps}").digest()

@@ -59,7 +59,8 @@ def context(folder, data, config, log=None) -> Context:
         (folder / name).mkdir(parents=True, exist_ok=True)
     progress = Progress(quiet=log is None, stream=log)
     return Context(recipe=recipe, stage=stage, data=data, seed=17, threads=1, output=folder / "out", work=folder / "work",
-                   cache=folder / "cache", artifacts={}, progress=progress)
+                   cache=folder / "cache", artifacts={}, progress=progress,
+                   ciders=lambda artifact: evaluate.ciders(artifact, data.split("val"), folder / "cache", progress))
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +200,8 @@ def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(data, tmp_path)
 def test_the_worst_part_goes_back_to_float_until_the_budget_holds(broken, data, tmp_path, capsys):
     plain = context(tmp_path / "plain", data, Quantize(calibration_images=16))
     quantize.run(broken, plain.stage.config, plain)
-    before = search.ciders(broken, plain)
-    assert (search.ciders(Artifact(plain.output), plain) - before).mean() < -100
+    before = plain.ciders(broken)
+    assert (plain.ciders(Artifact(plain.output)) - before).mean() < -100
 
     config = Quantize(calibration_images=16, trials=3, max_drop_cider=5.0, max_weight_ratio=0.9)
     where = dataclasses.replace(context(tmp_path / "tried", data, config), progress=Progress())
@@ -208,7 +209,7 @@ def test_the_worst_part_goes_back_to_float_until_the_budget_holds(broken, data, 
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("int8: trial")]
     assert len(lines) == 2 and "all in INT8: CIDEr -" in lines[0] and lines[0].endswith("not met")
     assert f"trial 1 of 3, in float: {WORST}: CIDEr" in lines[1] and lines[1].endswith("max_drop_cider 5 met")
-    assert (search.ciders(Artifact(where.output), where) - before).mean() > -5
+    assert (where.ciders(Artifact(where.output)) - before).mean() > -5
     assert json.loads((where.output / "config.json").read_text())["quantized"]["float_parts"] == [WORST]
     assert sorted(path.name for path in where.output.iterdir()) == sorted(
         ["encoder.onnx", "decoder.onnx", "config.json", "tokenizer.json", "preprocessor_config.json"])
@@ -217,13 +218,16 @@ def test_the_worst_part_goes_back_to_float_until_the_budget_holds(broken, data, 
 class Trials:
     """A maker of artifacts whose CIDEr is given, one after the other."""
 
-    def __init__(self, monkeypatch, *ciders: float) -> None:
+    def __init__(self, *ciders: float) -> None:
         self.ciders, self.made = list(ciders), []
-        monkeypatch.setattr(search, "ciders", lambda artifact, context: np.array([self.of(artifact)]))
 
-    def of(self, artifact) -> float:
+    def search(self, tunes, worst, folder, data):
+        where = dataclasses.replace(context(folder, data, Quantize(trials=3, max_drop_cider=2.0)), ciders=self.of)
+        return search.search(self, tunes, worst, Artifact(folder / "parent"), where)
+
+    def of(self, artifact) -> np.ndarray:
         file = artifact.path / "encoder.onnx"
-        return float(file.read_text()) if file.exists() else 100.0
+        return np.array([float(file.read_text()) if file.exists() else 100.0])
 
     def __call__(self, tuned, floating, folder) -> None:
         self.made.append((tuned, floating))
@@ -239,29 +243,24 @@ class Trials:
     ((90.0, 95.0, 94.0, 93.0), 1, [(False, ()), (True, ()), (True, ("a",)), (True, ("a", "b"))]),
     ((90.0, 80.0, None), 0, [(False, ()), (True, ()), (True, ("a",))]),
 ])  # fmt: skip
-def test_a_search_tries_in_turn_and_keeps_the_best(ciders, best, made, data, tmp_path, monkeypatch):
-    where = context(tmp_path, data, Quantize(trials=3, max_drop_cider=2.0))
-    make = Trials(monkeypatch, *ciders)
-    found = search.search(make, True, lambda: ["a", "b", "c"], Artifact(tmp_path / "parent"), where)
-    assert found == where.work / f"trial-{best}" and make.made == made
-    assert [path.parent.name for path in where.work.rglob("*.onnx")] == [f"trial-{best}"]
+def test_a_search_tries_in_turn_and_keeps_the_best(ciders, best, made, data, tmp_path):
+    make = Trials(*ciders)
+    assert make.search(True, lambda: ["a", "b", "c"], tmp_path, data) == tmp_path / "work" / f"trial-{best}" and make.made == made
+    assert [path.parent.name for path in tmp_path.rglob("*.onnx")] == [f"trial-{best}"]
 
 
-def test_a_search_that_was_stopped_goes_on_after_its_last_trial(data, tmp_path, monkeypatch):
-    where = context(tmp_path, data, Quantize(trials=3, max_drop_cider=2.0))
-    first = Trials(monkeypatch, 90.0, 95.0)
+def test_a_search_that_was_stopped_goes_on_after_its_last_trial(data, tmp_path):
     with pytest.raises(IndexError):  # stopped while it makes the third
-        search.search(first, False, lambda: ["a", "b", "c"], Artifact(tmp_path / "parent"), where)
-    assert sorted(path.name for path in where.work.iterdir()) == ["trial-0", "trial-1"]
-    second = Trials(monkeypatch, 99.0)
-    assert search.search(second, False, lambda: ["a", "b", "c"], Artifact(tmp_path / "parent"), where).name == "trial-2"
+        Trials(90.0, 95.0).search(False, lambda: ["a", "b", "c"], tmp_path, data)
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["trial-0", "trial-1"]
+    second = Trials(99.0)
+    assert second.search(False, lambda: ["a", "b", "c"], tmp_path, data).name == "trial-2"
     assert second.made == [(False, ("a", "b"))]
 
 
-def test_an_artifact_that_cannot_be_made_at_all_fails(data, tmp_path, monkeypatch):
-    where = context(tmp_path, data, Quantize(trials=3, max_drop_cider=2.0))
+def test_an_artifact_that_cannot_be_made_at_all_fails(data, tmp_path):
     with pytest.raises(StageError, match="too much"):
-        search.search(Trials(monkeypatch, None), True, list, Artifact(tmp_path / "parent"), where)
+        Trials(None).search(True, list, tmp_path, data)
 
 
 def test_one_caption_for_all_images_is_an_error():

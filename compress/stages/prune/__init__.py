@@ -1,4 +1,4 @@
-"""Structured pruning to a target in MACs, parameters or megabytes, recovered by distilling from the unpruned parent.
+"""Structured pruning to a target in MACs, parameters, megabytes or milliseconds, recovered by distilling from the unpruned parent.
 
 Each step: importance by gate derivatives on training captions, the cheapest blocks leave until the step's share of the target is met,
 the encoder learns to give its old grid again, its features are computed anew, and the fusion is distilled from the parent.
@@ -6,16 +6,24 @@ the encoder learns to give its old grid again, its features are computed anew, a
 
 from __future__ import annotations
 
-from compress.artifact import Artifact
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from compress.artifact import Artifact, write_json, writing
 from compress.config import Prune
 from compress.context import Context
-from compress.stages.prune.channels import blocks, remove, units
+from compress.stages.prune.channels import Block, blocks, remove, units
 from compress.stages.prune.importance import importance
 from compress.stages.prune.recover import recover_encoder
 from compress.stages.prune.target import Target, choose, give_back
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.distillation import Goal, distil, teach
 from compress.training.start import read_captioner, write_captioner
+from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
 from teachers.teacher import load
 
@@ -28,14 +36,13 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     full = model.word.detach().clone()
     target = Target.of(config, model)
     teacher = load(parent.path)
-    taught = None
+    taught = good = before = None
+    gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
         label = f"{context.stage.name} {step}/{config.steps}"
         scores = importance(model, tokenizer, settings, units(model, config.parts), config, seed, context)
         order = blocks(scores, config.round_to, target.savings)
-        wanted = target.at(step / config.steps)
-        chosen = order[: choose(model, order, wanted, target)]
-        model = remove(model, give_back(model, chosen, wanted, target))
+        model = remove(model, leaving(model, order, target, target.at(step / config.steps), context.work / f"leaving-{step}.json"))
         context.progress.log(f"{label}: {target.describe(model)}")
         if "encoder" in config.parts:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
@@ -49,7 +56,37 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
             steps = data.steps(config.recover_epochs, config.batch_images)
             distil(model, data, taught, None, goal, config, steps, seed + step, f"{label} fusion", context)
             model.widen(data.keep, full, UNSEEN_BIAS)
+        if gated:
+            before = context.ciders(parent) if before is None else before
+            made = written(context.work / f"step-{step}", model, tokenizer, settings)
+            drop = float((before - context.ciders(made)).mean())
+            context.progress.log(f"{label}: CIDEr {-drop:+.2f}, max_drop_cider {config.max_drop_cider:g}")
+            if drop > config.max_drop_cider:
+                if good is not None:
+                    context.progress.log(f"{label}: taken back, {target.name} {target.wanted:.4g} is not reached")
+                    model, _, _ = read_captioner(good.path)
+                break
+            good = made
     write_captioner(context.output, model, tokenizer, settings)
+
+
+def leaving(model: LightCap, order: Sequence[Block], target: Target, wanted: float, note: Path) -> Sequence[Block]:
+    """The blocks that leave so that the measure comes to `wanted`. How many were found by time is kept in `note`: asked again after a stop,
+    the clock would say another number."""
+    if target.exact:
+        return give_back(model, order[: choose(model, order, wanted, target)], wanted, target)
+    if not note.exists():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"blocks": choose(model, order, wanted, target)})
+    return order[: json.loads(note.read_text())["blocks"]]
+
+
+def written(folder: Path, model: LightCap, tokenizer: Tokenizer, settings: dict) -> Artifact:
+    """`model` as it is after a step; after a stop, the same again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with writing(folder) as output:
+        write_captioner(output, model, tokenizer, settings)
+    return Artifact(folder)
 
 
 def teach_from_parent(parent, teacher, tokenizer, settings, data, config, context):

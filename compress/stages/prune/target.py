@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from students.lightcap import LightCap
 from students.lightcap.shapes import shapes_of
 
 RETURNS = 12
+TIMED = 15  # captions that a time is the median of
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,20 @@ class Target:
     @staticmethod
     def of(config: Prune, model: LightCap) -> Target:
         """StageError where the target is not below what the parent already has."""
-        measures: dict[str, Callable[[LightCap], float]] = {"macs": macs, "params": parameters, "mb": megabytes}
-        name = next(key for key in measures if getattr(config, key) is not None)
-        before = measures[name](model)
-        wanted = getattr(config, name) * (before if name != "mb" else 1)
+        name = next(key for key in ("macs", "params", "mb", "ms") if getattr(config, key) is not None)
+        measure: Callable[[LightCap], float] = (
+            Clock.beside(model) if name == "ms" else {"macs": macs, "params": parameters, "mb": megabytes}[name]
+        )
+        before = measure(model)
+        wanted = getattr(config, name) * (1 if name in ("mb", "ms") else before)
         if wanted >= before:
             raise StageError(f"prune to {name}: {wanted:.4g} is not below the parent's {before:.4g}")
-        return Target(name, measures[name], before, wanted, savings(model, name == "macs"))
+        return Target(name, measure, before, wanted, savings(model, name in ("macs", "ms")))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the measure is a count, and not a time that is another one when it is asked again."""
+        return self.name != "ms"
 
     def at(self, share: float) -> float:
         """The value to reach after this share of the steps."""
@@ -79,6 +88,32 @@ def give_back(model: LightCap, chosen: Sequence[Block], wanted: float, target: T
         if target.measure(remove(model, rest)) <= wanted:
             kept = rest
     return kept
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Milliseconds of one caption, as in a float model's row: PyTorch, one thread, beam 1, median. Taken in turn with a copy of the parent,
+    whose time when the clock was made is `reference`: a machine that is slower now is slower for both."""
+
+    parent: LightCap
+    reference: float
+
+    @staticmethod
+    def beside(parent: LightCap) -> Clock:
+        parent = copy.deepcopy(parent).eval()
+        return Clock(parent, Clock(parent, 1.0).times(parent)[0])
+
+    def times(self, model: LightCap) -> tuple[float, float]:
+        """Milliseconds of `model` and of the parent."""
+        pixels = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
+        works = [lambda turn, timed=timed: cost.generate(timed, pixels, 0) for timed in (model.eval(), self.parent)]
+        with cost.one_thread():
+            mine, theirs = (cost.quantiles(times)["p50"] for times in cost.interleaved(works, TIMED))
+        return mine, theirs
+
+    def __call__(self, model: LightCap) -> float:
+        mine, theirs = self.times(model)
+        return mine * self.reference / theirs
 
 
 def macs(model: LightCap) -> float:

@@ -7,9 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from compress import evaluate, metrics
 from compress.artifact import Artifact, write_json, writing
 from compress.context import Context
 from compress.errors import StageError
@@ -31,11 +28,11 @@ def search(
     for number, (tuned, floating) in enumerate(itertools.islice(candidates(tunes, worst), config.trials + 1)):
         folder = context.work / f"trial-{number}"
         if not folder.exists():
-            before = ciders(parent, context) if before is None else before
+            before = context.ciders(parent) if before is None else before
             try:
                 with writing(folder) as output:
                     make(tuned, floating, output)
-                    write_json(output / TRIAL, {"delta_cider": float((ciders(Artifact(output), context) - before).mean())})
+                    write_json(output / TRIAL, {"delta_cider": float((context.ciders(Artifact(output)) - before).mean())})
             except StageError as error:
                 if not tried:
                     raise
@@ -65,10 +62,3 @@ def candidates(tunes: bool, worst: Callable[[], Sequence[str]]) -> Iterator[tupl
     for count in range(1, len(parts) + 1):
         yield tunes, parts[:count]
 
-
-def ciders(artifact: Artifact, context: Context) -> np.ndarray:
-    """CIDEr-D x100 of each val image, beam 5."""
-    data = context.data.split(context.recipe.data.val_split)
-    with context.progress.task(f"captions of {data.examples[0].split}", len(data)) as task:
-        said = evaluate.captions(artifact, data, evaluate.BEAM, context.cache, context.progress, task.advance)
-    return metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples]).per_image
