@@ -7,7 +7,6 @@ failed stage, a missed gate or an unreadable image; 2 wrong input; 130 stopped f
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -20,8 +19,6 @@ import click
 
 from compress import __version__
 from compress.errors import LightcapError, UsageError, expected, nearest
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
@@ -189,17 +186,43 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
     """Put runs side by side, with the rows that nothing else beats. Example: lightcap compare runs/a runs/b --html report.html"""
     from compress import ledger, show
 
-    compared = [{"run": name, "rows": ledger.read_run(name)} for name in runs]
-    flat = [(entry["run"], row) for entry in compared for row in entry["rows"]]
-    best = [flat[index] for index in ledger.pareto([row for _, row in flat])]
-    pareto = [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]
-    value = {"runs": compared, "pareto": pareto}
+    value = ledger.compared(runs)
     if html is not None:
         from compress import report
 
-        report.write(compared, html)
+        report.write(value["runs"], html)
         click.echo(f"wrote {html}", err=True)
     _answer(as_json, value, lambda: show.compare(value))
+
+
+@cli.command("sweep")
+@click.argument("recipe")
+@click.option("--vary", multiple=True, required=True, metavar="NAME.KEY=A,B,...", help="Values to try, each in a run; repeatable.")
+@settings
+@out_folder
+@as_json
+@click.pass_context
+def sweep_command(
+    ctx: click.Context, recipe: str, vary: tuple[str, ...], sets: tuple[str, ...], out: Path | None, as_json: bool
+) -> None:
+    """Run a recipe with several values, and compare. Example: lightcap sweep photos --vary pruned.macs=0.8,0.65,0.5,0.35"""
+    from compress import ledger, pipeline, show, sweep
+    from compress.context import Progress
+
+    failed = []
+    wanted = sweep.recipes(recipe, sets, vary, out)
+    with _quietly():
+        for number, (folder, chosen, one) in enumerate(wanted, start=1):
+            click.echo(f"run {number} of {len(wanted)}: {' '.join(chosen)}", err=True)
+            result = pipeline.run(one, folder, Progress())
+            if result.error is not None:
+                result.error.show()
+                failed.append({"run": str(folder), "error": result.error.message})
+    done = [str(folder) for folder, _, _ in wanted if (folder / "ledger.jsonl").is_file()]
+    value = ledger.compared(done) | {"ok": not failed, "failed": failed}
+    _answer(as_json, value, lambda: show.compare(value))
+    if failed:
+        ctx.exit(1)
 
 
 # ---- captioning and measuring
@@ -213,14 +236,13 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
 @click.pass_context
 def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], beam: int, as_json: bool) -> None:
     """Caption photos with an artifact, or with the last one of a run. Example: lightcap caption runs/photos holiday.jpg"""
-    from compress import artifact
+    from compress import artifact, captioning
 
     chosen = artifact.resolve(model)
-    photos = _photos(images)
+    photos = captioning.photos(images)
     answers, result = [], sys.stdout
     with _quietly():
-        captions = _captions_without_torch if chosen.graphs else _captions_with_torch
-        for answer in captions(chosen, photos, beam):
+        for answer in captioning.captions(chosen, photos, beam):
             answers.append(answer)
             if "error" in answer:
                 click.echo(f"lightcap: {answer['error']}", err=True)
@@ -230,55 +252,6 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
         _print_json(answers)
     if any("error" in answer for answer in answers):
         ctx.exit(1)
-
-
-def _photos(names: Sequence[str]) -> list[Path]:
-    """The images that the arguments name, folders opened. A photo that is not there is an answer of its own, unless none is there."""
-    photos = []
-    for path in map(Path, names):
-        if path.is_dir():
-            inside = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise UsageError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            photos.extend(inside)
-        else:
-            photos.append(path)
-    if not any(photo.exists() for photo in photos):
-        beside = [child.name for child in photos[0].parent.iterdir()] if photos[0].parent.is_dir() else []
-        raise UsageError(f"no image or folder {photos[0]}{nearest(photos[0].name, beside)}")
-    return photos
-
-
-def _captions_without_torch(chosen, photos: Sequence[Path], beam: int) -> Iterator[dict]:
-    from compress.runtime import Captioner
-
-    captioner = Captioner(chosen.path)
-    yield from _captions(photos, captioner.open, lambda image: captioner.caption(image, beam))
-
-
-def _captions_with_torch(chosen, photos: Sequence[Path], beam: int) -> Iterator[dict]:
-    from compress import evaluate
-    from compress.runtime import OVERSAMPLED, open_photo
-
-    least = OVERSAMPLED * evaluate.settings_of(chosen)["image_size"]
-    opened = functools.partial(open_photo, least=least)
-    yield from _captions(photos, opened, lambda image: evaluate.captions_of_images(chosen, [image], beam)[0])
-
-
-def _captions(photos: Sequence[Path], opened: Callable, caption_of: Callable) -> Iterator[dict]:
-    """One answer per photo, in order: its caption with the milliseconds from decoded pixels to text, or why it cannot be read."""
-    import time
-
-    for photo in photos:
-        try:
-            image = opened(photo)
-        except ValueError as error:
-            yield {"image": str(photo), "error": str(error)}
-            continue
-        began = time.perf_counter()
-        text, logprob = caption_of(image)
-        milliseconds = (time.perf_counter() - began) * 1000
-        yield {"image": str(photo), "caption": text, "logprob": float(logprob), "ms": round(milliseconds, 2)}
 
 
 @cli.command("eval")

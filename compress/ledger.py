@@ -97,6 +97,14 @@ def pareto(rows: Sequence[Mapping]) -> list[int]:
     return [index for index, mine in enumerate(points) if mine is not None and not beaten(mine)]
 
 
+def compared(runs: Sequence[str]) -> dict:
+    """The ledgers of several runs, and the rows that nothing in any of them beats: what `lightcap compare` says."""
+    found = [{"run": name, "rows": read_run(name)} for name in runs]
+    flat = [(entry["run"], row) for entry in found for row in entry["rows"]]
+    best = [flat[index] for index in pareto([row for _, row in flat])]
+    return {"runs": found, "pareto": [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]}
+
+
 HEADINGS = ("name", "CIDEr [95 %]", "delta", "params", "GMACs", "MB", "ms")
 
 

@@ -1,0 +1,64 @@
+"""Captions of photos, one answer after the other: by ONNX Runtime without torch where the artifact is graphs, else by PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from compress.artifact import Artifact
+from compress.errors import UsageError, nearest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def photos(names: Sequence[str]) -> list[Path]:
+    """The images that the arguments name, folders opened. A photo that is not there is an answer of its own, unless none is there."""
+    photos = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise UsageError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            photos.extend(inside)
+        else:
+            photos.append(path)
+    if not any(photo.exists() for photo in photos):
+        beside = [child.name for child in photos[0].parent.iterdir()] if photos[0].parent.is_dir() else []
+        raise UsageError(f"no image or folder {photos[0]}{nearest(photos[0].name, beside)}")
+    return photos
+
+
+def captions(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[dict]:
+    return (without_torch if chosen.graphs else with_torch)(chosen, photos, beam)
+
+
+def without_torch(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[dict]:
+    from compress.runtime import Captioner
+
+    captioner = Captioner(chosen.path)
+    yield from answers(photos, captioner.open, lambda image: captioner.caption(image, beam))
+
+
+def with_torch(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[dict]:
+    from compress import evaluate
+    from compress.runtime import OVERSAMPLED, open_photo
+
+    least = OVERSAMPLED * evaluate.settings_of(chosen)["image_size"]
+    opened = functools.partial(open_photo, least=least)
+    yield from answers(photos, opened, lambda image: evaluate.captions_of_images(chosen, [image], beam)[0])
+
+
+def answers(photos: Sequence[Path], opened: Callable, caption_of: Callable) -> Iterator[dict]:
+    """One answer per photo, in order: its caption with the milliseconds from decoded pixels to text, or why it cannot be read."""
+    for photo in photos:
+        try:
+            image = opened(photo)
+        except ValueError as error:
+            yield {"image": str(photo), "error": str(error)}
+            continue
+        began = time.perf_counter()
+        text, logprob = caption_of(image)
+        milliseconds = (time.perf_counter() - began) * 1000
+        yield {"image": str(photo), "caption": text, "logprob": float(logprob), "ms": round(milliseconds, 2)}

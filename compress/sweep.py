@@ -1,0 +1,43 @@
+"""One recipe with several values of some of its keys: a run for every combination, which share in the cache what the keys do not touch."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress.config import Recipe
+from compress.errors import UsageError
+from compress.recipe import read_recipe
+
+COMMA = re.compile(r",(?![^\[]*\])")  # one that stands in no list
+
+
+def combinations(vary: Sequence[str]) -> list[tuple[str, ...]]:
+    """`NAME.key=a,b,c` of each key -> the settings `NAME.key=a` of each combination, the last key's values first. UsageError for a key
+    without two values, or named twice."""
+    options = []
+    for text in vary:
+        key, mark, values = text.partition("=")
+        found = [value.strip() for value in COMMA.split(values)]
+        if not mark or not key or len(found) < 2 or not all(found) or len(set(found)) < len(found):
+            raise UsageError(f"--vary {text}: write NAME.key=a,b with two different values or more")
+        if any(other[0].startswith(f"{key}=") for other in options):
+            raise UsageError(f"--vary {text}: '{key}' varies already")
+        options.append([f"{key}={value}" for value in found])
+    return list(itertools.product(*options))
+
+
+def recipes(name: str, sets: Sequence[str], vary: Sequence[str], out: Path | None) -> list[tuple[Path, tuple[str, ...], Recipe]]:
+    """(the run's folder, its settings, its recipe) of every combination, all read before one is run. The folder is `out` (runs/NAME) with
+    the settings behind it: runs/photos-pruned.macs-0.5."""
+    if not vary:
+        raise UsageError("nothing varies; give --vary NAME.key=a,b")
+    found = []
+    for chosen in combinations(vary):
+        wanted = read_recipe(name, (*sets, *chosen))
+        base = Path("runs") / wanted.name if out is None else out
+        label = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", setting).strip("-") for setting in chosen)
+        found.append((base.with_name(f"{base.name}-{label}"), chosen, wanted))
+    return found
