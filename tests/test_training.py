@@ -233,9 +233,9 @@ def test_a_store_goes_on_after_a_kill(tmp_path):
     with pytest.raises(Killed):
         stored(tmp_path, "k", (10, 3), "float32", 4, lambda a, b: fill(a, b, 8))
     assert found(tmp_path, "k") is None and calls == [0, 4]
-    done = []
-    array = stored(tmp_path, "k", (10, 3), "float32", 4, fill, done.append)
-    assert calls == [0, 4, 8] and sum(done) == 10
+    task = Task("k", 10, lambda task: None)
+    array = stored(tmp_path, "k", (10, 3), "float32", 4, fill, task)
+    assert calls == [0, 4, 8] and task.done == 10 and task.before == 8  # what was done before is no part of the rate
     assert array[:, 1].tolist() == list(range(10)) and array.shape == (10, 3)
     assert not array.flags.writeable
     again = stored(tmp_path, "k", (10, 3), "float32", 4, fill)

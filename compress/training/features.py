@@ -39,7 +39,7 @@ def pixels(data: CaptionSet, settings: dict, cache: Path, progress: Progress) ->
 
     count = len(data.examples)
     with progress.task("pictures", count) as task:
-        return stored(cache / "pixels", key, (count, size, size, 3), "uint8", ROWS, fill, task.advance)
+        return stored(cache / "pixels", key, (count, size, size, 3), "uint8", ROWS, fill, task)
 
 
 def grids(model: LightCap, data: CaptionSet, settings: dict, cache: Path, progress: Progress) -> np.ndarray:
@@ -61,7 +61,7 @@ def grids(model: LightCap, data: CaptionSet, settings: dict, cache: Path, progre
         return np.concatenate(blocks)
 
     with progress.task("features", len(data.examples)) as task:
-        return stored(cache / "grids", key, shape, "float16", ROWS, fill, task.advance)
+        return stored(cache / "grids", key, shape, "float16", ROWS, fill, task)
 
 
 def grids_key(model: LightCap, data: CaptionSet, settings: dict) -> str:

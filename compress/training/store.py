@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.context import Task
 from compress.process import only_writer
 
 
@@ -19,7 +20,7 @@ def found(folder: Path, key: str) -> np.ndarray | None:
 
 def stored(
     folder: Path, key: str, shape: tuple[int, ...], dtype: str, rows: int, fill: Callable[[int, int], np.ndarray],
-    advance: Callable[[int], None] = lambda n: None,
+    task: Task | None = None,
 ) -> np.ndarray:
     """The array `key` (a memory map, read only), made by `fill(start, stop)` over blocks of `rows` where it is not whole yet.
 
@@ -30,13 +31,12 @@ def stored(
     whole = folder / f"{key}.npy"
     if not whole.exists():
         with only_writer(folder / f"{key}.writer", lambda process: None):
-            make(folder, key, shape, dtype, rows, fill, advance)
+            make(folder, key, shape, dtype, rows, fill, task or Task(key, shape[0], lambda task: None))
     return np.load(whole, mmap_mode="r")
 
 
 def make(
-    folder: Path, key: str, shape: tuple[int, ...], dtype: str, rows: int, fill: Callable[[int, int], np.ndarray],
-    advance: Callable[[int], None],
+    folder: Path, key: str, shape: tuple[int, ...], dtype: str, rows: int, fill: Callable[[int, int], np.ndarray], task: Task
 ) -> None:
     whole, partial, state = folder / f"{key}.npy", folder / f"{key}.partial", folder / f"{key}.json"
     if not whole.exists():
@@ -46,7 +46,7 @@ def make(
             array = np.lib.format.open_memmap(partial, mode="r+")
         else:
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        advance(done)
+        task.resume(done)
         for start in range(done, shape[0], rows):
             stop = min(start + rows, shape[0])
             array[start:stop] = fill(start, stop)
@@ -54,7 +54,7 @@ def make(
             temporary = state.with_suffix(".tmp")
             temporary.write_text(json.dumps({"rows": stop}))
             temporary.replace(state)
-            advance(stop - start)
+            task.advance(stop - start)
         del array
         partial.replace(whole)
         state.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ def targets(
     packed = found(cache / "targets", key)
     if packed is None:
         with progress.task(f"targets of {label}", count) as task:
-            packed = stored(cache / "targets", key, (count, longest, width, 2), "float32", IMAGES, fill, task.advance)
+            packed = stored(cache / "targets", key, (count, longest, width, 2), "float32", IMAGES, fill, task)
     ids = np.concatenate([packed[i, : captions.length(i), :, 0] for i in range(count)]).astype(np.int32)
     best = np.concatenate([packed[i, : captions.length(i), :, 1] for i in range(count)]).astype(np.float16)
     return ids, best
