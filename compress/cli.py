@@ -225,6 +225,30 @@ def sweep_command(
         ctx.exit(1)
 
 
+@cli.command("fit")
+@click.argument("recipe")
+@click.option("--max-mb", type=click.FloatRange(min=0, min_open=True), help="Megabytes on disk of the last artifact.")
+@click.option("--max-ms", type=click.FloatRange(min=0, min_open=True), help="Milliseconds a caption, as in its row.")
+@click.option("--max-drop-cider", type=click.FloatRange(min=0), help="CIDEr that may be lost against what is pruned.")
+@settings
+@out_folder
+@as_json
+@click.pass_context
+def fit_command(
+    ctx: click.Context, recipe: str, max_mb: float | None, max_ms: float | None, max_drop_cider: float | None, sets: tuple[str, ...],
+    out: Path | None, as_json: bool,
+) -> None:
+    """Prune no more than limits of size and time ask for. Example: lightcap fit photos --max-mb 8 --max-ms 10 --max-drop-cider 2"""
+    from compress import fit, show
+    from compress.context import Progress
+
+    with _quietly():
+        found = fit.fit(recipe, sets, fit.Limits(max_mb, max_ms, max_drop_cider), out, Progress())
+    _answer(as_json, found, lambda: show.fit(found))
+    if not found["ok"]:
+        ctx.exit(1)
+
+
 # ---- captioning and measuring
 
 

@@ -42,6 +42,14 @@ def compare(value: Mapping) -> Group:
     return Group(drawn, "* nothing here is at least as good in CIDEr, bytes and time, and better in one")
 
 
+def fit(value: Mapping) -> Group:
+    said = (
+        f"{'met' if value['ok'] else 'not met'}: {value['macs']:g} of MACs, {value['mb']:.2f} MB, {value['ms']:.1f} ms, "
+        f"CIDEr {-value['drop_cider']:+.2f} against '{value['against']}'"
+    )
+    return Group(ledger.table(value["ledger"], title=value["run"]), said)
+
+
 def scores(value: Mapping) -> Table:
     low, high = value["cider_ci95"]
     rows = [("CIDEr-D", f"{value['cider']:.2f}  [{low:.2f}, {high:.2f}]")]

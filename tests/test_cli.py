@@ -45,7 +45,7 @@ def test_version_and_help(lightcap, tmp_path):
     assert lightcap("--version") == (0, f"lightcap {compress.__version__}\n", "")
     status, output, _ = lightcap("--help")
     assert status == 0
-    for name in ("recipes", "plan", "run", "compare", "sweep", "caption", "eval", "score", "profile", "export", "doctor"):
+    for name in ("recipes", "plan", "run", "compare", "sweep", "fit", "caption", "eval", "score", "profile", "export", "doctor"):
         assert f"\n  {name} " in output
     done = command("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"lightcap {compress.__version__}\n")

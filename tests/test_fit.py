@@ -1,0 +1,77 @@
+"""The share of MACs that limits leave: found by bisection, judged by one full run."""
+
+import json
+
+import pytest
+
+from compress import cli, fit, pipeline
+from compress.context import Progress
+from compress.errors import GateError, UsageError
+from compress.recipe import read_recipe
+
+
+@pytest.mark.parametrize("edge", [0.98, 0.97, 0.5, 0.21, 0.2])
+def test_the_largest_share_is_found_to_a_step(edge):
+    asked = []
+
+    def holds(share):
+        asked.append(share)
+        return share <= edge
+
+    assert edge - fit.STEP < fit.largest(holds) <= edge + 1e-9 and len(asked) <= 8
+    assert fit.largest(lambda share: False) is None
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """Runs whose artifact has as many megabytes, and tenths of milliseconds, as its share of MACs in percent; those recovered lose a tenth
+    of what is pruned away in CIDEr. The recipes that were asked for."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def run(wanted, out, progress):
+        asked.append(wanted)
+        prune = next(stage for stage in wanted.stages if stage.kind == "prune").config
+        lost = 10 * (1 - prune.macs) if prune.recover_epochs else 60.0
+        values = {"bytes": int(prune.macs * 100e6), "latency_ms": {"p50": prune.macs * 10}}
+        ciders = {stage: 60.0 if stage.name == "vocabulary" else 60.0 - lost for stage in wanted.stages}
+        rows = [values | {"stage": stage.kind, "name": stage.name, "cider": cider} for stage, cider in ciders.items()]
+        return pipeline.Result(out, tuple(map(pipeline.ledger.row, rows)))
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return asked
+
+
+def test_no_more_is_pruned_than_the_limits_ask_for(world):
+    found = fit.fit("quickstart", ["seed=3"], fit.Limits(mb=71.0, ms=9.0, drop_cider=4.0), None, Progress(quiet=True))
+    assert (found["ok"], found["macs"], found["mb"], found["against"]) == (True, 0.7, pytest.approx(70), "vocabulary")
+    assert found["drop_cider"] == pytest.approx(3.0) and found["run"] == "runs/quickstart-fit"
+    *probes, last = world
+    prunes = [next(stage for stage in one.stages if stage.kind == "prune").config for one in (*probes, last)]
+    assert all((p.recover_epochs, p.recover_encoder_epochs, p.max_drop_cider) == (0.0, 0.0, None) for p in prunes[:-1])
+    own = next(stage for stage in read_recipe("quickstart").stages if stage.kind == "prune").config
+    assert (prunes[-1].macs, prunes[-1].recover_epochs) == (0.7, own.recover_epochs) and last.seed == 3
+    assert [item["held"] for item in found["tried"]] == [item["macs"] <= 0.7 for item in found["tried"]]
+
+    slow = fit.fit("quickstart", [], fit.Limits(ms=5.0), None, Progress(quiet=True))
+    assert slow["ok"] and 5.0 * fit.MARGIN - 0.2 < slow["ms"] <= 5.0 * fit.MARGIN
+
+
+def test_limits_that_cannot_be_held_fail_in_one_line(world):
+    with pytest.raises(GateError, match="the limits cannot be held: 0.2 of MACs is still 20.00 MB and 2.0 ms"):
+        fit.fit("quickstart", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
+    with pytest.raises(UsageError, match="give --max-mb, --max-ms or both"):
+        fit.fit("quickstart", [], fit.Limits(drop_cider=1.0), None, Progress(quiet=True))
+    with pytest.raises(UsageError, match="one 'prune' stage; ablation has 0"):
+        fit.fit("ablation", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
+
+
+def test_the_command_says_whether_cider_holds(world, capsys):
+    for drop, status in (("6", 0), ("4", 1)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["fit", "quickstart", "--max-mb", "50", "--max-drop-cider", drop, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert (ended.value.code, found["ok"], found["macs"]) == (status, status == 0, 0.5)
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "quickstart", "--max-mb", "50", "--max-drop-cider", "4"])
+    assert "not met: 0.5 of MACs, 50.00 MB, 5.0 ms, CIDEr -5.00 against 'vocabulary'" in capsys.readouterr().out
