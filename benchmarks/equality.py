@@ -41,8 +41,10 @@ def compare(run: Path) -> dict:
         raise ModelError(f"{run}: no finished quantize stage")
     made, parent = (artifact.Artifact(run / rows[name]["artifact"]) for name in (stage.name, stage.parent))
     described = made.config["quantized"]
-    if described["float_parts"] or described["tune_epochs"]:
+    if described.get("float_parts") or described.get("tune_epochs"):
         raise ModelError(f"{run}: '{stage.name}' was tuned or has float parts, and only calibration can be repeated")
+    if made.config.get("concepts") or made.config.get("mask_piece") is not None:
+        raise ModelError(f"{run}: '{stage.name}' reads concepts or predicts masked pieces, which PyTorch's graph here does not")
     pictures = data.load(wanted.data, cache_of(run))
     model, tokenizer, settings = read_captioner(parent.path)
     found = quantize.calibrate(model, tokenizer, settings, stage.config, pictures, wanted.seed, progress)

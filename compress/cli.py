@@ -209,16 +209,19 @@ def sweep_command(
     from compress import ledger, pipeline, show, sweep
     from compress.context import Progress
 
-    failed = []
+    done, failed = [], []
     wanted = sweep.recipes(recipe, sets, vary, out)
     with _quietly():
         for number, (folder, chosen, one) in enumerate(wanted, start=1):
             click.echo(f"run {number} of {len(wanted)}: {' '.join(chosen)}", err=True)
             result = pipeline.run(one, folder, Progress())
+            if isinstance(result.error, UsageError):
+                raise result.error
+            if result.rows:
+                done.append(str(folder))
             if result.error is not None:
                 result.error.show()
                 failed.append({"run": str(folder), "error": result.error.message})
-    done = [str(folder) for folder, _, _ in wanted if (folder / "ledger.jsonl").is_file()]
     value = ledger.compared(done) | {"ok": not failed, "failed": failed}
     _answer(as_json, value, lambda: show.compare(value))
     if failed:

@@ -6,7 +6,8 @@
     │   ├── DataError            captions, images, splits
     │   └── ModelError           an artifact, a checkpoint, a preset
     └── StageError      exit 1   a stage failed; the last good artifact is kept
-        └── GateError            a stage ran, and its result missed a gate
+        ├── GateError            a stage ran, and its result missed a gate
+        └── TargetError          nothing that may be removed brings a model to a target
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ class StageError(LightcapError):
 
 
 class GateError(StageError):
+    pass
+
+
+class TargetError(StageError):
     pass
 
 

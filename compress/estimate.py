@@ -107,8 +107,9 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
     if isinstance(settings, Prune):
         each = known + pack + 3 * settings.recover_epochs * pack
         return amount.images * (each + 3 * settings.recover_encoder_epochs * macs.encoder * ("encoder" in settings.parts))
-    if isinstance(settings, Quantize):
-        return settings.calibration_images * macs.caption
+    if isinstance(settings, Quantize):  # trials are not counted: there may be none
+        tuning = known + pack + 3 * (macs.encoder + pack)
+        return settings.calibration_images * macs.caption + amount.images * settings.tune_epochs * tuning
     return 0.0
 
 

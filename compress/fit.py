@@ -7,6 +7,7 @@ are not recovered, minutes each; then the recipe runs once in full.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from pathlib import Path
 from compress import pipeline
 from compress.config import Recipe, Stage
 from compress.context import Progress
-from compress.errors import GateError, UsageError
+from compress.errors import GateError, TargetError, UsageError
 from compress.recipe import read_recipe
 
 LEAST, MOST, STEP = 0.2, 0.98, 0.02  # shares of the parent's MACs that are looked at
-MARGIN = 0.97  # of a limit in milliseconds that is aimed at: the time is taken again at the end
+MARGIN = 0.97  # of a limit that is aimed at where the end differs: a time is taken again, and of several steps the later ones choose anew
 
 
 @dataclass(frozen=True)
@@ -29,42 +30,47 @@ class Limits:
     ms: float | None = None
     drop_cider: float | None = None
 
-    def hold(self, mb: float, ms: float, share: float = 1.0) -> bool:
-        return (self.mb is None or mb <= self.mb) and (self.ms is None or ms <= self.ms * share)
+    def hold(self, mb: float, ms: float, share_ms: float = 1.0, share_mb: float = 1.0) -> bool:
+        """Whether both are within those shares of the limits."""
+        return (self.mb is None or mb <= self.mb * share_mb) and (self.ms is None or ms <= self.ms * share_ms)
 
 
 def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progress: Progress) -> dict:
-    """What `lightcap fit` says. UsageError for a recipe without exactly one `prune`; GateError where the limits cannot be held, or CIDEr is
-    lost; what a run raises."""
+    """What `lightcap fit` says. UsageError for a recipe without exactly one `prune`; GateError where the limits cannot be held; what a run
+    raises. Models that are not recovered stand in a run beside `out`, which is removed."""
     if limits.mb is None and limits.ms is None:
         raise UsageError("give --max-mb, --max-ms or both")
     wanted = read_recipe(name, sets)
     stage = pruning(wanted)
     out = Path("runs") / f"{wanted.name}-fit" if out is None else out
+    beside = out.with_name(f"{out.name}.unrecovered")
     tried: list[dict] = []
 
-    def attempt(share: float, recovered: bool) -> dict:
-        rows = pipeline.run(pruned_to(wanted, stage, share, recovered), out, progress).check().rows
-        return {"macs": share, "mb": rows[-1]["bytes"] / 1e6, "ms": rows[-1]["latency_ms"]["p50"], "rows": rows}
-
-    def holds(share: float) -> bool:
-        found = attempt(share, recovered=False)
-        held = limits.hold(found["mb"], found["ms"], MARGIN)
-        tried.append({"macs": share, "mb": found["mb"], "ms": found["ms"], "held": held})
+    def holds(share: float) -> bool | None:
+        result = pipeline.run(pruned_to(wanted, stage, share, recovered=False), beside, progress)
+        if isinstance(result.error, TargetError):
+            return None
+        last = result.check().rows[-1]
+        found = {"macs": share, "mb": last["bytes"] / 1e6, "ms": last["latency_ms"]["p50"]}
+        held = limits.hold(found["mb"], found["ms"], MARGIN, MARGIN if stage.config.steps > 1 else 1.0)
+        tried.append(found | {"held": held})
         where = "within" if held else "beyond"
         progress.log(f"fit: {share:.2f} of MACs is {found['mb']:.2f} MB and {found['ms']:.1f} ms, {where} the limits")
         return held
 
-    share = largest(holds)
+    try:
+        share = largest(holds)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # the artifacts stay in the cache
     if share is None:
         last = min(tried, key=lambda item: item["macs"])
         raise GateError(f"the limits cannot be held: {last['macs']:g} of MACs is still {last['mb']:.2f} MB and {last['ms']:.1f} ms")
-    final = attempt(share, recovered=True)
-    by_name = {row["name"]: row for row in final["rows"]}
-    drop = by_name[stage.parent]["cider"] - final["rows"][-1]["cider"]
-    met = limits.hold(final["mb"], final["ms"]) and (limits.drop_cider is None or drop <= limits.drop_cider)
-    return {"ok": met, "run": str(out), "macs": share, "mb": final["mb"], "ms": final["ms"], "drop_cider": drop, "against": stage.parent,
-            "tried": tried, "ledger": list(final["rows"])}
+    rows = pipeline.run(pruned_to(wanted, stage, share, recovered=True), out, progress).check().rows
+    mb, ms = rows[-1]["bytes"] / 1e6, rows[-1]["latency_ms"]["p50"]
+    drop = next(row["cider"] for row in rows if row["name"] == stage.parent) - rows[-1]["cider"]
+    met = limits.hold(mb, ms) and (limits.drop_cider is None or drop <= limits.drop_cider)
+    return {"ok": met, "run": str(out), "macs": share, "mb": mb, "ms": ms, "drop_cider": drop, "against": stage.parent, "tried": tried,
+            "ledger": list(rows)}
 
 
 def pruning(recipe: Recipe) -> Stage:
@@ -75,32 +81,40 @@ def pruning(recipe: Recipe) -> Stage:
 
 
 def pruned_to(recipe: Recipe, stage: Stage, share: float, recovered: bool) -> Recipe:
-    """`recipe` with its `prune` at `share` of its parent's MACs, and no gates: CIDEr is judged at the end."""
-    changes = {"macs": share, "params": None, "mb": None, "ms": None, "max_drop_cider": None}
+    """`recipe` with its `prune` at `share` of its parent's MACs and no gates, since CIDEr is judged at the end; not `recovered`: with
+    nothing trained, either."""
+    prune = {"macs": share, "params": None, "mb": None, "ms": None, "max_drop_cider": None}
+    quantize: dict = {}
     if not recovered:
-        changes |= {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0, "steps": 1}
+        prune |= {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0}
+        quantize = {"trials": 0, "tune_epochs": 0.0, "sensitivity": False}
 
     def changed(other: Stage) -> Stage:
+        config = other.config
         if other.name == stage.name:
-            return dataclasses.replace(other, config=dataclasses.replace(other.config, **changes))
-        if other.kind == "quantize":
-            return dataclasses.replace(other, config=dataclasses.replace(other.config, max_drop_cider=None, trials=0))
-        return other
+            config = dataclasses.replace(config, **prune)
+        elif other.kind == "quantize":
+            config = dataclasses.replace(config, **quantize, **({"max_drop_cider": None} if not (recovered and config.trials) else {}))
+        return dataclasses.replace(other, config=config)
 
-    return dataclasses.replace(recipe, stages=tuple(changed(other) for other in recipe.stages))
+    return dataclasses.replace(recipe, stages=tuple(map(changed, recipe.stages)))
 
 
-def largest(holds: Callable[[float], bool]) -> float | None:
-    """The largest share, to a STEP, for which `holds`, by bisection; None where not even the least does."""
+def largest(holds: Callable[[float], bool | None]) -> float | None:
+    """The largest share, to a STEP, for which `holds`, by bisection; None where it does for none. `holds` says None of a share that nothing
+    reaches: those are the least ones."""
     if holds(MOST):
         return MOST
-    if not holds(LEAST):
-        return None
-    low, high = 0, round((MOST - LEAST) / STEP)
+    low, high, best = -1, round((MOST - LEAST) / STEP), None
     while high - low > 1:
         middle = (low + high) // 2
-        if holds(round(LEAST + middle * STEP, 2)):
-            low = middle
-        else:
+        held = holds(at(middle))
+        if held is False:
             high = middle
-    return round(LEAST + low * STEP, 2)
+        else:
+            low, best = middle, middle if held else best
+    return None if best is None else at(best)
+
+
+def at(step: int) -> float:
+    return round(LEAST + step * STEP, 2)

@@ -46,11 +46,14 @@ def parts(
 ) -> dict:
     """What the lock of `stage` is over. `locks` holds those of the earlier stages by name."""
     settings = next(dict(entry[stage.kind]) for entry in resolved(recipe)["stages"] if _is(entry, stage))
-    for key in ("as", "from", "against", "teachers", "extractor", "max_drop_cider"):  # a gate judges an artifact, it does not make it
-        settings.pop(key, None)
-    sources, libraries = imported((f"compress.stages.{stage.kind}",), root)
+    chooses = settings.get("max_drop_cider") is not None and (settings.get("steps", 1) > 1 or settings.get("trials", 0) > 0)
+    for key in ("as", "from", "against", "teachers", "extractor", *(() if chooses else ("max_drop_cider",))):
+        settings.pop(key, None)  # a gate judges an artifact, it does not make it, but where the stage itself looks at val
+    modules = (f"compress.stages.{stage.kind}", *(("compress.evaluate",) if chooses else ()))
+    sources, libraries = imported(modules, root)
     several = {"processes": processes} if processes > 1 else {}
-    return several | {
+    looked = {"split": recipe.data.val_split, "against": locks.get(stage.against)} if chooses else {}
+    return several | looked | {
         "kind": stage.kind,
         "settings": settings,
         "student": resolved(recipe)["student"],

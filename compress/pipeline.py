@@ -100,7 +100,7 @@ def run(
 
     Of several processes with a `share` each, the first does so, and the others train with it; their result has no rows.
 
-    `stages` (kind to function) and `evaluation` (with `measure`, `baseline` and `tmacs`) default to `compress.stages`, and to
+    `stages` (kind to function) and `evaluation` (with `measure`, `baseline`, `ciders` and `tmacs`) default to `compress.stages`, and to
     `compress.evaluate` and `compress.estimate`, which are imported only when something is not cached.
     """
     cache = cache_of(out)

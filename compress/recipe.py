@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from compress.config import CHOICES, RANGES, STAGES, Data, Recipe, Stage, Student
+from compress.config import CHOICES, RANGES, STAGES, Data, Quantize, Recipe, Stage, Student
 from compress.document import Located, parse, read
 from compress.errors import RecipeError, nearest
 
@@ -327,6 +327,8 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             raise RecipeError(f"{place}'prune' needs exactly one target: macs, params (shares of its parent), mb or ms")
         if kind == "quantize" and config.trials and config.max_drop_cider is None:
             raise RecipeError(f"{settings['trials'].place}key 'trials': there is nothing to try for without 'max_drop_cider'")
+        if kind == "quantize" and not config.tune_epochs and config.tune_learning_rate != Quantize.tune_learning_rate:
+            raise RecipeError(f"{settings['tune_learning_rate'].place}key 'tune_learning_rate': nothing is tuned without 'tune_epochs'")
         against = _compared(parent, config)
         chosen = settings.get("against")
         if chosen is not None and chosen.value is not None:

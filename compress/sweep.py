@@ -38,6 +38,11 @@ def recipes(name: str, sets: Sequence[str], vary: Sequence[str], out: Path | Non
     for chosen in combinations(vary):
         wanted = read_recipe(name, (*sets, *chosen))
         base = Path("runs") / wanted.name if out is None else out
+        if not base.name:
+            raise UsageError(f"--out {base}: name a folder; each run's settings are put behind its name")
         label = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", setting).strip("-") for setting in chosen)
-        found.append((base.with_name(f"{base.name}-{label}"), chosen, wanted))
+        folder = base.with_name(f"{base.name}-{label}")
+        if any(other[0] == folder for other in found):
+            raise UsageError(f"--vary: two of the runs would be {folder}; run them one by one with --out")
+        found.append((folder, chosen, wanted))
     return found

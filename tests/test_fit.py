@@ -6,7 +6,7 @@ import pytest
 
 from compress import cli, fit, pipeline
 from compress.context import Progress
-from compress.errors import GateError, UsageError
+from compress.errors import GateError, TargetError, UsageError
 from compress.recipe import read_recipe
 
 
@@ -20,6 +20,8 @@ def test_the_largest_share_is_found_to_a_step(edge):
 
     assert edge - fit.STEP < fit.largest(holds) <= edge + 1e-9 and len(asked) <= 8
     assert fit.largest(lambda share: False) is None
+    within_reach = fit.largest(lambda share: None if share < 0.3 else share <= edge)
+    assert within_reach == (None if edge < 0.3 else fit.largest(lambda share: share <= edge))
 
 
 @pytest.fixture
@@ -30,8 +32,10 @@ def world(monkeypatch, tmp_path):
     asked = []
 
     def run(wanted, out, progress):
-        asked.append(wanted)
+        asked.append((wanted, out))
         prune = next(stage for stage in wanted.stages if stage.kind == "prune").config
+        if prune.macs < 0.25:
+            return pipeline.Result(out, (), TargetError("prune: macs 1 cannot be reached"))
         lost = 10 * (1 - prune.macs) if prune.recover_epochs else 60.0
         values = {"bytes": int(prune.macs * 100e6), "latency_ms": {"p50": prune.macs * 10}}
         ciders = {stage: 60.0 if stage.name == "vocabulary" else 60.0 - lost for stage in wanted.stages}
@@ -46,11 +50,14 @@ def test_no_more_is_pruned_than_the_limits_ask_for(world):
     found = fit.fit("quickstart", ["seed=3"], fit.Limits(mb=71.0, ms=9.0, drop_cider=4.0), None, Progress(quiet=True))
     assert (found["ok"], found["macs"], found["mb"], found["against"]) == (True, 0.7, pytest.approx(70), "vocabulary")
     assert found["drop_cider"] == pytest.approx(3.0) and found["run"] == "runs/quickstart-fit"
-    *probes, last = world
-    prunes = [next(stage for stage in one.stages if stage.kind == "prune").config for one in (*probes, last)]
+    assert [str(out) for _, out in world] == ["runs/quickstart-fit.unrecovered"] * (len(world) - 1) + ["runs/quickstart-fit"]
+    *probes, last = [recipe for recipe, _ in world]
+    prunes, quantizes = ([next(stage for stage in one.stages if stage.kind == kind).config for one in (*probes, last)]
+                         for kind in ("prune", "quantize"))  # fmt: skip
     assert all((p.recover_epochs, p.recover_encoder_epochs, p.max_drop_cider) == (0.0, 0.0, None) for p in prunes[:-1])
     own = next(stage for stage in read_recipe("quickstart").stages if stage.kind == "prune").config
     assert (prunes[-1].macs, prunes[-1].recover_epochs) == (0.7, own.recover_epochs) and last.seed == 3
+    assert all((q.max_drop_cider, q.trials, q.tune_epochs) == (None, 0, 0.0) for q in quantizes)
     assert [item["held"] for item in found["tried"]] == [item["macs"] <= 0.7 for item in found["tried"]]
 
     slow = fit.fit("quickstart", [], fit.Limits(ms=5.0), None, Progress(quiet=True))
@@ -58,7 +65,7 @@ def test_no_more_is_pruned_than_the_limits_ask_for(world):
 
 
 def test_limits_that_cannot_be_held_fail_in_one_line(world):
-    with pytest.raises(GateError, match="the limits cannot be held: 0.2 of MACs is still 20.00 MB and 2.0 ms"):
+    with pytest.raises(GateError, match="the limits cannot be held: 0.26 of MACs is still 26.00 MB and 2.6 ms"):
         fit.fit("quickstart", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
     with pytest.raises(UsageError, match="give --max-mb, --max-ms or both"):
         fit.fit("quickstart", [], fit.Limits(drop_cider=1.0), None, Progress(quiet=True))
@@ -75,3 +82,15 @@ def test_the_command_says_whether_cider_holds(world, capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "quickstart", "--max-mb", "50", "--max-drop-cider", "4"])
     assert "not met: 0.5 of MACs, 50.00 MB, 5.0 ms, CIDEr -5.00 against 'vocabulary'" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(900)
+def test_a_real_recipe_comes_under_its_limit_in_megabytes(monkeypatch, tmp_path):
+    """Down to where nothing more can be removed: shares below it are no failure."""
+    monkeypatch.chdir(tmp_path)
+    small = ["data.train_images=48", "data.val_images=12", "teacher.epochs=1", "student.epochs=1", "pruned.recover_epochs=1",
+             "pruned.recover_encoder_epochs=1", "int8.calibration_images=16"]  # fmt: skip
+    found = fit.fit("quickstart", small, fit.Limits(mb=0.56), None, Progress(quiet=True))
+    assert found["ok"] and 0.5 < found["mb"] <= 0.56 and found["run"] == "runs/quickstart-fit"
+    assert 0.2 < found["macs"] < 0.98 and sorted(entry.name for entry in (tmp_path / "runs").iterdir()) == [".cache", "quickstart-fit"]
+    assert [row["name"] for row in found["ledger"]][-1] == "export"

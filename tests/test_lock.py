@@ -133,3 +133,22 @@ def test_the_seed_of_a_stage_is_a_setting(tmp_path):
     changed = replace(recipe, stages=(seeded, *recipe.stages[1:]))
     assert lock.parts(changed, seeded, {}, "f", 2)["settings"]["seed"] == 9
     assert "seed" not in lock.parts(recipe, stage, {}, "f", 2)["settings"]
+
+
+def test_a_gate_is_in_the_lock_where_the_stage_itself_looks_at_val(tmp_path):
+    """A gate alone judges what was made; a search, and steps that are taken back, make something else of another one."""
+
+    def locks(prune: str, quantize: str, split: str = "val") -> tuple[str, str]:
+        text = f"data: {{val_split: {split}}}\n{RECIPE}  - prune: {{as: p, macs: 0.7, {prune}}}\n  - quantize: {{as: q, {quantize}}}\n"
+        found = locks_of(tmp_path, text)
+        return found["p"], found["q"]
+
+    gates = [locks("max_drop_cider: 3", "max_drop_cider: 2"), locks("max_drop_cider: 9", "max_drop_cider: 8"),
+             locks("max_drop_cider: 9", "max_drop_cider: 8", "test")]  # fmt: skip
+    assert len(set(gates)) == 1
+    steps = [locks("steps: 2, max_drop_cider: 3", "trials: 0"), locks("steps: 2, max_drop_cider: 9", "trials: 0"),
+             locks("steps: 2, max_drop_cider: 9", "trials: 0", "test")]  # fmt: skip
+    assert len({pruned for pruned, _ in steps}) == 3
+    trials = [locks("steps: 1", "trials: 2, max_drop_cider: 2"), locks("steps: 1", "trials: 2, max_drop_cider: 8"),
+              locks("steps: 1", "trials: 2, max_drop_cider: 8", "test")]  # fmt: skip
+    assert len({pruned for pruned, _ in trials}) == 1 and len({quantized for _, quantized in trials}) == 3

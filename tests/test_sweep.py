@@ -1,12 +1,13 @@
 """A recipe with several values: every combination once, read before any is run, side by side in the end."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from compress import cli, pipeline, sweep
-from compress.errors import GateError, RecipeError, UsageError
+from compress.errors import DataError, GateError, RecipeError, UsageError
 
 
 def test_combinations_are_all_of_them_in_order():
@@ -48,9 +49,11 @@ def test_the_command_runs_each_and_goes_on_after_one_that_fails(monkeypatch, tmp
     def run(wanted, out, progress):
         asked.append((str(out), wanted.stages[1].config.macs))
         out.mkdir(parents=True)
+        if wanted.stages[1].config.macs == 0.4:
+            return pipeline.Result(out, (), DataError("no captions there"))
         row = {"stage": "prune", "name": "pruned", "cider": 100 * wanted.stages[1].config.macs, "bytes": 1000, "latency_ms": {"p50": 1.0}}
         (out / "ledger.jsonl").write_text(json.dumps(pipeline.ledger.row(row)) + "\n")
-        return pipeline.Result(out, (), GateError("stage 'pruned' missed its gate") if wanted.stages[1].config.macs == 0.5 else None)
+        return pipeline.Result(out, (row,), GateError("stage 'pruned' missed its gate") if wanted.stages[1].config.macs == 0.5 else None)
 
     monkeypatch.setattr(pipeline, "run", run)
     with pytest.raises(SystemExit) as ended:
@@ -62,3 +65,13 @@ def test_the_command_runs_each_and_goes_on_after_one_that_fails(monkeypatch, tmp
     assert [entry["run"] for entry in value["runs"]] == [folder for folder, _ in asked]
     assert value["pareto"] == [{"run": "runs/x-pruned.macs-0.8", "stage": "prune", "name": "pruned"}]
     assert value["ok"] is False and value["failed"] == [{"run": "runs/x-pruned.macs-0.5", "error": "stage 'pruned' missed its gate"}]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sweep", "x.yaml", "--vary", "pruned.macs=0.4,0.2"])
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith("lightcap: no captions there\n") and len(asked) == 4
+
+
+def test_runs_that_would_share_a_folder_are_refused():
+    with pytest.raises(UsageError, match="two of the runs would be runs/quickstart-data.images-a-b"):
+        sweep.recipes("quickstart", [], ["data.images=a/b,a-b"], None)
+    with pytest.raises(UsageError, match="--out .: name a folder"):
+        sweep.recipes("quickstart", [], ["seed=1,2"], Path("."))

@@ -57,7 +57,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
             distil(model, data, taught, None, goal, config, steps, seed + step, f"{label} fusion", context)
             model.widen(data.keep, full, UNSEEN_BIAS)
         if gated:
-            before = context.ciders(parent) if before is None else before
+            before = context.ciders(context.artifacts.get(context.stage.against, parent)) if before is None else before
             made = written(context.work / f"step-{step}", model, tokenizer, settings)
             drop = float((before - context.ciders(made)).mean())
             context.progress.log(f"{label}: CIDEr {-drop:+.2f}, max_drop_cider {config.max_drop_cider:g}")

@@ -13,7 +13,7 @@ from torch import nn
 
 from compress import cost
 from compress.config import Prune
-from compress.errors import StageError
+from compress.errors import StageError, TargetError
 from compress.stages.prune.channels import Block, dependency_graph, remove
 from students.lightcap import LightCap
 from students.lightcap.shapes import shapes_of
@@ -61,9 +61,9 @@ class Target:
 
 def choose(model: LightCap, order: Sequence[Block], wanted: float, target: Target) -> int:
     """The least number of leading blocks whose removal brings the measure to `wanted`, by bisection over exact counts."""
-    if target.measure(remove(model, order)) > wanted:
-        raise StageError(f"prune: {target.name} {wanted:.4g} cannot be reached; with every removable block gone it is "
-                         f"{target.measure(remove(model, order)):.4g}; ask for less, or allow more parts")
+    if (least := target.measure(remove(model, order))) > wanted:
+        raise TargetError(f"prune: {target.name} {wanted:.4g} cannot be reached; with every removable block gone it is {least:.4g}; ask "
+                          "for less, or allow more parts")
     low, high = 0, len(order)
     while high - low > 1:
         middle = (low + high) // 2
@@ -92,8 +92,9 @@ def give_back(model: LightCap, chosen: Sequence[Block], wanted: float, target: T
 
 @dataclass(frozen=True)
 class Clock:
-    """Milliseconds of one caption, as in a float model's row: PyTorch, one thread, beam 1, median. Taken in turn with a copy of the parent,
-    whose time when the clock was made is `reference`: a machine that is slower now is slower for both."""
+    """Milliseconds of one caption, as in a float model's row (PyTorch, one thread, beam 1, median) but for resizing the picture and
+    spelling the text. Taken in turn with a copy of the parent, whose time when the clock was made is `reference`: a machine that is slower
+    now is slower for both."""
 
     parent: LightCap
     reference: float

@@ -17,6 +17,7 @@ import torch
 from compress import graphs
 from compress.artifact import write_json
 from compress.errors import ModelError, StageError
+from students.lightcap import LightCap
 
 BATCH = 8
 SENSITIVITY = "sensitivity.json"  # part: KL divergence, nats a token, where it was measured
@@ -29,8 +30,6 @@ def run(parent, config, context) -> None:
     `config`: `compress.config.Quantize`. With `trials`, CIDEr on val is held to `max_drop_cider` by `search`. StageError where the weights
     do not shrink to `config.max_weight_ratio` of the parent's, naming the tensors still in float.
     """
-    from compress.stages.quantize import decoder, encoder
-    from compress.stages.quantize.concepts import quantized_concepts
     from compress.stages.quantize.search import TRIAL, search
     from compress.stages.quantize.sensitivity import ALL, sensitivity
     from compress.stages.quantize.tune import tune
@@ -42,41 +41,53 @@ def run(parent, config, context) -> None:
     found = calibrate(model, tokenizer, settings, config, context.data, context.seed, context.progress)
 
     @functools.cache
-    def tuned_model():
-        return tune(model, found.encoder, found.decoder, tokenizer, settings, config, context)
-
-    def make(tuned: bool, floating: Sequence[str], folder: Path) -> None:
-        whole = tuned_model() if tuned else model
-        made = {"encoder.onnx": encoder.quantized_encoder(whole, found.encoder, floating),
-                "decoder.onnx": decoder.quantized_decoder(whole, found.decoder, floating)}
-        if model.config.concepts:
-            made["concepts.onnx"] = quantized_concepts(model, found.grids, config.reduce_range)
-        for name, proto in made.items():
-            graphs.write(graphs.clean(proto), folder / name)
-        described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
-                     "calibrated_by": "neural-compressor", "reduce_range": config.reduce_range, "float_parts": list(floating),
-                     "tune_epochs": config.tune_epochs if tuned else 0.0}
-        describe(folder, parent, model, described)
-        check(folder, model, config.max_weight_ratio, context.progress)
+    def state(tuned: bool) -> tuple[LightCap, Calibrated]:
+        return tune(model, found, tokenizer, settings, config, context) if tuned else (model, found)
 
     @functools.cache
-    def measured() -> dict[str, float]:
+    def measured(tuned: bool) -> dict[str, float]:
+        whole, seen = state(tuned)
         few = slice(SENSITIVITY_IMAGES)
-        pictures = [picture for batch in pixel_batches(context.data, found.examples[few], settings) for picture in batch]
-        lost = sensitivity(model, found.encoder, found.decoder, pictures, found.captions[few], context.progress)
+        pictures = [picture for batch in pixel_batches(context.data, seen.examples[few], settings) for picture in batch]
+        lost = sensitivity(whole, seen.encoder, seen.decoder, pictures, seen.captions[few], context.progress)
         context.progress.log("KL divergence by part, nats a token: " + ", ".join(f"{part} {value:.2g}" for part, value in lost.items()))
         return lost
 
-    def worst() -> list[str]:
-        return [part for part in measured() if part != ALL]
+    def worst(tuned: bool) -> list[str]:
+        return [part for part in measured(tuned) if part != ALL]
 
+    def make(tuned: bool, floating: Sequence[str], folder: Path) -> None:
+        write(folder, parent, *state(tuned), config, floating, config.tune_epochs if tuned else 0.0, context.progress)
+
+    tunes = config.tune_epochs > 0
     if config.trials and config.max_drop_cider is not None:
-        best = search(make, config.tune_epochs > 0, worst, parent, context)
+        best = search(make, tunes, worst, parent, context)
         shutil.copytree(best, context.output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(TRIAL))
     else:
-        make(config.tune_epochs > 0, (), context.output)
+        make(tunes, (), context.output)
     if config.sensitivity:
-        write_json(context.output / SENSITIVITY, measured())
+        made = json.loads((context.output / "config.json").read_text())["quantized"]
+        write_json(context.output / SENSITIVITY, measured(made["tune_epochs"] > 0))
+
+
+def write(
+    folder: Path, parent, model: LightCap, found: Calibrated, config, floating: Sequence[str], tune_epochs: float, progress
+) -> None:
+    """The INT8 artifact of `model`, calibrated as `found`, with the parts `floating` in float."""
+    from compress.stages.quantize import decoder, encoder
+    from compress.stages.quantize.concepts import quantized_concepts
+
+    made = {"encoder.onnx": encoder.quantized_encoder(model, found.encoder, floating),
+            "decoder.onnx": decoder.quantized_decoder(model, found.decoder, floating)}
+    if model.config.concepts:
+        made["concepts.onnx"] = quantized_concepts(model, found.grids, config.reduce_range)
+    for name, proto in made.items():
+        graphs.write(graphs.clean(proto), folder / name)
+    described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
+                 "calibrated_by": "neural-compressor", "reduce_range": config.reduce_range, "float_parts": list(floating),
+                 "tune_epochs": tune_epochs}
+    describe(folder, parent, model, described)
+    check(folder, model, config.max_weight_ratio, progress)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compress.artifact import Artifact, write_json, writing
@@ -15,50 +14,61 @@ TRIAL = "trial.json"
 
 
 def search(
-    make: Callable[[bool, Sequence[str], Path], None], tunes: bool, worst: Callable[[], Sequence[str]],
+    make: Callable[[bool, Sequence[str], Path], None], tunes: bool, worst: Callable[[bool], Sequence[str]],
     parent: Artifact, context: Context,
 ) -> Path:
-    """The folder of the best of at most `trials` + 1 artifacts (`candidates`); the first within `max_drop_cider` of `parent` ends it.
+    """The folder of the best of at most `trials` + 1 artifacts: all in INT8; the same with tuned weights, if the stage `tunes`; then with
+    one more of the parts `worst(tuned)` in float in each. The first within `max_drop_cider` of what the stage is compared with ends it.
 
-    `make(tuned, floating, folder)` writes an artifact; a StageError of it ends the search, unless it is the first's. What was tried is in
-    `context.work`, the best of it whole: a search that was stopped goes on after its last trial."""
+    `make(tuned, floating, folder)` writes an artifact; what raises StageError there is left out, unless it is the first. What was tried is
+    in `context.work`, the best of it whole: a search that was stopped goes on after its last trial."""
     config, log, label = context.stage.config, context.progress.log, context.stage.name
+    against = context.artifacts.get(context.stage.against, parent)
     tried: list[tuple[float, Path]] = []
+    tuned, floating = False, ()  # of the last that could be made
+    candidate: tuple[bool, tuple[str, ...]] = (tuned, floating)
+    queue: list[str] | None = None
     before = None
-    for number, (tuned, floating) in enumerate(itertools.islice(candidates(tunes, worst), config.trials + 1)):
+    for number in range(config.trials + 1):
         folder = context.work / f"trial-{number}"
         if not folder.exists():
-            before = context.ciders(parent) if before is None else before
-            try:
-                with writing(folder) as output:
-                    make(tuned, floating, output)
-                    write_json(output / TRIAL, {"delta_cider": float((context.ciders(Artifact(output)) - before).mean())})
-            except StageError as error:
-                if not tried:
-                    raise
-                log(f"{label}: {error.message}")
+            before = context.ciders(against) if before is None else before
+            with writing(folder) as output:
+                found: dict = {"tuned": candidate[0], "floating": candidate[1]}
+                try:
+                    make(*candidate, output)
+                    found["delta_cider"] = float((context.ciders(Artifact(output)) - before).mean())
+                except StageError as error:
+                    if not tried:
+                        raise
+                    found["error"] = error.message
+                    drop_graphs(output)
+                write_json(output / TRIAL, found)
+        found = json.loads((folder / TRIAL).read_text())
+        said = ", ".join([*(["tuned"] if candidate[0] else []), f"in float: {', '.join(candidate[1])}" if candidate[1] else "all in INT8"])
+        if "error" in found:
+            log(f"{label}: trial {number} of {config.trials}, {said}: {found['error']}")
+        else:
+            tuned, floating = candidate
+            tried.append((found["delta_cider"], folder))
+            for _, other in sorted(tried, reverse=True)[1:]:
+                drop_graphs(other)
+            met = -found["delta_cider"] <= config.max_drop_cider
+            log(f"{label}: trial {number} of {config.trials}, {said}: CIDEr {found['delta_cider']:+.2f}, max_drop_cider "
+                f"{config.max_drop_cider:g} {'met' if met else 'not met'}")
+            if met:
                 break
-        delta = json.loads((folder / TRIAL).read_text())["delta_cider"]
-        tried.append((delta, folder))
-        for _, other in sorted(tried, reverse=True)[1:]:
-            for path in other.glob("*.onnx"):
-                path.unlink()
-        met = -delta <= config.max_drop_cider
-        said = ", ".join([*(["tuned"] if tuned else []), f"in float: {', '.join(floating)}" if floating else "all in INT8"])
-        log(f"{label}: trial {number} of {config.trials}, {said}: CIDEr {delta:+.2f}, max_drop_cider {config.max_drop_cider:g} "
-            f"{'met' if met else 'not met'}")
-        if met:
+        if tunes and number == 0:
+            candidate = (True, ())
+            continue
+        if queue is None and number < config.trials:
+            queue = list(worst(tuned))
+        if not queue:
             break
+        candidate = (tuned, (*floating, queue.pop(0)))
     return max(tried)[1]
 
 
-def candidates(tunes: bool, worst: Callable[[], Sequence[str]]) -> Iterator[tuple[bool, tuple[str, ...]]]:
-    """(whether its weights are tuned, the parts that stay in float): all in INT8, the same tuned if the stage tunes, then with one more of
-    `worst()` in float in each."""
-    yield False, ()
-    if tunes:
-        yield True, ()
-    parts = tuple(worst())
-    for count in range(1, len(parts) + 1):
-        yield tunes, parts[:count]
-
+def drop_graphs(folder: Path) -> None:
+    for path in folder.glob("*.onnx"):
+        path.unlink()

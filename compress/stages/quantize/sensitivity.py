@@ -27,14 +27,14 @@ def sensitivity(
 
     `encoder` and `decoder` are calibrated graphs; `pixels` are images (3, S, S) as the encoder takes them, `captions` the ids of each one's
     captions with [CLS] and [SEP]. Concepts stay those of the float model: their extractor is not rounded here."""
-    graphs = simulated(encoder), simulated(decoder)
+    graphs, mask = (simulated(encoder), simulated(decoder)), model.config.mask_piece
     names = [*parts(encoder), *parts(decoder)]
     batches = [torch.from_numpy(np.stack(pixels[start : start + 8])) for start in range(0, len(pixels), 8)]
     with progress.task("sensitivity", len(names) + 2) as task:
         switch(graphs, [])
         plain = grids(graphs[0], batches)
         forced = [teacher_forced(model, grid[None], ids) for grid, ids in zip(plain, captions, strict=True)]
-        expected = [logs(graphs[1], inputs) for inputs in forced]
+        expected = [logs(graphs[1], inputs, mask) for inputs in forced]
         task.advance(1)
         found = {}
         for name in [ALL, *names]:
@@ -42,7 +42,7 @@ def sensitivity(
             moved = grids(graphs[0], batches) if name == ALL or name in parts(encoder) else plain
             total = count = 0.0
             for grid, inputs, before in zip(moved, forced, expected, strict=True):
-                after = logs(graphs[1], (grid[None], *inputs[1:]))
+                after = logs(graphs[1], (grid[None], *inputs[1:]), mask)
                 total += float((before.exp() * (before - after)).sum())
                 count += len(before)
             found[name] = total / count
@@ -54,6 +54,7 @@ def grids(encoder: GraphModule, batches: Sequence[Tensor]) -> Tensor:
     return torch.cat([encoder(batch) for batch in batches])
 
 
-def logs(decoder: GraphModule, inputs: tuple[Tensor, ...]) -> Tensor:
-    """(T, V) log-probabilities."""
-    return decoder(*inputs)[0].log_softmax(-1)
+def logs(decoder: GraphModule, inputs: tuple[Tensor, ...], mask_piece: int | None) -> Tensor:
+    """(n, V) log-probabilities at the places that say a piece: all, or the [MASK]s of a model of masked pieces."""
+    found = decoder(*inputs)[0].log_softmax(-1)
+    return found if mask_piece is None else found[inputs[1][0] == mask_piece]

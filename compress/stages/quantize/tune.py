@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -10,6 +13,7 @@ from torch.fx import GraphModule
 
 from compress.config import Optimisation, Quantize
 from compress.context import Context
+from compress.stages.quantize import Calibrated
 from compress.stages.quantize.observe import is_observer
 from compress.stages.quantize.simulate import WeightRounding, simulated, switch
 from compress.training.batches import IGNORED, Captions, image_batches, pack
@@ -22,19 +26,19 @@ BATCH_IMAGES = 16
 
 
 def tune(
-    model: LightCap, encoder: GraphModule, decoder: GraphModule, tokenizer: Tokenizer, settings: dict, config: Quantize, context: Context
-) -> LightCap:
+    model: LightCap, found: Calibrated, tokenizer: Tokenizer, settings: dict, config: Quantize, context: Context
+) -> tuple[LightCap, Calibrated]:
     """`config.tune_epochs` over the training images, all parts rounded by the scales that calibration found for activations and by the
     weights' own: minimises the KL divergence of the float model's token probabilities, plus the grid's squared error over its variance.
 
-    `encoder` and `decoder`, calibrated graphs, get the new weights and their scales; returns a model with the decoder's."""
+    Returns a model with the decoder's new weights, and calibrated graphs with all of them and their scales; `model` and `found` stay."""
     data = context.data.split("train")
     wanted = grids(model, data, settings, context.cache, context.progress)
     pictures = pixels(data, settings, context.cache, context.progress)
     captions = Captions.of([encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples])
     variance = float(np.asarray(wanted[:256], np.float32).var())
     where = device()
-    graphs = nn.ModuleList([simulated(encoder), simulated(decoder)]).to(where)
+    graphs = nn.ModuleList([simulated(found.encoder), simulated(found.decoder)]).to(where)
     switch(graphs, None)
     model.to(where)
     parameters = [parameter.requires_grad_(True) for parameter in graphs.parameters()]
@@ -59,16 +63,16 @@ def tune(
     fit(graphs, groups, steps, loss_of, loop, context.seed, context.work, f"{context.stage.name} tune", context.progress)
     model.cpu()
     graphs.cpu()
-    for calibrated, trained in zip((encoder, decoder), graphs, strict=True):
-        take_weights(calibrated, trained)
-    tuned = dict(graphs[1].named_parameters())
-    model.load_state_dict({name.removeprefix("model."): value for name, value in tuned.items()}, strict=False)
-    return model
+    tuned = [take_weights(copy.deepcopy(given), trained) for given, trained in zip((found.encoder, found.decoder), graphs, strict=True)]
+    made = copy.deepcopy(model)
+    weights = {name.removeprefix("model."): value for name, value in graphs[1].named_parameters()}
+    made.load_state_dict(weights, strict=False)  # the encoder's are in its graph, batch norms folded in
+    return made, dataclasses.replace(found, encoder=tuned[0], decoder=tuned[1])
 
 
 @torch.no_grad()
-def take_weights(calibrated: GraphModule, trained: GraphModule) -> None:
-    """Gives a calibrated graph the weights of its trained simulation, and the observers of weights a new look at them."""
+def take_weights(calibrated: GraphModule, trained: GraphModule) -> GraphModule:
+    """Gives a calibrated graph, in place, the weights of its trained simulation, and the observers of weights a new look at them."""
     values = dict(trained.named_parameters())
     for name, parameter in calibrated.named_parameters():
         parameter.copy_(values[name])
@@ -77,3 +81,4 @@ def take_weights(calibrated: GraphModule, trained: GraphModule) -> None:
         if isinstance(trained.get_submodule(node.target), WeightRounding):
             observer.reset_min_max_vals()
             observer(calibrated.get_parameter(str(node.args[0].target)))
+    return calibrated
