@@ -411,6 +411,23 @@ def test_what_the_target_did_not_need_comes_back():
             assert aim.measure(channels.remove(model, rest)) > aim.wanted
 
 
+# ---- recovery
+
+
+def test_an_unpruned_encoder_has_nothing_to_recover(world):
+    """Its norms keep their statistics: it stays where it was, though its batches are small."""
+    model, _, preprocessing, parent, context = world
+    here = context("a")
+    recovered, before = LightCap.from_pretrained(parent.path), dict(model.encoder.named_buffers())
+    config = Prune(macs=0.7, batch_images=4, encoder_learning_rate=1e-4, precision="fp32")
+    importlib.import_module("compress.stages.prune.recover").recover_encoder(recovered, parent, preprocessing, config, 17, "encoder", here)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in recovered.encoder.named_buffers())
+    pictures = torch.randn(8, 3, 80, 80, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        goal, grid = model.eval().encode(pictures), recovered.encode(pictures)
+    assert (grid - goal).square().mean() < 0.02 * goal.var()
+
+
 # ---- milliseconds, and steps that are taken back
 
 

@@ -27,8 +27,8 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
     scale = float(np.asarray(wanted[:256], np.float32).var())
     where = device()
     model.to(where)
-    # Norms keep their statistics, as in the training of a pretrained encoder: by those of a batch of 16 pictures, the unpruned encoder's own
-    # grid is 1.2 of its variance away from itself.
+    # Norms keep their statistics, as in the training of a pretrained encoder: by those of a batch of a few pictures, the unpruned encoder's
+    # own grid would be far from the one that is asked for.
     model.encoder.to(memory_format=torch.channels_last).eval().requires_grad_(True)
     rows_of = image_batches(len(data), config.batch_images, seed)
     steps = max(1, round(config.recover_encoder_epochs * -(-len(data) // config.batch_images)))
