@@ -116,7 +116,7 @@ def test_weights_are_integers_in_at_most_the_promised_share(model, folder):
 def test_the_folder_says_what_it_is_and_names_no_path(parent, folder):
     values = json.loads((folder / "config.json").read_text())
     assert values["quantized"] == {"scheme": "static", "weights": "int8", "activations": "uint8", "calibration_images": 12,
-                                   "calibrated_by": "neural-compressor", "reduce_range": False}
+                                   "calibrated_by": "neural-compressor", "reduce_range": False, "float_parts": [], "tune_epochs": 0.0}
     assert tiny.Artifact(folder).quantized
     assert tiny.LightCap.from_pretrained(parent.path).config.to_dict() == {k: v for k, v in values.items() if k != "quantized"} | {
         "shapes": {name: tuple(shape) for name, shape in values["shapes"].items()}}
