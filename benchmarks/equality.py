@@ -27,7 +27,7 @@ from compress.errors import LightcapError, ModelError  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import encoder, simulate  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
-from students.lightcap.tokenizer import decode_caption, encode_captions  # noqa: E402
+from students.lightcap.tokenizer import decode_caption  # noqa: E402
 
 BATCH = 25
 
@@ -58,22 +58,22 @@ def compare(run: Path) -> dict:
             pixels = np.stack([runtime.pixels(val.image(example), settings) for example in examples])
             with torch.no_grad():
                 said, logits = simulate.greedy(graphs[1], model, graphs[0](torch.from_numpy(pixels)), special)
-            theirs = [text for text, _ in captioner.captions(pixels, beam=1)]
-            for example, pieces, rows_of_logits, text in zip(examples, said, logits, theirs, strict=True):
-                mine = decode_caption(tokenizer, pieces)
-                if mine != text:
-                    gap = first_gap([*pieces, special.end], [*encode_captions(tokenizer, [text], 99)[0][1:]], rows_of_logits)
-                    differences.append({"image": example.image_id, "pytorch": mine, "onnxruntime": text, "gap": gap})
+            theirs = captioner.search(captioner.encode(pixels), 1, model.config.max_tokens)
+            for example, mine, (other, _), chosen in zip(examples, said, theirs, logits.log_softmax(-1), strict=True):
+                if mine != other:
+                    texts = {name: decode_caption(tokenizer, ids) for name, ids in (("pytorch", mine), ("onnxruntime", other))}
+                    gap = first_gap([*mine, special.end], [*other, special.end], chosen)
+                    differences.append({"image": example.image_id, **texts, "gap": gap})
             task.advance(len(examples))
     equal = len(val) - len(differences)
     return {"images": len(val), "equal": equal, "share": equal / len(val), "differences": differences,
             "largest_gap": max((item["gap"] for item in differences), default=0.0)}
 
 
-def first_gap(mine: list[int], theirs: list[int], logits: torch.Tensor) -> float:
-    """Nats between two choices where they part; `logits` (T, V) made `mine`."""
+def first_gap(mine: list[int], theirs: list[int], logs: torch.Tensor) -> float:
+    """Nats between two choices where they part; `logs` (T, V) made `mine`."""
     place = next(index for index, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b)
-    return float(logits[place, mine[place]] - logits[place, theirs[place]])
+    return float(logs[place, mine[place]] - logs[place, theirs[place]])
 
 
 def main() -> None:

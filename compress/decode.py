@@ -63,7 +63,7 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
         total = scores.unsqueeze(-1) + logs.view(len(live), beam, -1)
         best, index = total.flatten(1).topk(min(2 * beam, total[0].numel()), dim=1)
         source, piece = index // logs.shape[-1], index % logs.shape[-1]
-        keep_images, keep_rows, chosen, chosen_scores, chosen_pieces = [], [], [], [], []
+        keep_rows, chosen, chosen_scores, chosen_pieces = [], [], [], []
         ends = (piece == special.end).tolist()
         values = best.tolist()
         for row, image in enumerate(live):
@@ -80,13 +80,12 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
                 continue
             real = min(len(slots), beam)
             slots = (slots + slots[-1:] * beam)[:beam]
-            keep_images.append(image)
             keep_rows.append(row)
             chosen.append(row * beam + source[row, slots])
             chosen_scores.append(best[row, slots].index_fill(0, torch.arange(real, beam, device=where), -torch.inf))
             chosen_pieces.append(piece[row, slots])
         images = None if len(keep_rows) == len(live) else torch.tensor(keep_rows, device=where)
-        live = keep_images
+        live = [live[row] for row in keep_rows]
         if not live:
             break
         rows = torch.cat(chosen)

@@ -39,9 +39,7 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     if against is not None and not (against.path / CAPTIONS).is_file():
         against = None  # a concept extractor, which says nothing yet
     data = context.data.split(context.recipe.data.val_split)
-    with context.progress.task(f"captions of {data.examples[0].split}", len(data)) as task:
-        said = captions(artifact, data, BEAM, context.cache, context.progress, task.advance)
-    scores = metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples])
+    said, scores = scored(artifact, data, context.cache, context.progress)
     spoken = [
         {"image": example.image_id, "caption": text, "logprob": round(logprob, 4), "cider": round(float(value), 4)}
         for example, (text, logprob), value in zip(data.examples, said, scores.per_image, strict=True)
@@ -68,11 +66,19 @@ def check_variety(said: Sequence[str], before: Sequence[str]) -> None:
                          "try more calibration_images, or trials")
 
 
-def ciders(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress) -> np.ndarray:
-    """CIDEr-D x100 of each image of `data`, beam 5."""
+def scored(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress) -> tuple[list[tuple[str, float]], metrics.Scores]:
+    """(caption, log-probability) of every example of `data` at beam 5, and their scores."""
     with progress.task(f"captions of {data.examples[0].split}", len(data)) as task:
         said = captions(artifact, data, BEAM, cache, progress, task.advance)
-    return metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples]).per_image
+    return said, metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples])
+
+
+def ciders(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress) -> np.ndarray:
+    """CIDEr-D x100 of each image of `data` at beam 5: as it was measured, if `artifact` was."""
+    if (artifact.path / CAPTIONS).is_file():
+        known = {item["image"]: item["cider"] for item in json.loads((artifact.path / CAPTIONS).read_text())}
+        return np.array([known[example.image_id] for example in data.examples])
+    return scored(artifact, data, cache, progress)[1].per_image
 
 
 def accuracy(scores: metrics.Scores) -> dict:

@@ -32,8 +32,6 @@ def combinations(vary: Sequence[str]) -> list[tuple[str, ...]]:
 def recipes(name: str, sets: Sequence[str], vary: Sequence[str], out: Path | None) -> list[tuple[Path, tuple[str, ...], Recipe]]:
     """(the run's folder, its settings, its recipe) of every combination, all read before one is run. The folder is `out` (runs/NAME) with
     the settings behind it: runs/photos-pruned.macs-0.5."""
-    if not vary:
-        raise UsageError("nothing varies; give --vary NAME.key=a,b")
     found = []
     for chosen in combinations(vary):
         wanted = read_recipe(name, (*sets, *chosen))

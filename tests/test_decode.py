@@ -41,7 +41,7 @@ class Tables:
         [seen], pieces = past, tokens[:, None, :, None].float()
         own = pieces if seen.own_keys is None else torch.cat([seen.own_keys, pieces], 2)
         self.steps += 1
-        assert own.shape[2] == position + 1 and seen.length == position + 1  # the image's number, and the pieces before this one
+        assert own.shape[2] == position + 1 and seen.own_length == position
         whole = torch.cat([seen.keys.repeat_interleave(len(own) // len(seen.keys), 0), own], 2)
         logits = np.stack([self.logits(tuple(row[0, :, 0].tolist())) for row in whole])
         return torch.from_numpy(logits), [Seen(seen.keys, seen.values, own, own)]

@@ -73,6 +73,14 @@ def test_limits_that_cannot_be_held_fail_in_one_line(world):
         fit.fit("ablation", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
 
 
+def test_a_stage_that_may_remove_next_to_nothing_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    unreachable = TargetError("prune: macs 1 cannot be reached")
+    monkeypatch.setattr(pipeline, "run", lambda wanted, out, progress: pipeline.Result(out, (), unreachable))
+    with pytest.raises(GateError, match="nothing that 'pruned' may remove comes to 0.98 of MACs"):
+        fit.fit("quickstart", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
+
+
 def test_the_command_says_whether_cider_holds(world, capsys):
     for drop, status in (("6", 0), ("4", 1)):
         with pytest.raises(SystemExit) as ended:

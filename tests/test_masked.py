@@ -58,7 +58,7 @@ def test_cached_steps_are_whole_passes(model, grid):
             logits, past = model.step(torch.tensor([[token]]), position, past)
             found.append(logits[0])
     torch.testing.assert_close(torch.stack(found), stepwise(model, grid[:1], caption), atol=1e-4, rtol=1e-4)
-    assert past[0].length == 25 + len(caption) - 1  # no [MASK] is kept
+    assert past[0].own_length == len(caption) - 1  # no [MASK] is kept
 
 
 def test_probing_asks_all_places_at_once(model, grid):

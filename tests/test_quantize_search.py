@@ -287,6 +287,15 @@ def test_one_caption_for_all_images_is_an_error(data, broken, tmp_path, monkeypa
     evaluate.check_variety(["a dog", "a cat"], [str(i) for i in range(16)])
 
 
+def test_what_was_measured_is_not_said_again(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "captions", None)
+    val = data.split("val")
+    spoken = [{"image": example.image_id, "caption": "a dog", "cider": float(index)} for index, example in enumerate(val.examples)]
+    (tmp_path / evaluate.CAPTIONS).write_text(json.dumps(spoken[::-1]))
+    found = evaluate.ciders(Artifact(tmp_path), val, tmp_path, Progress(quiet=True))
+    assert found.tolist() == [float(index) for index in range(16)]
+
+
 def test_tuned_weights_reach_the_observers(calibrated):
     _, encoding, *_ = calibrated
     graph, trained = copy.deepcopy(encoding), simulate.simulated(encoding)

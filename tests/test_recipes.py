@@ -120,6 +120,12 @@ def test_every_shipped_recipe_is_tested_here():
 @pytest.mark.timeout(1200)
 def test_quickstart(tmp_path):
     check("quickstart", QUICKSTART, tmp_path, ["teacher", "student", "vocabulary", "pruned", "int8", "export"])
+    # Its INT8 graphs say what PyTorch's quantized graph does, calibrated again from what the run wrote down.
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "equality.py", "runs/quickstart"], capture_output=True, text=True,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["images"] == 12 and (found["share"] == 1.0 or found["largest_gap"] < 0.05)
 
 
 @pytest.mark.timeout(1200)

@@ -143,6 +143,11 @@ def pack_masked(captions: Captions, images: Sequence[int], masking: Masking, ran
     return Batch(np.asarray(images), *map(torch.from_numpy, (tokens, positions, segments, targets)), np.concatenate(rows), width)
 
 
+def steps_of(count: int, epochs: float, batch_images: int) -> int:
+    """Batches in `epochs` of `count` images, at least one."""
+    return max(1, round(epochs * -(-count // batch_images)))
+
+
 def image_batches(count: int, batch_images: int, seed: int) -> Callable[[int], np.ndarray]:
     """Step number -> the images of its batch, ascending; each epoch has all `count` of them in an order of its own, from the seed."""
     per_epoch = -(-count // batch_images)

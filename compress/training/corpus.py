@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.context import Context
 from compress.parallel import ALONE, Share
-from compress.training.batches import Batch, Captions, Masking, order, pack, pack_masked
+from compress.training.batches import Batch, Captions, Masking, order, pack, pack_masked, steps_of
 from compress.training.features import device, grids, grids_key, normalised, pixels
 from students.lightcap import LightCap
 from students.lightcap.tokenizer import encode_captions
@@ -32,7 +32,7 @@ class Corpus:
     features: str
 
     def steps(self, epochs: float, batch_images: int) -> int:
-        return max(1, round(epochs * -(-len(self.captions.images) // batch_images)))
+        return steps_of(len(self.captions.images), epochs, batch_images)
 
     def batches(self, batch_images: int, seed: int, mask_piece: int | None = None, share: Share = ALONE) -> Callable[[int], Batch]:
         """Step number -> this process's share of the batch, the same for the same seed; of masked pieces where `mask_piece` (its place in

@@ -64,6 +64,11 @@ def grids(model: LightCap, data: CaptionSet, settings: dict, cache: Path, progre
         return stored(cache / "grids", key, shape, "float16", ROWS, fill, task)
 
 
+def variance(grids: np.ndarray) -> float:
+    """Of the first pictures' grids: what the squared error of a grid is measured by."""
+    return float(np.asarray(grids[:ROWS], np.float32).var())
+
+
 def grids_key(model: LightCap, data: CaptionSet, settings: dict) -> str:
     """The digest under which `grids` are kept: of the encoder's weights, the preprocessor and the pictures."""
     return digest("grids", encoder_digest(model.encoder), settings, data.fingerprint, [e.image_id for e in data.examples])

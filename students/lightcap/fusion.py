@@ -27,8 +27,8 @@ class Seen(NamedTuple):
     own_values: Tensor | None = None
 
     @property
-    def length(self) -> int:
-        return self.keys.shape[2] + (0 if self.own_keys is None else self.own_keys.shape[2])
+    def own_length(self) -> int:
+        return 0 if self.own_keys is None else self.own_keys.shape[2]
 
     def rows(self, captions: Tensor, images: Tensor | None) -> Seen:
         """Those `captions` (and `images`, if not all) alone, in their order."""

@@ -103,8 +103,7 @@ class LightCap(nn.Module):
             states, present = self.fusion(self.fusion.embed_caption(tokens, places), first=0, past=past)
             return self.heads(states[:, -1], self.word), present
         pair = torch.cat([tokens, torch.full_like(tokens, self.config.mask_piece)], 1)
-        own = past[0].length - past[0].keys.shape[2] + 2
-        sees = torch.ones(1, 1, 2, own, dtype=torch.bool, device=tokens.device)
+        sees = torch.ones(1, 1, 2, past[0].own_length + 2, dtype=torch.bool, device=tokens.device)
         sees[:, :, 0, -1] = False
         x = self.fusion.embed_caption(pair, torch.cat([places, places + 1], 1))
         states, present = self.fusion(x, first=0, past=past, mask=sees)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compress.artifact import Artifact
 from compress.config import Prune
 from compress.context import Context
-from compress.training.batches import image_batches
-from compress.training.features import device, grids, normalised, pixels
+from compress.training.batches import image_batches, steps_of
+from compress.training.features import device, grids, normalised, pixels, variance
 from compress.training.loop import Group, fit, precision
 from compress.training.start import read_captioner
 from students.lightcap import LightCap
@@ -24,14 +23,14 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
     own, _, _ = read_captioner(parent.path)
     wanted = grids(own, data, settings, context.cache, context.progress)
     pictures = pixels(data, settings, context.cache, context.progress)
-    scale = float(np.asarray(wanted[:256], np.float32).var())
+    scale = variance(wanted)
     where = device()
     model.to(where)
     # Norms keep their statistics, as in the training of a pretrained encoder: by those of a batch of a few pictures, the unpruned encoder's
     # own grid would be far from the one that is asked for.
     model.encoder.to(memory_format=torch.channels_last).eval().requires_grad_(True)
     rows_of = image_batches(len(data), config.batch_images, seed)
-    steps = max(1, round(config.recover_encoder_epochs * -(-len(data) // config.batch_images)))
+    steps = steps_of(len(data), config.recover_encoder_epochs, config.batch_images)
 
     def loss_of(step: int) -> Tensor:
         rows = rows_of(step)

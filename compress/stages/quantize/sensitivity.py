@@ -28,7 +28,7 @@ def sensitivity(
     `encoder` and `decoder` are calibrated graphs; `pixels` are images (3, S, S) as the encoder takes them, `captions` the ids of each one's
     captions with [CLS] and [SEP]. Concepts stay those of the float model: their extractor is not rounded here."""
     graphs, mask = (simulated(encoder), simulated(decoder)), model.config.mask_piece
-    names = [*parts(encoder), *parts(decoder)]
+    encoding, names = parts(encoder), [*parts(encoder), *parts(decoder)]
     batches = [torch.from_numpy(np.stack(pixels[start : start + 8])) for start in range(0, len(pixels), 8)]
     with progress.task("sensitivity", len(names) + 2) as task:
         switch(graphs, [])
@@ -39,7 +39,7 @@ def sensitivity(
         found = {}
         for name in [ALL, *names]:
             switch(graphs, None if name == ALL else [name])
-            moved = grids(graphs[0], batches) if name == ALL or name in parts(encoder) else plain
+            moved = grids(graphs[0], batches) if name == ALL or name in encoding else plain
             total = count = 0.0
             for grid, inputs, before in zip(moved, forced, expected, strict=True):
                 after = logs(graphs[1], (grid[None], *inputs[1:]), mask)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from compress.context import Context
 from compress.stages.quantize import Calibrated
 from compress.stages.quantize.observe import is_observer
 from compress.stages.quantize.simulate import WeightRounding, simulated, switch
-from compress.training.batches import IGNORED, Captions, image_batches, pack
-from compress.training.features import device, grids, normalised, pixels
+from compress.training.batches import IGNORED, Captions, image_batches, pack, steps_of
+from compress.training.features import device, grids, normalised, pixels, variance
 from compress.training.loop import Group, fit
 from students.lightcap import LightCap
 from students.lightcap.tokenizer import encode_captions
@@ -36,7 +35,7 @@ def tune(
     wanted = grids(model, data, settings, context.cache, context.progress)
     pictures = pixels(data, settings, context.cache, context.progress)
     captions = Captions.of([encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples])
-    variance = float(np.asarray(wanted[:256], np.float32).var())
+    scale = variance(wanted)
     where = device()
     graphs = nn.ModuleList([simulated(found.encoder), simulated(found.decoder)]).to(where)
     switch(graphs, None)
@@ -55,9 +54,9 @@ def tune(
         grid = graphs[0](normalised(pictures[rows], settings, where))
         inputs = (grid, batch.tokens, batch.positions, mask, *(() if concepts is None else (concepts,)))
         after = graphs[1](*inputs)[real].log_softmax(-1)
-        return (before.exp() * (before - after)).sum(-1).mean() + (grid - goal).square().mean() / variance
+        return (before.exp() * (before - after)).sum(-1).mean() + (grid - goal).square().mean() / scale
 
-    steps = max(1, round(config.tune_epochs * -(-len(data) // BATCH_IMAGES)))
+    steps = steps_of(len(data), config.tune_epochs, BATCH_IMAGES)
     loop = Optimisation(learning_rate=config.tune_learning_rate, weight_decay=0.0)
     groups = [Group(parameters, config.tune_learning_rate)]
     fit(graphs, groups, steps, loss_of, loop, context.seed, context.work, f"{context.stage.name} tune", context.progress)
