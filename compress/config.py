@@ -158,12 +158,16 @@ class Prune(Optimisation):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """Static INT8: activations by calibration on training images, weights per output channel. `reduce_range` gives weights 7 bits, so that
-    no sum of two products leaves 16 bits: what x86 processors without VNNI need. Where CIDEr on val falls by more than `max_drop_cider`, up
-    to `trials` more models are tried: one whose weights were tuned for `tune_epochs`, then with its worst parts in float."""
+    """Static INT8: activations by calibration on training images, weights per output channel. `smoothing` is SmoothQuant's alpha, for what
+    feed-forward layers read; `rounding` is GPTQ's, by what each layer reads of those images (compensated), or to nearest. `reduce_range`
+    gives weights 7 bits, so that no sum of two products leaves 16 bits: what x86 processors without VNNI need. Where CIDEr on val falls by
+    more than `max_drop_cider`, up to `trials` more models are tried: one whose weights were tuned for `tune_epochs`, then with its worst
+    parts in float."""
 
     scheme: str = "static"
     calibration_images: int = 128
+    smoothing: float = 0.8  # 0: none
+    rounding: str = "compensated"
     reduce_range: bool = False
     trials: int = 0
     tune_epochs: float = 0.0  # of quantization-aware fine-tuning; without trials, always
@@ -201,6 +205,7 @@ CHOICES = {
     ("prune", "importance"): ("caption", "distillation", "magnitude"),
     ("prune", "parts"): ("encoder", "fusion"),
     ("quantize", "scheme"): ("static",),
+    ("quantize", "rounding"): ("compensated", "nearest"),
     ("vocabulary", "keep"): ("seen",),
     ("precision",): ("auto", "fp32", "bf16"),
 }
@@ -261,6 +266,7 @@ RANGES = {
     "recover_encoder_epochs": NOT_NEGATIVE,
     "max_drop_cider": NOT_NEGATIVE,
     "calibration_images": COUNT,
+    "smoothing": WHOLE,
     "trials": NOT_NEGATIVE,
     "tune_epochs": NOT_NEGATIVE,
     "tune_learning_rate": ABOVE_ZERO,

@@ -45,15 +45,17 @@ class Encoder(nn.Module):
 
 
 class Product(nn.Module):
-    """A Linear with its weight held as (in, out): the layout of MatMul and MatMulInteger, so that nothing is copied."""
+    """A Linear with its weight held as (in, out): the layout of MatMul and MatMulInteger, so that nothing is copied. One that smooths what
+    it reads (`quantize.smoothing`) does so here too."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Module) -> None:
         super().__init__()
+        self.register_buffer("inverse", getattr(linear, "inverse", None))
         self.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
         self.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        return (x if self.inverse is None else x * self.inverse) @ self.weight + self.bias
 
 
 class DecoderLayer(nn.Module):

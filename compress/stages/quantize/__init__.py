@@ -41,15 +41,14 @@ def run(parent, config, context) -> None:
     found = calibrate(model, tokenizer, settings, config, context.data, context.seed, context.progress)
 
     @functools.cache
-    def state(tuned: bool) -> tuple[LightCap, Calibrated]:
-        return tune(model, found, tokenizer, settings, config, context) if tuned else (model, found)
+    def state(tuned: bool) -> Calibrated:
+        return tune(found, tokenizer, settings, config, context) if tuned else found
 
     @functools.cache
     def measured(tuned: bool) -> dict[str, float]:
-        whole, seen = state(tuned)
-        few = slice(SENSITIVITY_IMAGES)
+        seen, few = state(tuned), slice(SENSITIVITY_IMAGES)
         pictures = [picture for batch in pixel_batches(context.data, seen.examples[few], settings) for picture in batch]
-        lost = sensitivity(whole, seen.encoder, seen.decoder, pictures, seen.captions[few], context.progress)
+        lost = sensitivity(seen.model, seen.encoder, seen.decoder, pictures, seen.captions[few], context.progress)
         context.progress.log("KL divergence by part, nats a token: " + ", ".join(f"{part} {value:.2g}" for part, value in lost.items()))
         return lost
 
@@ -57,7 +56,7 @@ def run(parent, config, context) -> None:
         return [part for part in measured(tuned) if part != ALL]
 
     def make(tuned: bool, floating: Sequence[str], folder: Path) -> None:
-        write(folder, parent, *state(tuned), config, floating, config.tune_epochs if tuned else 0.0, context.progress)
+        write(folder, parent, state(tuned), config, floating, config.tune_epochs if tuned else 0.0, context.progress)
 
     tunes = config.tune_epochs > 0
     if config.trials and config.max_drop_cider is not None:
@@ -70,30 +69,30 @@ def run(parent, config, context) -> None:
         write_json(context.output / SENSITIVITY, measured(made["tune_epochs"] > 0))
 
 
-def write(
-    folder: Path, parent, model: LightCap, found: Calibrated, config, floating: Sequence[str], tune_epochs: float, progress
-) -> None:
-    """The INT8 artifact of `model`, calibrated as `found`, with the parts `floating` in float."""
+def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[str], tune_epochs: float, progress) -> None:
+    """The INT8 artifact of what was `found`, with the parts `floating` in float."""
     from compress.stages.quantize import decoder, encoder
     from compress.stages.quantize.concepts import quantized_concepts
 
+    model = found.model
     made = {"encoder.onnx": encoder.quantized_encoder(model, found.encoder, floating),
             "decoder.onnx": decoder.quantized_decoder(model, found.decoder, floating)}
     if model.config.concepts:
-        made["concepts.onnx"] = quantized_concepts(model, found.grids, config.reduce_range)
+        made["concepts.onnx"] = quantized_concepts(model, found.grids, config, progress)
     for name, proto in made.items():
         graphs.write(graphs.clean(proto), folder / name)
     described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
-                 "calibrated_by": "neural-compressor", "reduce_range": config.reduce_range, "float_parts": list(floating),
-                 "tune_epochs": tune_epochs}
+                 "calibrated_by": "neural-compressor", "smoothing": config.smoothing, "rounding": config.rounding,
+                 "reduce_range": config.reduce_range, "float_parts": list(floating), "tune_epochs": tune_epochs}
     describe(folder, parent, model, described)
     check(folder, model, config.max_weight_ratio, progress)
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The graphs with observers that saw `examples`: the float model's grids (1, G, C) of them, and their captions as ids."""
+    """The float model, smoothed, and its graphs with observers that saw `examples`; their grids (1, G, C), and their captions as ids."""
 
+    model: LightCap
     encoder: torch.fx.GraphModule
     decoder: torch.fx.GraphModule
     examples: list
@@ -102,18 +101,39 @@ class Calibrated:
 
 
 def calibrate(model, tokenizer, settings: dict, config, data, seed: int, progress) -> Calibrated:
-    """Runs `config.calibration_images` training images of `data`, a function of the seed, through the model's graphs."""
+    """Runs `config.calibration_images` training images of `data`, a function of the seed, through the model's graphs, and chooses how
+    weights are rounded."""
     from compress.stages.quantize import decoder, encoder
+    from compress.stages.quantize.rounding import IMAGES, compensate
+    from compress.stages.quantize.smoothing import smoothed
     from students.lightcap.tokenizer import encode_captions
 
     examples = chosen(data.split("train"), config.calibration_images, seed)
     grids: list[torch.Tensor] = []
+    first: list[tuple[torch.Tensor]] = []  # pixels of the images that weights are rounded for
     with progress.task("calibrate", len(examples)) as task:
-        batches = watched(model, pixel_batches(data, examples, settings), grids, task)
-        encoding = encoder.calibrated(model, batches, config.reduce_range)
+
+        def watched() -> Iterator[np.ndarray]:
+            """The pixels, batch by batch; on the way the float model's grids are kept, one by one."""
+            for batch in pixel_batches(data, examples, settings):
+                pictures = torch.from_numpy(batch)
+                with torch.no_grad():
+                    grids.extend(model.encode(pictures).split(1))
+                if len(first) * BATCH < IMAGES:
+                    first.append((pictures,))
+                yield batch
+                task.advance(len(batch))
+
+        encoding = encoder.calibrated(model, watched(), config.reduce_range)
     captions = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in examples]
-    decoding = decoder.calibrated(model, zip(grids, captions, strict=True), config.reduce_range)
-    return Calibrated(encoding, decoding, examples, grids, captions)
+    forced = [decoder.teacher_forced(model, *sample) for sample in zip(grids, captions, strict=True)]
+    if config.smoothing:
+        model = smoothed(model, forced, config.smoothing)
+    decoding = decoder.calibrated(model, forced, config.reduce_range)
+    if config.rounding == "compensated":
+        compensate(encoding, first, progress)
+        compensate(decoding, forced[:IMAGES], progress)
+    return Calibrated(model, encoding, decoding, examples, grids, captions)
 
 
 def chosen(data, count: int, seed: int) -> list:
@@ -127,15 +147,6 @@ def pixel_batches(data, examples: list, settings: dict) -> Iterator[np.ndarray]:
 
     for start in range(0, len(examples), BATCH):
         yield np.stack([runtime.pixels(data.image(example), settings) for example in examples[start : start + BATCH]])
-
-
-def watched(model, batches: Iterator[np.ndarray], grids: list[torch.Tensor], task) -> Iterator[np.ndarray]:
-    """The same batches; on the way the float model's grids, one by one, are kept for the decoder's calibration."""
-    for batch in batches:
-        with torch.no_grad():
-            grids += model.encode(torch.from_numpy(batch)).split(1)
-        yield batch
-        task.advance(len(batch))
 
 
 def describe(folder: Path, parent, model, quantized: dict) -> None:

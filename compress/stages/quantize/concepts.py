@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from onnx import ModelProto
 from torch import Tensor
 
+from compress.config import Quantize
+from compress.context import Progress
 from compress.stages import export
 from compress.stages.quantize import observe
 from compress.stages.quantize.decoder import make_integer
+from compress.stages.quantize.rounding import IMAGES, compensate
 from students.lightcap import LightCap
 
 
-def quantized_concepts(model: LightCap, grids: Iterable[Tensor], reduce_range: bool = False) -> ModelProto:
+def quantized_concepts(model: LightCap, grids: Sequence[Tensor], config: Quantize, progress: Progress) -> ModelProto:
     """grid -> word pieces of the concepts, with scales from `grids`, (1, G, C) each."""
     example = (torch.zeros(1, model.config.grid**2, model.config.channels),)
-    prepared = observe.prepare(observe.ConceptScores(model), example, ({},), reduce_range)
-    observe.run(prepared, ((grid,) for grid in grids))
+    prepared = observe.prepare(observe.ConceptScores(model), example, ({},), config.reduce_range)
+    samples = [(grid,) for grid in grids]
+    observe.run(prepared, samples)
+    if config.rounding == "compensated":
+        compensate(prepared, samples[:IMAGES], progress)
     scales = {name.removeprefix("model.").partition(".")[2]: scale for name, scale in observe.linear_scales(prepared).items()}
     proto = export.concepts_graph(model)
     make_integer(proto.graph, scales)  # first.weight, second.weight, matrix

@@ -37,9 +37,8 @@ def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collecti
     return proto
 
 
-def calibrated(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]], reduce_range: bool = False) -> GraphModule:
-    """The decoder with observers that saw `samples`, an image's grid (1, G, C) and its captions as ids with [CLS] and [SEP], under teacher
-    forcing, one image at a time (so unpadded)."""
+def calibrated(model: LightCap, samples: Iterable[tuple[Tensor, ...]], reduce_range: bool = False) -> GraphModule:
+    """The decoder with observers that saw `samples`, each what `teacher_forced` makes of one image (so unpadded)."""
     grid = model.config.grid**2
     inputs = tuple(torch.cat([x, x]) for x in teacher_forced(model, torch.zeros(1, grid, model.config.channels), [[0] * 6, [0] * 8]))
     images, length, prefix = Dim("images", min=1, max=LONGEST), Dim("length", min=2, max=LONGEST), model.config.prefix
@@ -49,7 +48,7 @@ def calibrated(model: LightCap, samples: Iterable[tuple[Tensor, list[list[int]]]
     if model.config.concepts:
         shapes["concepts"] = {0: images}
     prepared = observe.prepare(observe.TeacherForced(model), inputs, shapes, reduce_range)
-    observe.run(prepared, (teacher_forced(model, *sample) for sample in samples))
+    observe.run(prepared, samples)
     return prepared
 
 
@@ -133,10 +132,6 @@ def integer_lookup(node: NodeProto) -> list[NodeProto]:
 
 
 def store_integer(graph: GraphProto, tensor: TensorProto, scales: Scales) -> None:
-    """Replaces a float weight (in, out) by its INT8 values under the same name, and adds its scale for lookups (removed where unread).
-
-    A row's greatest weight falls between two integers: in another arithmetic than PyTorch's it would be another one."""
-    inverse = np.float32(1) / scales.weight.astype(np.float32)
-    values = np.rint(numpy_helper.to_array(tensor) * inverse).clip(*scales.bounds).astype(np.int8)
+    """Replaces a float weight (in, out) by its INT8 values under the same name, and adds its scale for lookups (removed where unread)."""
     graphs.add_initializer(graph, f"{tensor.name}_scale", scales.weight.astype(np.float32))
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(scales.integers.T), tensor.name))

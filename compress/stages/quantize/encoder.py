@@ -43,8 +43,9 @@ def quantized_encoder(model: LightCap, prepared: GraphModule, floating: Collecti
 
 
 def fold(prepared: GraphModule) -> GraphModule:
-    """`prepared`, changed in place, by torchao's conversion with integer weights. neural-compressor's own `convert` drops `fold_quantize`,
-    and every weight stays fp32."""
+    """`prepared`, changed in place, by torchao's conversion with integer weights, rounded as their offsets say. neural-compressor's own
+    `convert` drops `fold_quantize`, and every weight stays fp32."""
+    observe.add_offsets(prepared)
     with warnings.catch_warnings():
         for origin in ("torch", "torchao"):
             warnings.filterwarnings("ignore", module=rf"{origin}(\.|$)")

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -27,13 +28,12 @@ SEVEN_BITS = (-64, 63)
 
 @dataclass(frozen=True)
 class Scales:
-    """One Linear: its input's scale and zero point (uint8), its weight's scale per output (int8, symmetric) and its least and greatest
-    integer."""
+    """One Linear: its input's scale and zero point (uint8), its weight's scale per output (int8, symmetric) and its integers (out, in)."""
 
     scale: float
     zero_point: int
     weight: np.ndarray
-    bounds: tuple[int, int] = EIGHT_BITS
+    integers: np.ndarray
 
 
 class TeacherForced(nn.Module):
@@ -140,7 +140,7 @@ def fresh(observer: nn.Module) -> nn.Module:
 
 
 def linear_scales(prepared: GraphModule) -> dict[str, Scales]:
-    """The calibrated scales of every Linear, by the name of its weight."""
+    """The calibrated scales of every Linear, by the name of its weight, and the integers that PyTorch rounds it to."""
     modules = dict(prepared.named_modules())
     found: dict[str, Scales] = {}
     for node in prepared.graph.nodes:
@@ -151,7 +151,20 @@ def linear_scales(prepared: GraphModule) -> dict[str, Scales]:
             continue
         scale, zero_point = modules[source.target].calculate_qparams()
         observer = modules[weight.target]
+        name = str(weight.args[0].target)
         weight_scale, _ = observer.calculate_qparams()
-        bounds = (observer.quant_min, observer.quant_max)
-        found[str(weight.args[0].target)] = Scales(float(scale), int(zero_point), weight_scale.double().numpy(), bounds)
+        values = attrgetter(name)(prepared).detach()
+        values = values if getattr(observer, "offset", None) is None else values + observer.offset
+        # A row's greatest weight falls between two integers: in another arithmetic than PyTorch's it would be another one.
+        integers = (values * (1 / weight_scale)[:, None]).round().clamp(observer.quant_min, observer.quant_max)
+        found[name] = Scales(float(scale), int(zero_point), weight_scale.double().numpy(), integers.to(torch.int8).numpy())
     return found
+
+
+@torch.no_grad()
+def add_offsets(prepared: GraphModule) -> None:
+    """Adds to each observed weight, in place, the `offset` that its observer has."""
+    for node in filter(is_observer, prepared.graph.nodes):
+        offset = getattr(prepared.get_submodule(node.target), "offset", None)
+        if offset is not None:
+            attrgetter(str(node.args[0].target))(prepared).add_(offset)

@@ -34,18 +34,23 @@ class ActivationRounding(nn.Module):
 
 
 class WeightRounding(nn.Module):
-    """Quantizes to int8 with one scale per output channel, the first axis, by the weight as it is now; and back."""
+    """Quantizes to int8 with one scale per output channel, the first axis, by the weight as it is now; and back. `offset`
+    (`rounding.compensate`) is added first: it chooses between the integers beside a weight."""
 
     def __init__(self, observer: nn.Module) -> None:
         super().__init__()
         self.least, self.most, self.on = observer.quant_min, observer.quant_max, True
+        self.register_buffer("offset", getattr(observer, "offset", None))
+
+    def scale(self, x: Tensor) -> Tensor:
+        return x.detach().flatten(1).abs().amax(1).clamp_min(1e-30) / ((self.most - self.least) / 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
             return x
-        greatest = x.detach().flatten(1).abs().amax(1).clamp_min(1e-30)
-        scale = greatest / ((self.most - self.least) / 2)
-        return torch.fake_quantize_per_channel_affine(x, scale, torch.zeros_like(scale, dtype=torch.int32), 0, self.least, self.most)
+        scale = self.scale(x)
+        whole = x if self.offset is None else x + self.offset
+        return torch.fake_quantize_per_channel_affine(whole, scale, torch.zeros_like(scale, dtype=torch.int32), 0, self.least, self.most)
 
 
 def simulated(prepared: GraphModule) -> GraphModule:

@@ -18,20 +18,17 @@ from compress.stages.quantize.simulate import WeightRounding, simulated, switch
 from compress.training.batches import IGNORED, Captions, image_batches, pack, steps_of
 from compress.training.features import device, grids, normalised, pixels, variance
 from compress.training.loop import Group, fit
-from students.lightcap import LightCap
 from students.lightcap.tokenizer import encode_captions
 
 BATCH_IMAGES = 16
 
 
-def tune(
-    model: LightCap, found: Calibrated, tokenizer: Tokenizer, settings: dict, config: Quantize, context: Context
-) -> tuple[LightCap, Calibrated]:
+def tune(found: Calibrated, tokenizer: Tokenizer, settings: dict, config: Quantize, context: Context) -> Calibrated:
     """`config.tune_epochs` over the training images, all parts rounded by the scales that calibration found for activations and by the
     weights' own: minimises the KL divergence of the float model's token probabilities, plus the grid's squared error over its variance.
 
-    Returns a model with the decoder's new weights, and calibrated graphs with all of them and their scales; `model` and `found` stay."""
-    data = context.data.split("train")
+    Returns the same with a model of the decoder's new weights, and graphs with all new weights and their scales; `found` stays."""
+    model, data = found.model, context.data.split("train")
     wanted = grids(model, data, settings, context.cache, context.progress)
     pictures = pixels(data, settings, context.cache, context.progress)
     captions = Captions.of([encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples])
@@ -66,7 +63,7 @@ def tune(
     made = copy.deepcopy(model)
     weights = {name.removeprefix("model."): value for name, value in graphs[1].named_parameters()}
     made.load_state_dict(weights, strict=False)  # the encoder's are in its graph, batch norms folded in
-    return made, dataclasses.replace(found, encoder=tuned[0], decoder=tuned[1])
+    return dataclasses.replace(found, model=made, encoder=tuned[0], decoder=tuned[1])
 
 
 @torch.no_grad()
