@@ -126,6 +126,13 @@ def test_quickstart(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["images"] == 12 and (found["share"] == 1.0 or found["largest_gap"] < 0.05)
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "int8.py", "runs/quickstart", "--images", "6"], capture_output=True,
+                          text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [(row["rounding"], row["smoothing"]) for row in rows] == [
+        ("nearest", 0.0), ("nearest", 0.8), ("compensated", 0.0), ("compensated", 0.8)]
+    assert rows[2]["grid_error"] < rows[0]["grid_error"] and rows[3]["grid_error"] == rows[2]["grid_error"]
 
 
 @pytest.mark.timeout(1200)

@@ -20,15 +20,17 @@ ALL = "all"
 @torch.no_grad()
 def sensitivity(
     model: LightCap, encoder: GraphModule, decoder: GraphModule, pixels: Sequence[np.ndarray], captions: Sequence[list[list[int]]],
-    progress: Progress,
+    progress: Progress, names: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Part -> the mean KL divergence, in nats a token, of the graphs' own token probabilities from those with that part rounded; the
     greatest first, and `ALL` for all of them together.
 
     `encoder` and `decoder` are calibrated graphs; `pixels` are images (3, S, S) as the encoder takes them, `captions` the ids of each one's
-    captions with [CLS] and [SEP]. Concepts stay those of the float model: their extractor is not rounded here."""
+    captions with [CLS] and [SEP]; `names` are the parts, if not all. Concepts stay those of the float model: their extractor is not rounded
+    here."""
     graphs, mask = (simulated(encoder), simulated(decoder)), model.config.mask_piece
-    encoding, names = parts(encoder), [*parts(encoder), *parts(decoder)]
+    encoding = parts(encoder)
+    names = [*encoding, *parts(decoder)] if names is None else names
     batches = [torch.from_numpy(np.stack(pixels[start : start + 8])) for start in range(0, len(pixels), 8)]
     with progress.task("sensitivity", len(names) + 2) as task:
         switch(graphs, [])

@@ -1,0 +1,85 @@
+"""What the ways of rounding cost: a run's INT8 stage again, with its weights rounded to nearest or together, its ranges smoothed or not.
+
+    python benchmarks/int8.py runs/photos [--images 100]
+
+Rows: the INT8 grid's squared error over the grid's variance and the KL divergence of the captions' token probabilities from the float
+model's, in nats a token under teacher forcing, both in PyTorch's quantized graph on the first val images; and CIDEr of the ONNX graphs at
+beam 5 on all of val, as its paired difference from the float model's. The last line is one JSON document. Nothing is written into the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from compress import artifact, data, evaluate, ledger, recipe  # noqa: E402
+from compress.cache import cache_of  # noqa: E402
+from compress.context import Progress  # noqa: E402
+from compress.errors import LightcapError, ModelError  # noqa: E402
+from compress.metrics.bootstrap import paired  # noqa: E402
+from compress.stages import quantize  # noqa: E402
+from compress.stages.quantize import simulate  # noqa: E402
+from compress.stages.quantize.sensitivity import ALL, grids, sensitivity  # noqa: E402
+from compress.training.start import read_captioner  # noqa: E402
+from students.lightcap.tokenizer import encode_captions  # noqa: E402
+
+WAYS = (("nearest", 0.0), ("nearest", None), ("compensated", 0.0), ("compensated", None))  # rounding, smoothing (None: the stage's)
+
+
+def compare(run: Path, count: int) -> dict:
+    """`rows`, in the order of `WAYS`, over one and the same float model and calibration images."""
+    progress, rows = Progress(), {row["name"]: row for row in ledger.read_run(run)}
+    wanted = recipe.read_recipe(run / "recipe.yaml")
+    stage = next((stage for stage in wanted.stages if stage.kind == "quantize"), None)
+    if stage is None or stage.parent not in rows:
+        raise ModelError(f"{run}: no finished stage that a quantize stage works on")
+    parent, pictures = artifact.Artifact(run / rows[stage.parent]["artifact"]), data.load(wanted.data, cache_of(run))
+    model, tokenizer, settings = read_captioner(parent.path)
+    val = pictures.split(wanted.data.val_split)
+    few = val.examples[:count]
+    pixels = [picture for batch in quantize.pixel_batches(val, few, settings) for picture in batch]
+    captions = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in few]
+    batches = [torch.from_numpy(pixels[i][None]) for i in range(len(pixels))]
+    before = evaluate.ciders(parent, val, cache_of(run), progress)
+    found = []
+    for rounding, smoothing in WAYS:
+        config = dataclasses.replace(stage.config, rounding=rounding, tune_epochs=0.0)
+        config = config if smoothing is None else dataclasses.replace(config, smoothing=smoothing)
+        seen = quantize.calibrate(model, tokenizer, settings, config, pictures, wanted.seed, progress)
+        with torch.no_grad():
+            goal = grids(model.encode, batches)
+            error = float((grids(simulate.simulated(seen.encoder), batches) - goal).square().mean() / goal.var())
+        lost = sensitivity(seen.model, seen.encoder, seen.decoder, pixels, captions, progress, names=())
+        with tempfile.TemporaryDirectory() as folder:
+            quantize.write(Path(folder), parent, seen, config, (), 0.0, progress)
+            difference = paired(evaluate.ciders(artifact.Artifact(Path(folder)), val, cache_of(run), progress), before)
+        row = {"rounding": rounding, "smoothing": config.smoothing, "grid_error": error, "kl": lost[ALL],
+               "delta_cider": difference.delta, "delta_ci95": list(difference.ci95)}
+        print(f"rounding {rounding}, smoothing {config.smoothing}: grid error {error:.4f} of its variance, {lost[ALL]:.5f} nats a token, "
+              f"CIDEr {difference.delta:+.2f} [{difference.ci95[0]:+.2f}, {difference.ci95[1]:+.2f}]")
+        found.append(row)
+    return {"images": len(few), "images_cider": len(val), "rows": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the folder of a run with a quantize stage, whose parent is finished")
+    parser.add_argument("--images", type=int, default=100, help="of val, for grid error and divergence")
+    arguments = parser.parse_args()
+    try:
+        found = compare(arguments.run, arguments.images)
+    except LightcapError as error:
+        parser.exit(2, f"int8.py: {error.message}\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
