@@ -10,6 +10,7 @@ is one JSON document.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -24,12 +25,14 @@ from compress.cache import cache_of  # noqa: E402
 from compress.context import Progress  # noqa: E402
 from compress.decode import Special  # noqa: E402
 from compress.errors import LightcapError, ModelError  # noqa: E402
+from compress.pipeline import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import encoder, simulate  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap.tokenizer import decode_caption  # noqa: E402
 
 BATCH = 25
+BEFORE = {"smoothing": 0.0, "rounding": "nearest"}  # of an artifact that does not say
 
 
 def compare(run: Path) -> dict:
@@ -47,7 +50,8 @@ def compare(run: Path) -> dict:
         raise ModelError(f"{run}: '{stage.name}' reads concepts or predicts masked pieces, which PyTorch's graph here does not")
     pictures = data.load(wanted.data, cache_of(run))
     model, tokenizer, settings = read_captioner(parent.path)
-    found = quantize.calibrate(model, tokenizer, settings, stage.config, pictures, wanted.seed, progress)
+    config = dataclasses.replace(stage.config, **{key: described.get(key, kept) for key, kept in BEFORE.items()})
+    found = quantize.calibrate(model, tokenizer, settings, config, pictures, wanted.seed, progress)
     graphs = encoder.fold(simulate.leave_float(found.encoder, ())), simulate.simulated(found.decoder)
     captioner, special = runtime.Captioner(made.path), Special.of(tokenizer)
     val = pictures.split(wanted.data.val_split)
@@ -79,8 +83,10 @@ def first_gap(mine: list[int], theirs: list[int], logs: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run with a quantize stage")
+    arguments = parser.parse_args()
+    torch.set_num_threads(thread_count())
     try:
-        found = compare(parser.parse_args().run)
+        found = compare(arguments.run)
     except LightcapError as error:
         parser.exit(2, f"equality.py: {error.message}\n")
     for item in found["differences"]:

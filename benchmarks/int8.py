@@ -1,4 +1,4 @@
-"""What the ways of rounding cost: a run's INT8 stage again, with its weights rounded to nearest or together, its ranges smoothed or not.
+"""What the ways of rounding cost: a run's INT8 stage again, with its weights rounded to nearest or by GPTQ, its ranges smoothed or not.
 
     python benchmarks/int8.py runs/photos [--images 100]
 
@@ -25,13 +25,14 @@ from compress.cache import cache_of  # noqa: E402
 from compress.context import Progress  # noqa: E402
 from compress.errors import LightcapError, ModelError  # noqa: E402
 from compress.metrics.bootstrap import paired  # noqa: E402
+from compress.pipeline import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import simulate  # noqa: E402
 from compress.stages.quantize.sensitivity import ALL, grids, sensitivity  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap.tokenizer import encode_captions  # noqa: E402
 
-WAYS = (("nearest", 0.0), ("nearest", None), ("compensated", 0.0), ("compensated", None))  # rounding, smoothing (None: the stage's)
+WAYS = (("nearest", 0.0), ("nearest", None), ("gptq", 0.0), ("gptq", None))  # rounding, smoothing (None: the stage's)
 
 
 def compare(run: Path, count: int) -> dict:
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder of a run with a quantize stage, whose parent is finished")
     parser.add_argument("--images", type=int, default=100, help="of val, for grid error and divergence")
     arguments = parser.parse_args()
+    torch.set_num_threads(thread_count())
     try:
         found = compare(arguments.run, arguments.images)
     except LightcapError as error:

@@ -159,7 +159,7 @@ class Prune(Optimisation):
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Static INT8: activations by calibration on training images, weights per output channel. `smoothing` is SmoothQuant's alpha, for what
-    feed-forward layers read; `rounding` is GPTQ's, by what each layer reads of those images (compensated), or to nearest. `reduce_range`
+    feed-forward layers read; `rounding` is gptq, by what each layer reads of those images, or to nearest. `reduce_range`
     gives weights 7 bits, so that no sum of two products leaves 16 bits: what x86 processors without VNNI need. Where CIDEr on val falls by
     more than `max_drop_cider`, up to `trials` more models are tried: one whose weights were tuned for `tune_epochs`, then with its worst
     parts in float."""
@@ -167,7 +167,7 @@ class Quantize:
     scheme: str = "static"
     calibration_images: int = 128
     smoothing: float = 0.8  # 0: none
-    rounding: str = "compensated"
+    rounding: str = "gptq"
     reduce_range: bool = False
     trials: int = 0
     tune_epochs: float = 0.0  # of quantization-aware fine-tuning; without trials, always
@@ -205,7 +205,7 @@ CHOICES = {
     ("prune", "importance"): ("caption", "distillation", "magnitude"),
     ("prune", "parts"): ("encoder", "fusion"),
     ("quantize", "scheme"): ("static",),
-    ("quantize", "rounding"): ("compensated", "nearest"),
+    ("quantize", "rounding"): ("gptq", "nearest"),
     ("vocabulary", "keep"): ("seen",),
     ("precision",): ("auto", "fp32", "bf16"),
 }

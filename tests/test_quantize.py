@@ -116,7 +116,7 @@ def test_weights_are_integers_in_at_most_the_promised_share(model, folder):
 def test_the_folder_says_what_it_is_and_names_no_path(parent, folder):
     values = json.loads((folder / "config.json").read_text())
     assert values["quantized"] == {"scheme": "static", "weights": "int8", "activations": "uint8", "calibration_images": 12,
-                                   "calibrated_by": "neural-compressor", "smoothing": 0.8, "rounding": "compensated",
+                                   "calibrated_by": "neural-compressor", "smoothing": 0.8, "rounding": "gptq",
                                    "reduce_range": False, "float_parts": [], "tune_epochs": 0.0}
     assert tiny.Artifact(folder).quantized
     assert tiny.LightCap.from_pretrained(parent.path).config.to_dict() == {k: v for k, v in values.items() if k != "quantized"} | {
@@ -147,7 +147,8 @@ def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(
     for name, weight in reduced.items():
         assert weight.min() >= -64 and weight.max() <= 63 and np.abs(weight).max() >= 60, name
         assert np.abs(whole[name]).max() >= 120, name
-        assert np.corrcoef(weight.ravel(), whole[name].ravel())[0, 1] > 0.999, name  # an error is made good elsewhere, so not equal
+        assert np.corrcoef(weight.ravel(), whole[name].ravel())[0, 1] > 0.999, name  # errors are corrected elsewhere, so not equal
+        assert np.abs(2 * weight - whole[name]).mean() < 2, name
     assert json.loads((where.output / "config.json").read_text())["quantized"]["reduce_range"] is True
     assert export.warning(tiny.Artifact(where.output)) is None
     assert "reduce_range: true" in export.warning(tiny.Artifact(folder)) and export.warning(parent) is None

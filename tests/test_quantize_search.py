@@ -17,7 +17,7 @@ from compress.data import CaptionSet, Example
 from compress.decode import Special
 from compress.errors import StageError
 from compress.stages import quantize
-from compress.stages.quantize import decoder, encoder, observe, search, sensitivity, simulate, tune
+from compress.stages.quantize import decoder, encoder, gptq, observe, search, sensitivity, simulate, smoothquant, tune
 from students.lightcap.tokenizer import decode_caption, encode_captions
 
 WORST = "fusion.layers.1.attention"
@@ -63,8 +63,8 @@ def context(folder, data, config, log=None) -> Context:
                    ciders=lambda artifact: evaluate.ciders(artifact, data.split("val"), folder / "cache", progress))
 
 
-@pytest.fixture(scope="module")
-def calibrated():
+@pytest.fixture(scope="module", params=["plain", "smoothed, by GPTQ"])
+def calibrated(request):
     """A captioner, its calibrated graphs, pixels and captions."""
     model = tiny.build(tiny.PRUNED, steps=120)
     spoil(model, 20.0)
@@ -73,7 +73,13 @@ def calibrated():
     with torch.no_grad():
         grids = model.encode(torch.from_numpy(pixels)).split(1)
     forced = [decoder.teacher_forced(model, *sample) for sample in zip(grids, captions, strict=True)]
-    return model, encoder.calibrated(model, [pixels]), decoder.calibrated(model, forced), pixels, captions
+    if request.param == "plain":
+        return model, encoder.calibrated(model, [pixels]), decoder.calibrated(model, forced), pixels, captions
+    model = smoothquant.smoothed(model, forced, 0.8)
+    encoding, decoding = encoder.calibrated(model, [pixels]), decoder.calibrated(model, forced)
+    gptq.gptq(encoding, [(torch.from_numpy(pixels),)], Progress(quiet=True))
+    gptq.gptq(decoding, forced, Progress(quiet=True))
+    return model, encoding, decoding, pixels, captions
 
 
 def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, tmp_path):

@@ -131,7 +131,7 @@ def test_quickstart(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [(row["rounding"], row["smoothing"]) for row in rows] == [
-        ("nearest", 0.0), ("nearest", 0.8), ("compensated", 0.0), ("compensated", 0.8)]
+        ("nearest", 0.0), ("nearest", 0.8), ("gptq", 0.0), ("gptq", 0.8)]
     assert rows[2]["grid_error"] < rows[0]["grid_error"] and rows[3]["grid_error"] == rows[2]["grid_error"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from onnx import ModelProto
 
 from compress import graphs
 from compress.artifact import write_json
@@ -72,13 +73,12 @@ def run(parent, config, context) -> None:
 def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[str], tune_epochs: float, progress) -> None:
     """The INT8 artifact of what was `found`, with the parts `floating` in float."""
     from compress.stages.quantize import decoder, encoder
-    from compress.stages.quantize.concepts import quantized_concepts
 
     model = found.model
     made = {"encoder.onnx": encoder.quantized_encoder(model, found.encoder, floating),
             "decoder.onnx": decoder.quantized_decoder(model, found.decoder, floating)}
-    if model.config.concepts:
-        made["concepts.onnx"] = quantized_concepts(model, found.grids, config, progress)
+    if found.concepts is not None:
+        made["concepts.onnx"] = found.concepts
     for name, proto in made.items():
         graphs.write(graphs.clean(proto), folder / name)
     described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
@@ -90,13 +90,13 @@ def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[st
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The float model, smoothed, and its graphs with observers that saw `examples`; their grids (1, G, C), and their captions as ids."""
+    """The float model, smoothed; its graphs with observers that saw `examples`, whose `captions` are ids; the INT8 concept extractor."""
 
     model: LightCap
     encoder: torch.fx.GraphModule
     decoder: torch.fx.GraphModule
+    concepts: ModelProto | None
     examples: list
-    grids: list[torch.Tensor]
     captions: list[list[list[int]]]
 
 
@@ -104,8 +104,9 @@ def calibrate(model, tokenizer, settings: dict, config, data, seed: int, progres
     """Runs `config.calibration_images` training images of `data`, a function of the seed, through the model's graphs, and chooses how
     weights are rounded."""
     from compress.stages.quantize import decoder, encoder
-    from compress.stages.quantize.rounding import IMAGES, compensate
-    from compress.stages.quantize.smoothing import smoothed
+    from compress.stages.quantize.concepts import quantized_concepts
+    from compress.stages.quantize.gptq import IMAGES, gptq
+    from compress.stages.quantize.smoothquant import smoothed
     from students.lightcap.tokenizer import encode_captions
 
     examples = chosen(data.split("train"), config.calibration_images, seed)
@@ -130,10 +131,11 @@ def calibrate(model, tokenizer, settings: dict, config, data, seed: int, progres
     if config.smoothing:
         model = smoothed(model, forced, config.smoothing)
     decoding = decoder.calibrated(model, forced, config.reduce_range)
-    if config.rounding == "compensated":
-        compensate(encoding, first, progress)
-        compensate(decoding, forced[:IMAGES], progress)
-    return Calibrated(model, encoding, decoding, examples, grids, captions)
+    if config.rounding == "gptq":
+        gptq(encoding, first, progress)
+        gptq(decoding, forced[:IMAGES], progress)  # over the float encoder's grids, as its calibration
+    concepts = quantized_concepts(model, grids, config, progress) if model.config.concepts else None
+    return Calibrated(model, encoding, decoding, concepts, examples, captions)
 
 
 def chosen(data, count: int, seed: int) -> list:

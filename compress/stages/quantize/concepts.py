@@ -13,7 +13,7 @@ from compress.context import Progress
 from compress.stages import export
 from compress.stages.quantize import observe
 from compress.stages.quantize.decoder import make_integer
-from compress.stages.quantize.rounding import IMAGES, compensate
+from compress.stages.quantize.gptq import IMAGES, gptq
 from students.lightcap import LightCap
 
 
@@ -23,8 +23,8 @@ def quantized_concepts(model: LightCap, grids: Sequence[Tensor], config: Quantiz
     prepared = observe.prepare(observe.ConceptScores(model), example, ({},), config.reduce_range)
     samples = [(grid,) for grid in grids]
     observe.run(prepared, samples)
-    if config.rounding == "compensated":
-        compensate(prepared, samples[:IMAGES], progress)
+    if config.rounding == "gptq":
+        gptq(prepared, samples[:IMAGES], progress)
     scales = {name.removeprefix("model.").partition(".")[2]: scale for name, scale in observe.linear_scales(prepared).items()}
     proto = export.concepts_graph(model)
     make_integer(proto.graph, scales)  # first.weight, second.weight, matrix

@@ -21,7 +21,6 @@ ACTIVATIONS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.h
                aten.clamp.default, aten.clamp_.default}
 ARITHMETIC = {aten.conv2d.default, aten.add.Tensor, aten.add_.Tensor, aten.avg_pool2d.default, aten.max_pool2d.default}
 
-EIGHT_BITS = (-128, 127)
 # x86 processors without VNNI add two products of uint8 and int8 in 16 bits: 2 x 255 x 128 saturates there, 2 x 255 x 64 = 32,640 does not.
 SEVEN_BITS = (-64, 63)
 
@@ -153,9 +152,8 @@ def linear_scales(prepared: GraphModule) -> dict[str, Scales]:
         observer = modules[weight.target]
         name = str(weight.args[0].target)
         weight_scale, _ = observer.calculate_qparams()
-        values = attrgetter(name)(prepared).detach()
-        values = values if getattr(observer, "offset", None) is None else values + observer.offset
-        # A row's greatest weight falls between two integers: in another arithmetic than PyTorch's it would be another one.
+        values = attrgetter(name)(prepared).detach() + getattr(observer, "offset", 0.0)
+        # PyTorch multiplies by 1 / scale. To divide would round ties, such as a row's greatest weight at 127.5, otherwise.
         integers = (values * (1 / weight_scale)[:, None]).round().clamp(observer.quant_min, observer.quant_max)
         found[name] = Scales(float(scale), int(zero_point), weight_scale.double().numpy(), integers.to(torch.int8).numpy())
     return found

@@ -34,23 +34,22 @@ class ActivationRounding(nn.Module):
 
 
 class WeightRounding(nn.Module):
-    """Quantizes to int8 with one scale per output channel, the first axis, by the weight as it is now; and back. `offset`
-    (`rounding.compensate`) is added first: it chooses between the integers beside a weight."""
+    """Quantizes to int8 with one scale per output channel, the first axis, by the weight as it is now; and back. `offset` (of `gptq`) is
+    added first, so that rounding to nearest gives GPTQ's integer."""
 
     def __init__(self, observer: nn.Module) -> None:
         super().__init__()
-        self.least, self.most, self.on = observer.quant_min, observer.quant_max, True
-        self.register_buffer("offset", getattr(observer, "offset", None))
+        self.quant_min, self.quant_max, self.eps, self.on = observer.quant_min, observer.quant_max, float(observer.eps), True
+        self.register_buffer("offset", getattr(observer, "offset", torch.zeros(())))
 
     def scale(self, x: Tensor) -> Tensor:
-        return x.detach().flatten(1).abs().amax(1).clamp_min(1e-30) / ((self.most - self.least) / 2)
+        return (x.detach().flatten(1).abs().amax(1) / ((self.quant_max - self.quant_min) / 2)).clamp_min(self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
             return x
-        scale = self.scale(x)
-        whole = x if self.offset is None else x + self.offset
-        return torch.fake_quantize_per_channel_affine(whole, scale, torch.zeros_like(scale, dtype=torch.int32), 0, self.least, self.most)
+        scale, zero_point = self.scale(x), torch.zeros(len(x), dtype=torch.int32, device=x.device)
+        return torch.fake_quantize_per_channel_affine(x + self.offset, scale, zero_point, 0, self.quant_min, self.quant_max)
 
 
 def simulated(prepared: GraphModule) -> GraphModule:

@@ -73,8 +73,9 @@ def take_weights(calibrated: GraphModule, trained: GraphModule) -> GraphModule:
     for name, parameter in calibrated.named_parameters():
         parameter.copy_(values[name])
     for node in filter(is_observer, calibrated.graph.nodes):
-        observer = calibrated.get_submodule(node.target)
-        if isinstance(trained.get_submodule(node.target), WeightRounding):
+        observer, rounding = calibrated.get_submodule(node.target), trained.get_submodule(node.target)
+        if isinstance(rounding, WeightRounding):
+            observer.register_buffer("offset", rounding.offset.clone())
             observer.reset_min_max_vals()
             observer(calibrated.get_parameter(str(node.args[0].target)))
     return calibrated

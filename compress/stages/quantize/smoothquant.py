@@ -20,7 +20,7 @@ SMALLEST = 1e-5  # a channel that calibration never saw move is not stretched wi
 
 
 class Smoothed(nn.Module):
-    """A Linear that reads `x * inverse` by the weight times what `inverse` is the inverse of."""
+    """A Linear as F.linear(x / factors, weight * factors, bias), `factors` one for each input; `inverse` is 1 / factors."""
 
     def __init__(self, linear: nn.Linear, factors: Tensor) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class Smoothed(nn.Module):
 
 
 @torch.no_grad()
-def smoothed(model: LightCap, samples: Iterable[tuple[Tensor, ...]], strength: float) -> LightCap:
-    """A copy of `model` whose feed-forward layers read smoothed inputs: channel j times max |w_j| ^ (1 - strength) / max |x_j| ^ strength
+def smoothed(model: LightCap, samples: Iterable[tuple[Tensor, ...]], alpha: float) -> LightCap:
+    """A copy of `model` whose feed-forward layers read smoothed inputs: channel j divided by max |x_j| ^ alpha / max |w_j| ^ (1 - alpha)
     (the paper's equation 4). `samples` are inputs of `LightCap.states`, a grid, tokens, positions, mask and the concepts that are read."""
     changed = copy.deepcopy(model)
     names = [f"layers.{index}.{half}" for index in range(len(changed.fusion.layers)) for half in ("up", "down")]
@@ -55,6 +55,5 @@ def smoothed(model: LightCap, samples: Iterable[tuple[Tensor, ...]], strength: f
         hook.remove()
     for name, linear in products.items():
         reads, weights = greatest[name].clamp_min(SMALLEST), linear.weight.abs().amax(0).clamp_min(SMALLEST)
-        factors = reads**strength / weights ** (1 - strength)
-        changed.fusion.set_submodule(name, Smoothed(linear, factors / factors.mean()))
+        changed.fusion.set_submodule(name, Smoothed(linear, reads**alpha / weights ** (1 - alpha)))
     return changed
