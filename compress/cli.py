@@ -137,11 +137,13 @@ def recipes_command(as_json: bool) -> None:
 def plan_command(recipe: str, sets: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Show what a run would do and what is cached; nothing is run. Example: lightcap plan photos --set pruned.macs=0.5"""
     from compress import pipeline, show
-    from compress.recipe import read_recipe
+    from compress.recipe import SHIPPED, read_recipe
 
     wanted = read_recipe(recipe, sets)
+    # A shipped recipe's own file of captions only stands for the user's; one that the user names has to be there.
+    own = wanted.path.parent == SHIPPED and not any(setting.lstrip().startswith("data.") for setting in sets)
     with _quietly():
-        planned = pipeline.plan(wanted, out or Path("runs") / wanted.name)
+        planned = pipeline.plan(wanted, out or Path("runs") / wanted.name, imagine=own)
     _answer(as_json, planned, lambda: show.plan(planned))
 
 

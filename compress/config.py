@@ -100,7 +100,7 @@ class Distill(Optimisation):
     teachers: tuple[str, ...] = ()
     ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
     heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
-    init: str = "teacher"
+    init: str = "teacher"  # its layers, or the student section's fusion_weights: the default where there are some
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)
     match_epochs: float = 1.0

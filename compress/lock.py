@@ -1,8 +1,8 @@
 """The lock of a stage: SHA-256 over everything that its artifact depends on, so that a lock names a finished artifact.
 
-Settings, student, seed, the locks of parent and teachers, the data's fingerprint, the project's modules that the stage imports (their
-text, found by reading import statements, nothing is imported here), library versions, and the number of threads. The name (`as`) of a
-stage is no part of it, nor is a module that the stage does not import.
+Settings, student, seed, the files that they name, the locks of parent and teachers, the data's fingerprint, the project's modules that
+the stage imports (their text, found by reading import statements, nothing is imported here), library versions, and the number of
+threads. The name (`as`) of a stage is no part of it, nor is a module that the stage does not import.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ LIBRARIES = {  # top-level import name: distribution
     "open_clip": "open_clip_torch",
     "timm": "timm",
     "torch_pruning": "torch-pruning",
+    "transformers": "transformers",
     "neural_compressor": "neural-compressor",
     "torchao": "torchao",
     "onnx": "onnx",
@@ -38,6 +39,9 @@ LIBRARIES = {  # top-level import name: distribution
 }
 
 
+# Settings that may name a file or a folder.
+FILES = ("vocabulary", "regions", "image_sizes", "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")
+SHIPPED_CONCEPTS = ROOT / "compress" / "data" / "concepts.txt"
 DECLARATIONS = "compress.config"  # what it declares reaches a stage as its resolved settings, which the lock holds
 
 
@@ -52,8 +56,11 @@ def parts(
     modules = (f"compress.stages.{stage.kind}", *(("compress.evaluate",) if chooses else ()))
     sources, libraries = imported(modules, root)
     several = {"processes": processes} if processes > 1 else {}
+    files = digests(settings | resolved(recipe)["student"])
+    if stage.kind == "concepts" and "vocabulary" not in files:
+        files["vocabulary"] = file_digest(SHIPPED_CONCEPTS)
     looked = {"split": recipe.data.val_split, "against": locks.get(stage.against)} if chooses else {}
-    return several | looked | {
+    return several | looked | ({"files": files} if files else {}) | {
         "kind": stage.kind,
         "settings": settings,
         "student": resolved(recipe)["student"],
@@ -65,6 +72,31 @@ def parts(
         "versions": versions(libraries),
         "threads": threads,
     }
+
+
+def digests(settings: Mapping) -> dict[str, str]:
+    """SHA-256 of the file, or of all files of the folder, that a setting names: another one at the same place is another input."""
+    found = {}
+    for key in FILES:
+        value = settings.get(key)
+        path = Path(value).expanduser() if isinstance(value, str) else None
+        if path is not None and path.is_file():
+            found[key] = file_digest(path)
+        elif path is not None and path.is_dir():
+            inside = [f"{child.relative_to(path)} {file_digest(child)}" for child in sorted(path.rglob("*")) if child.is_file()]
+            found[key] = hashlib.sha256("\n".join(inside).encode()).hexdigest()
+    return found
+
+
+def file_digest(path: Path) -> str:
+    state = path.stat()
+    return _file_digest(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, changed: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def baseline_parts(first: str, fingerprint: str, threads: int, root: Path = ROOT) -> dict:

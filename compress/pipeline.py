@@ -63,13 +63,16 @@ class Result:
         return {"ok": self.ok, "run": str(self.folder), "ledger": list(self.rows), "error": error}
 
 
-def plan(wanted: Recipe, out: Path, data=None) -> dict:
+def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict:
     """What `run` would do: each stage with its lock, whether it is cached, the 1e12 multiply-accumulates it takes to make and evaluate
     (None: not written down), and the seconds it took, or may take as stages of its kind did here (None: none has run).
 
-    Nothing is written but what reading the captions caches; torch is imported only to count what is not cached.
+    Nothing is written but what reading the captions caches; torch is imported only to count what is not cached. With `imagine`, captions
+    that are not there are counted as COCO's: locks are None then, and `imagined` says so.
     """
     cache = cache_of(out)
+    if data is None and imagine and wanted.data.captions and not Path(wanted.data.captions).expanduser().exists():
+        return _imagined(wanted, rates_of(cache))
     data = _load(wanted, cache) if data is None else data
     locks, stages, rates, counted = {}, [], rates_of(cache), None
     for stage in wanted.stages:
@@ -84,6 +87,18 @@ def plan(wanted: Recipe, out: Path, data=None) -> dict:
             seconds = round(rates[stage.kind] * tmacs, 1) if stage.kind in rates else None
         stages.append({"stage": stage.kind, "name": stage.name, "cached": cached, "lock": name, "tmacs": tmacs, "seconds": seconds})
     return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages}
+
+
+def _imagined(wanted: Recipe, rates: Mapping[str, float]) -> dict:
+    """The plan of a recipe whose captions are not here."""
+    estimate = importlib.import_module("compress.estimate")
+    stages = []
+    for (name, tmacs), stage in zip(estimate.tmacs(wanted, estimate.COCO).items(), wanted.stages, strict=True):
+        seconds = round(rates[stage.kind] * tmacs, 1) if stage.kind in rates else None
+        stages.append({"stage": stage.kind, "name": name, "cached": False, "lock": None, "tmacs": tmacs, "seconds": seconds})
+    said = (f"there is no {wanted.data.captions} here (--set data.captions=FILE), so this is counted for COCO's {estimate.COCO.images:,} "
+            "training images")
+    return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages, "imagined": said}
 
 
 def run(

@@ -211,6 +211,9 @@ def _typed(tree: Located, path: Path) -> Recipe:
         raise RecipeError(f"{name.place}key 'name' must be a word of letters, digits, '.', - and _: it names a folder")
     seed = _value(tree.value.get("seed", Located(17, "")), int, "", "seed")
     sections = {key: _section(tree.value.get(key, Located(None, "")), key) for key in SECTIONS}
+    student = tree.value.get("student", Located(None, "")).value or {}
+    if "tokenizer" not in student and sections["student"].fusion_weights:  # BERT's weights are of BERT's pieces
+        sections["student"] = replace(sections["student"], tokenizer=sections["student"].fusion_weights)
     stages = _stages(tree, sections["student"])
     return Recipe(name=name.value, seed=seed, **sections, stages=stages, path=path)
 
@@ -361,4 +364,6 @@ def _with_teachers(config, settings: dict[str, Located], before: str | None, pla
             f"{where.place}key 'teachers' holds {len(teachers)} teachers for {heads} heads;"
             f" give one, or exactly one per head"
         )
+    if "init" not in settings and "from" not in settings and student.fusion_weights:
+        config = replace(config, init="weights")
     return replace(config, teachers=teachers)

@@ -16,7 +16,7 @@ def recipes(listed: Sequence[Mapping]) -> Table:
 
 def plan(planned: Mapping) -> Group:
     rows = [
-        (stage["name"], stage["stage"], "cached" if stage["cached"] else "to do", _tmacs(stage), _time(stage), stage["lock"][:12])
+        (stage["name"], stage["stage"], "cached" if stage["cached"] else "to do", _tmacs(stage), _time(stage), (stage["lock"] or "")[:12])
         for stage in planned["stages"]
     ]
     waiting = [stage for stage in planned["stages"] if not stage["cached"]]
@@ -28,7 +28,8 @@ def plan(planned: Mapping) -> Group:
     else:
         last = f"{len(waiting)} stages to do; times appear once a stage of the kind has run here"
     note = "TMACs: 1e12 multiply-accumulates, counted on the architectures, to make the artifact and to evaluate it"
-    return Group(_table(("name", "stage", "", "TMACs", "time", "lock"), rows, title=planned["recipe"]), last, note)
+    drawn = _table(("name", "stage", "", "TMACs", "time", "lock"), rows, title=planned["recipe"])
+    return Group(drawn, last, note, *([planned["imagined"]] if "imagined" in planned else []))
 
 
 def compare(value: Mapping) -> Group:

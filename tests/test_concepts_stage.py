@@ -4,8 +4,11 @@ import dataclasses
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from compress import data, evaluate
 from compress.artifact import Artifact
@@ -177,6 +180,17 @@ def test_minilm_knows_what_is_alike():
     torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
     alike = found @ found.t()
     assert alike[0, 1] > alike[0, 2] and alike[2, 3] > alike[1, 3]
+
+
+def test_clips_text_encoder_has_its_activation(tmp_path):
+    """A random checkpoint in open_clip's layout; OpenAI's weights mean QuickGELU, which open_clip's RN50 does not have by itself."""
+    torch.manual_seed(0)
+    model = open_clip.create_model("RN50-quickgelu").eval()
+    save_file(model.state_dict(), tmp_path / "clip.safetensors")
+    words = ["a photo of a dog", "a photo of someone running"]
+    with torch.inference_mode():
+        expected = F.normalize(model.encode_text(open_clip.get_tokenizer("RN50")(words)), dim=-1)
+    torch.testing.assert_close(text.embed_texts(words, str(tmp_path / "clip.safetensors")), expected, atol=1e-6, rtol=0)
 
 
 def test_an_absent_text_encoder():

@@ -61,6 +61,30 @@ def test_an_extractor_is_in_the_lock(tmp_path):
     assert list(renamed.values()) == list(base.values())
 
 
+def test_a_file_that_a_setting_names_is_in_the_lock(tmp_path):
+    names = tmp_path / "names.txt"
+    stages = f"stages:\n  - concepts: {{as: a, vocabulary: {names}}}\n  - train: {{as: b, from: a}}\n"
+    text = f"student: {{preset: tiny, tokenizer: {tmp_path / 'bert'}}}\n" + stages
+    (tmp_path / "bert").mkdir()
+    for file, words in ((names, "dog\n"), (tmp_path / "bert" / "tokenizer.json", "{}")):
+        file.write_text(words)
+    seen = [locks_of(tmp_path, text)]
+    for file, words in ((names, "cat\n"), (tmp_path / "bert" / "tokenizer.json", "[]"), (tmp_path / "bert" / "vocab.txt", "a")):
+        file.write_text(words)
+        seen.append(locks_of(tmp_path, text))
+        assert all(seen[-1][stage] != seen[-2][stage] for stage in "ab")
+    assert locks_of(tmp_path, text) == seen[-1]
+
+
+def test_the_shipped_concepts_are_in_the_lock(tmp_path, monkeypatch):
+    text = "stages:\n  - concepts: {as: a}\n"
+    base = locks_of(tmp_path, text)
+    other = tmp_path / "concepts.txt"
+    other.write_text("dog\n")
+    monkeypatch.setattr(lock, "SHIPPED_CONCEPTS", other)
+    assert locks_of(tmp_path, text) != base and locks_of(tmp_path) == locks_of(tmp_path)
+
+
 def test_defaults_written_out_are_the_same(tmp_path):
     written = RECIPE.replace("epochs: 2", "epochs: 2, weight_decay: 0.05")
     assert locks_of(tmp_path, written) == locks_of(tmp_path)

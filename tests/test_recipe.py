@@ -34,6 +34,18 @@ def write(folder: Path, text: str, name: str = "chain.yaml") -> Path:
     return path
 
 
+def test_a_student_that_starts_from_bert_has_its_pieces_and_layers(tmp_path):
+    """DESIGN's own example: the student's section names BERT's weights, and nothing else says what goes with them."""
+    named = CHAIN.replace("heads: 2}", "heads: 2, fusion_weights: huawei-noah/TinyBERT_General_4L_312D}")
+    read = read_recipe(write(tmp_path, named))
+    assert read.student.tokenizer == "huawei-noah/TinyBERT_General_4L_312D" and read.stages[3].config.init == "weights"
+    written = named.replace("match: tokens", "match: tokens, init: teacher").replace("D}", "D, tokenizer: minilm}")
+    read = read_recipe(write(tmp_path, written))
+    assert read.student.tokenizer == "minilm" and read.stages[3].config.init == "teacher"
+    plain = read_recipe(write(tmp_path, CHAIN))
+    assert plain.student.tokenizer is None and plain.stages[3].config.init == "teacher"
+
+
 def error_of(folder: Path, text: str, *settings: str) -> str:
     with pytest.raises(RecipeError) as caught:
         read_recipe(write(folder, text), settings)

@@ -111,6 +111,17 @@ def test_visual_genome(genome):
     assert found.unnamed == {"sky": 2, "": 1} and found.empty == 3
 
 
+def test_an_image_is_found_by_its_file_or_by_cocos_id(genome, instances):
+    found = read_regions(genome(), CONCEPTS)
+    for name in ("2407", "2407.jpg", "VG_100K/2407.jpg", "000000000007.jpg", "COCO_val2014_000000000007.jpg"):
+        assert found.of_image(name) == found["2407"], name
+    assert not any(found.of_image(name) for name in ("000000002407.jpg", "COCO_val2014_000000000001.jpg", "7.jpg", "dog.jpg"))
+    coco = read_regions(instances(), CONCEPTS)
+    for name in ("000000000009.jpg", "COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000000009.jpg"):
+        assert coco.of_image(name) == coco["000000000009.jpg"], name
+    assert not coco.of_image("9.jpg") and not coco.of_image("000000000030.jpg")
+
+
 def test_image_sizes_may_lie_elsewhere(genome, tmp_path):
     path = genome()
     (tmp_path / "sizes").mkdir()

@@ -17,7 +17,8 @@ and a detector's boxes, of any classes or none, from COCO's results format:
 In all of them x, y, w, h are pixels of the original image, from its upper left corner. Here a box is (x0, y0, x1, y1) as shares of the
 image's width and height, 0 to 1, so that it fits a grid of any size. What reaches beyond the image is cut off.
 
-An image's key is its file name for COCO, as `Example.image_id` is, and the image id as text ("2407") for Visual Genome.
+An image's key is its file name for COCO, as `Example.image_id` is, and the image id as text ("2407") for Visual Genome; `of_image` finds
+the regions of one that is named otherwise.
 """
 
 from __future__ import annotations
@@ -51,13 +52,26 @@ class Region:
 class Regions(dict[str, tuple[Region, ...]]):
     """Regions by image key; images without any are absent. Also what was left out on the way.
 
-    `unnamed` counts the names that stand for no concept; `empty` is the number of boxes without an area within their image.
+    `unnamed` counts the names that stand for no concept; `empty` is the number of boxes without an area within their image. `coco_ids`
+    gives the key of an image of COCO by its id there.
     """
 
-    def __init__(self, found: Mapping[str, Sequence[Region]], unnamed: Counter[str], empty: int) -> None:
+    def __init__(
+        self, found: Mapping[str, Sequence[Region]], unnamed: Counter[str], empty: int, coco_ids: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__((key, tuple(regions)) for key, regions in found.items())
         self.unnamed = unnamed
         self.empty = empty
+        self.coco_ids = coco_ids or {}
+
+    def of_image(self, image_id: str) -> tuple[Region, ...]:
+        """Those of the image with this key or file name (2407.jpg is Visual Genome's 2407), or with COCO's id in its name, of either year
+        (COCO_val2014_000000000009.jpg and 000000000009.jpg are one image); of one without any: none."""
+        stem = PurePosixPath(image_id).stem
+        for key in (image_id, stem, self.coco_ids.get(_coco_id(stem) or "")):
+            if key in self:
+                return self[key]
+        return ()
 
 
 def read_regions(path: str | Path, concepts: Sequence[str], image_data: str | Path | None = None) -> Regions:
@@ -169,7 +183,15 @@ def _visual_genome(path: Path, found: list, named: Callable[[str], int | None], 
                 unnamed[names[0] if names else ""] += 1
             else:
                 regions.setdefault(key, []).append(Region(box, concept, 1.0))
-    return Regions(regions, unnamed, empty)
+    return Regions(regions, unnamed, empty, _coco_ids(listed))
+
+
+def _coco_ids(image_data: Path) -> dict[str, str]:
+    """Visual Genome's id by COCO's, of the images that both have."""
+    listed = _json(image_data, SIZES)
+    if not isinstance(listed, list):  # sizes from COCO's file
+        return {}
+    return {coco: key for image in listed if (coco := _id(image, "coco_id")) is not None and (key := _id(image, "image_id")) is not None}
 
 
 def _coco(path: Path, found: dict, named: Callable[[str], int | None]) -> Regions:
@@ -200,7 +222,8 @@ def _coco(path: Path, found: dict, named: Callable[[str], int | None]) -> Region
             unnamed[categories[category]] += 1
         else:
             regions.setdefault(name, []).append(Region(box, concept, 1.0))
-    return Regions(regions, unnamed, empty)
+    ids = {coco: name for name in regions if (coco := _coco_id(PurePosixPath(name).stem)) is not None}
+    return Regions(regions, unnamed, empty, ids)
 
 
 def _coco_images(path: Path, listed: list) -> dict[str, tuple[str, tuple[int, int]]]:
@@ -234,10 +257,15 @@ def _short_names(keys: Mapping[str, object]) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for key in keys:
         stem = PurePosixPath(key).stem
-        digits = stem if stem.isdecimal() else stem[-12:] if stem[-13:-12] == "_" and stem[-12:].isdecimal() else None
-        for short in (stem, str(int(digits)) if digits else stem):
+        for short in (stem, str(int(stem)) if stem.isdecimal() else _coco_id(stem) or stem):
             found.setdefault(short, set()).add(key)
     return {short: next(iter(its)) for short, its in found.items() if len(its) == 1}
+
+
+def _coco_id(stem: str) -> str | None:
+    """COCO's image id in a file name of 2014 or 2017 without its extension: twelve digits, alone or after an underscore."""
+    digits = stem[-12:]
+    return str(int(digits)) if len(digits) == 12 and digits.isdecimal() and stem[-13:-12] in ("", "_") else None
 
 
 def _normalized(x: float, y: float, w: float, h: float, width: int, height: int) -> tuple[float, float, float, float] | None:

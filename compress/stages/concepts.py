@@ -101,7 +101,7 @@ def labelled(config: Concepts, data: CaptionSet, names: tuple[str, ...], side: i
     found = read_regions(config.regions, names, config.image_sizes)
     labels = {}
     for row, example in enumerate(data.examples):
-        if regions := found.get(example.image_id):
+        if regions := found.of_image(example.image_id):
             boxes = torch.tensor([region.box for region in regions])
             labels[row] = boxes_on_grid(boxes, side), torch.tensor([region.concept for region in regions])
     if not labels:
