@@ -126,6 +126,12 @@ def test_quickstart(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["images"] == 12 and (found["share"] == 1.0 or found["largest_gap"] < 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ways_of_rounding_are_compared(tmp_path):
+    check("quickstart", QUICKSTART, tmp_path, ["teacher", "student", "vocabulary", "pruned", "int8", "export"])
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / "int8.py", "runs/quickstart", "--images", "6"], capture_output=True,
                           text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr
