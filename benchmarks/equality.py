@@ -20,15 +20,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compress import artifact, data, ledger, recipe, runtime  # noqa: E402
-from compress.cache import cache_of  # noqa: E402
+from quantized import quantized  # noqa: E402
+
+from compress import runtime  # noqa: E402
 from compress.context import Progress  # noqa: E402
 from compress.decode import Special  # noqa: E402
 from compress.errors import LightcapError, ModelError  # noqa: E402
 from compress.pipeline import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import encoder, simulate  # noqa: E402
-from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap.tokenizer import decode_caption  # noqa: E402
 
 BATCH = 25
@@ -37,24 +37,18 @@ BEFORE = {"smoothing": 0.0, "rounding": "nearest"}  # of an artifact that does n
 
 def compare(run: Path) -> dict:
     """`images`, `equal` and its `share`, and the `differences`, each with both captions and the gap in nats."""
-    progress, rows = Progress(), {row["name"]: row for row in ledger.read_run(run)}
-    wanted = recipe.read_recipe(run / "recipe.yaml")
-    stage = next((stage for stage in wanted.stages if stage.kind == "quantize"), None)
-    if stage is None or not {stage.name, stage.parent} <= rows.keys():
-        raise ModelError(f"{run}: no finished quantize stage")
-    made, parent = (artifact.Artifact(run / rows[name]["artifact"]) for name in (stage.name, stage.parent))
-    described = made.config["quantized"]
+    progress, of = Progress(), quantized(run)
+    described = of.made.config["quantized"]
     if described.get("float_parts") or described.get("tune_epochs"):
-        raise ModelError(f"{run}: '{stage.name}' was tuned or has float parts, and only calibration can be repeated")
-    if made.config.get("concepts") or made.config.get("mask_piece") is not None:
-        raise ModelError(f"{run}: '{stage.name}' reads concepts or predicts masked pieces, which PyTorch's graph here does not")
-    pictures = data.load(wanted.data, cache_of(run))
-    model, tokenizer, settings = read_captioner(parent.path)
-    config = dataclasses.replace(stage.config, **{key: described.get(key, kept) for key, kept in BEFORE.items()})
-    found = quantize.calibrate(model, tokenizer, settings, config, pictures, wanted.seed, progress)
+        raise ModelError(f"{run}: '{of.stage.name}' was tuned or has float parts, and only calibration can be repeated")
+    if of.made.config.get("concepts") or of.made.config.get("mask_piece") is not None:
+        raise ModelError(f"{run}: '{of.stage.name}' reads concepts or predicts masked pieces, which PyTorch's graph here does not")
+    model, tokenizer, settings = of.model, of.tokenizer, of.settings
+    config = dataclasses.replace(of.stage.config, **{key: described.get(key, kept) for key, kept in BEFORE.items()})
+    found = quantize.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
     graphs = encoder.fold(simulate.leave_float(found.encoder, ())), simulate.simulated(found.decoder)
-    captioner, special = runtime.Captioner(made.path), Special.of(tokenizer)
-    val = pictures.split(wanted.data.val_split)
+    captioner, special = runtime.Captioner(of.made.path), Special.of(tokenizer)
+    val = of.data.split(of.recipe.data.val_split)
     differences = []
     with progress.task("captions", len(val)) as task:
         for start in range(0, len(val), BATCH):

@@ -20,16 +20,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compress import artifact, data, evaluate, ledger, recipe  # noqa: E402
+from quantized import quantized  # noqa: E402
+
+from compress import evaluate  # noqa: E402
+from compress.artifact import Artifact  # noqa: E402
 from compress.cache import cache_of  # noqa: E402
 from compress.context import Progress  # noqa: E402
-from compress.errors import LightcapError, ModelError  # noqa: E402
+from compress.errors import LightcapError  # noqa: E402
 from compress.metrics.bootstrap import paired  # noqa: E402
 from compress.pipeline import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import simulate  # noqa: E402
 from compress.stages.quantize.sensitivity import ALL, grids, sensitivity  # noqa: E402
-from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap.tokenizer import encode_captions  # noqa: E402
 
 WAYS = (("nearest", 0.0), ("nearest", None), ("gptq", 0.0), ("gptq", None))  # rounding, smoothing (None: the stage's)
@@ -37,31 +39,25 @@ WAYS = (("nearest", 0.0), ("nearest", None), ("gptq", 0.0), ("gptq", None))  # r
 
 def compare(run: Path, count: int) -> dict:
     """`rows`, in the order of `WAYS`, over one and the same float model and calibration images."""
-    progress, rows = Progress(), {row["name"]: row for row in ledger.read_run(run)}
-    wanted = recipe.read_recipe(run / "recipe.yaml")
-    stage = next((stage for stage in wanted.stages if stage.kind == "quantize"), None)
-    if stage is None or stage.parent not in rows:
-        raise ModelError(f"{run}: no finished stage that a quantize stage works on")
-    parent, pictures = artifact.Artifact(run / rows[stage.parent]["artifact"]), data.load(wanted.data, cache_of(run))
-    model, tokenizer, settings = read_captioner(parent.path)
-    val = pictures.split(wanted.data.val_split)
+    progress, of = Progress(), quantized(run)
+    model, tokenizer, settings, val = of.model, of.tokenizer, of.settings, of.data.split(of.recipe.data.val_split)
     few = val.examples[:count]
     pixels = [picture for batch in quantize.pixel_batches(val, few, settings) for picture in batch]
     captions = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in few]
     batches = [torch.from_numpy(pixels[i][None]) for i in range(len(pixels))]
-    before = evaluate.ciders(parent, val, cache_of(run), progress)
-    found = []
+    with torch.no_grad():
+        goal = grids(model.encode, batches)
+    before, found = evaluate.ciders(of.parent, val, cache_of(run), progress), []
     for rounding, smoothing in WAYS:
-        config = dataclasses.replace(stage.config, rounding=rounding, tune_epochs=0.0)
+        config = dataclasses.replace(of.stage.config, rounding=rounding, tune_epochs=0.0)
         config = config if smoothing is None else dataclasses.replace(config, smoothing=smoothing)
-        seen = quantize.calibrate(model, tokenizer, settings, config, pictures, wanted.seed, progress)
+        seen = quantize.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
         with torch.no_grad():
-            goal = grids(model.encode, batches)
             error = float((grids(simulate.simulated(seen.encoder), batches) - goal).square().mean() / goal.var())
         lost = sensitivity(seen.model, seen.encoder, seen.decoder, pixels, captions, progress, names=())
         with tempfile.TemporaryDirectory() as folder:
-            quantize.write(Path(folder), parent, seen, config, (), 0.0, progress)
-            difference = paired(evaluate.ciders(artifact.Artifact(Path(folder)), val, cache_of(run), progress), before)
+            quantize.write(Path(folder), of.parent, seen, config, (), 0.0, progress)
+            difference = paired(evaluate.ciders(Artifact(Path(folder)), val, cache_of(run), progress), before)
         row = {"rounding": rounding, "smoothing": config.smoothing, "grid_error": error, "kl": lost[ALL],
                "delta_cider": difference.delta, "delta_ci95": list(difference.ci95)}
         print(f"rounding {rounding}, smoothing {config.smoothing}: grid error {error:.4f} of its variance, {lost[ALL]:.5f} nats a token, "
@@ -72,7 +68,7 @@ def compare(run: Path, count: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="the folder of a run with a quantize stage, whose parent is finished")
+    parser.add_argument("run", type=Path, help="the folder of a finished run with a quantize stage")
     parser.add_argument("--images", type=int, default=100, help="of val, for grid error and divergence")
     arguments = parser.parse_args()
     torch.set_num_threads(thread_count())

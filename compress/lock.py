@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from compress.config import Recipe, Stage, references
+from compress.data.concepts import SHIPPED
 from compress.recipe import resolved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,6 @@ LIBRARIES = {  # top-level import name: distribution
 
 # Settings that may name a file or a folder.
 FILES = ("vocabulary", "regions", "image_sizes", "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")
-SHIPPED_CONCEPTS = ROOT / "compress" / "data" / "concepts.txt"
 DECLARATIONS = "compress.config"  # what it declares reaches a stage as its resolved settings, which the lock holds
 
 
@@ -49,21 +49,22 @@ def parts(
     recipe: Recipe, stage: Stage, locks: Mapping[str, str], fingerprint: str, threads: int, root: Path = ROOT, processes: int = 1
 ) -> dict:
     """What the lock of `stage` is over. `locks` holds those of the earlier stages by name."""
-    settings = next(dict(entry[stage.kind]) for entry in resolved(recipe)["stages"] if _is(entry, stage))
+    whole = resolved(recipe)
+    settings = next(dict(entry[stage.kind]) for entry in whole["stages"] if _is(entry, stage))
     chooses = settings.get("max_drop_cider") is not None and (settings.get("steps", 1) > 1 or settings.get("trials", 0) > 0)
     for key in ("as", "from", "against", "teachers", "extractor", *(() if chooses else ("max_drop_cider",))):
         settings.pop(key, None)  # a gate judges an artifact, it does not make it, but where the stage itself looks at val
     modules = (f"compress.stages.{stage.kind}", *(("compress.evaluate",) if chooses else ()))
     sources, libraries = imported(modules, root)
     several = {"processes": processes} if processes > 1 else {}
-    files = digests(settings | resolved(recipe)["student"])
+    files = digests(settings | whole["student"])
     if stage.kind == "concepts" and "vocabulary" not in files:
-        files["vocabulary"] = file_digest(SHIPPED_CONCEPTS)
+        files["vocabulary"] = file_digest(SHIPPED)
     looked = {"split": recipe.data.val_split, "against": locks.get(stage.against)} if chooses else {}
     return several | looked | ({"files": files} if files else {}) | {
         "kind": stage.kind,
         "settings": settings,
-        "student": resolved(recipe)["student"],
+        "student": whole["student"],
         "seed": recipe.seed,
         "parent": locks[stage.parent] if stage.parent else None,
         "teachers": [locks[name] for name in references(stage.config)],

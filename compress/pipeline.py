@@ -70,15 +70,16 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
     Nothing is written but what reading the captions caches; torch is imported only to count what is not cached. With `imagine`, captions
     that are not there are counted as COCO's: locks are None then, and `imagined` says so.
     """
-    cache = cache_of(out)
+    cache, said = cache_of(out), {}
     if data is None and imagine and wanted.data.captions and not Path(wanted.data.captions).expanduser().exists():
-        return _imagined(wanted, rates_of(cache))
-    data = _load(wanted, cache) if data is None else data
+        said["imagined"] = f"there is no {wanted.data.captions} here (--set data.captions=FILE), so this is counted as for COCO"
+    elif data is None:
+        data = _load(wanted, cache)
     locks, stages, rates, counted = {}, [], rates_of(cache), None
     for stage in wanted.stages:
-        lock_parts = lock.parts(wanted, stage, locks, data.fingerprint, thread_count())
-        name = locks[stage.name] = lock.digest(lock_parts)
-        cached = finished(cache / name)
+        name = None if data is None else lock.digest(lock.parts(wanted, stage, locks, data.fingerprint, thread_count()))
+        locks[stage.name] = name
+        cached = name is not None and finished(cache / name)
         if cached:
             seconds, tmacs = Artifact(cache / name).row()["seconds"], noted(cache / name).get("tmacs")
         else:
@@ -86,19 +87,7 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
             tmacs = counted[stage.name]
             seconds = round(rates[stage.kind] * tmacs, 1) if stage.kind in rates else None
         stages.append({"stage": stage.kind, "name": stage.name, "cached": cached, "lock": name, "tmacs": tmacs, "seconds": seconds})
-    return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages}
-
-
-def _imagined(wanted: Recipe, rates: Mapping[str, float]) -> dict:
-    """The plan of a recipe whose captions are not here."""
-    estimate = importlib.import_module("compress.estimate")
-    stages = []
-    for (name, tmacs), stage in zip(estimate.tmacs(wanted, estimate.COCO).items(), wanted.stages, strict=True):
-        seconds = round(rates[stage.kind] * tmacs, 1) if stage.kind in rates else None
-        stages.append({"stage": stage.kind, "name": name, "cached": False, "lock": None, "tmacs": tmacs, "seconds": seconds})
-    said = (f"there is no {wanted.data.captions} here (--set data.captions=FILE), so this is counted for COCO's {estimate.COCO.images:,} "
-            "training images")
-    return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages, "imagined": said}
+    return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages} | said
 
 
 def run(

@@ -81,7 +81,7 @@ def test_the_shipped_concepts_are_in_the_lock(tmp_path, monkeypatch):
     base = locks_of(tmp_path, text)
     other = tmp_path / "concepts.txt"
     other.write_text("dog\n")
-    monkeypatch.setattr(lock, "SHIPPED_CONCEPTS", other)
+    monkeypatch.setattr(lock, "SHIPPED", other)
     assert locks_of(tmp_path, text) != base and locks_of(tmp_path) == locks_of(tmp_path)
 
 

@@ -140,9 +140,15 @@ def integers(folder) -> dict[str, np.ndarray]:
 
 def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(model, parent, folder, captioner):
     """7-bit weights: 255 x 64 + 255 x 64 is below 2^15, where a full range has pairs above."""
-    where = context(parent.path.parent / "reduced")
-    quantize.run(parent, Quantize(calibration_images=12, reduce_range=True), where)
-    reduced, whole = integers(where.output), integers(folder)
+    made = {}
+    for name, settings in {"plain": {"rounding": "nearest"}, "nearest": {"rounding": "nearest", "reduce_range": True},
+                           "reduced": {"reduce_range": True}}.items():  # fmt: skip
+        where = context(parent.path.parent / name)
+        quantize.run(parent, Quantize(calibration_images=12, **settings), where)
+        made[name] = integers(where.output)
+    for name, weight in made["nearest"].items():
+        np.testing.assert_allclose(2 * weight, made["plain"][name], atol=2)
+    reduced, whole = made["reduced"], integers(folder)
     assert reduced.keys() == whole.keys() and len(reduced) == 11 + 16
     for name, weight in reduced.items():
         assert weight.min() >= -64 and weight.max() <= 63 and np.abs(weight).max() >= 60, name

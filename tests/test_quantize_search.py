@@ -176,11 +176,13 @@ def logs(encoding, decoding, model, pixels, captions):
     return torch.cat(forced).log_softmax(-1)
 
 
-def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(data, tmp_path):
+# GPTQ and smoothing leave less to gain, so that less of it is asked.
+@pytest.mark.parametrize(("way", "left"), [({"rounding": "nearest", "smoothing": 0.0}, 0.5), ({}, 0.7)])
+def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(way, left, data, tmp_path):
     model = tiny.build(tiny.PRUNED, steps=120)
     spoil(model, 60.0)
     parent = tiny.artifact(model, tmp_path / "float")
-    config = Quantize(calibration_images=16, tune_epochs=25.0, tune_learning_rate=3e-4)
+    config = Quantize(calibration_images=16, tune_epochs=25.0, tune_learning_rate=3e-4, **way)
     where = context(tmp_path, data, config)
     found = quantize.calibrate(model, tiny.tokenizer(), tiny.SETTINGS, config, data, 17, where.progress)
     captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
@@ -191,7 +193,7 @@ def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(data, tmp_path)
     for when, graphs_then in (("before", found), ("after", after)):
         rounded = logs(simulate.simulated(graphs_then.encoder), simulate.simulated(graphs_then.decoder), *given)
         distance[when] = float((expected.exp() * (expected - rounded)).sum(-1).mean())
-    assert distance["after"] < 0.7 * distance["before"]
+    assert distance["after"] < left * distance["before"]
 
     quantize.run(parent, config, where)  # without trials, at once
     assert json.loads((where.output / "config.json").read_text())["quantized"]["tune_epochs"] == 25.0

@@ -46,7 +46,7 @@ class Encoder(nn.Module):
 
 class Product(nn.Module):
     """A Linear with its weight held as (in, out): the layout of MatMul and MatMulInteger, so that nothing is copied. One that smooths what
-    it reads (`quantize.smoothing`) does so here too."""
+    it reads (`quantize.smoothquant`) does so here too."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()

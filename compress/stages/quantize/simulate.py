@@ -70,8 +70,8 @@ def simulated(prepared: GraphModule) -> GraphModule:
 @torch.no_grad()
 def greedy(decoder: GraphModule, model: LightCap, grid: Tensor, special: Special) -> tuple[list[list[int]], Tensor]:
     """The pieces of the most probable captions of `grid` (B, G, C) by a simulated decoder, which is asked anew for each piece, and the
-    logits (B, T, V) that chose them. `model` says the sizes alone; not for one that reads concepts or predicts masked
-    pieces."""
+    logits (B, T, V) that chose them. `model` says the sizes alone; not for one that reads concepts or predicts
+    masked pieces."""
     count, most, prefix = len(grid), model.config.max_tokens, model.config.prefix
     tokens = torch.full((count, most), special.start)
     mask = torch.ones(prefix + most, prefix + most, dtype=torch.bool).tril()

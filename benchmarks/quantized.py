@@ -1,0 +1,43 @@
+"""What the benchmarks of a finished run's INT8 stage begin with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tokenizers import Tokenizer  # noqa: E402
+
+from compress import data, ledger, recipe  # noqa: E402
+from compress.artifact import Artifact  # noqa: E402
+from compress.cache import cache_of  # noqa: E402
+from compress.config import Recipe, Stage  # noqa: E402
+from compress.data import CaptionSet  # noqa: E402
+from compress.errors import ModelError  # noqa: E402
+from compress.training.start import read_captioner  # noqa: E402
+from students.lightcap import LightCap  # noqa: E402
+
+
+class Quantized(NamedTuple):
+    """A run's quantize stage, and the float captioner that it works on."""
+
+    recipe: Recipe
+    stage: Stage
+    made: Artifact
+    parent: Artifact
+    data: CaptionSet
+    model: LightCap
+    tokenizer: Tokenizer
+    settings: dict
+
+
+def quantized(run: Path) -> Quantized:
+    """ModelError where the run has no finished quantize stage."""
+    rows, wanted = {row["name"]: row for row in ledger.read_run(run)}, recipe.read_recipe(run / "recipe.yaml")
+    stage = next((stage for stage in wanted.stages if stage.kind == "quantize"), None)
+    if stage is None or not {stage.name, stage.parent} <= rows.keys():
+        raise ModelError(f"{run}: no finished quantize stage")
+    made, parent = (Artifact(run / rows[name]["artifact"]) for name in (stage.name, stage.parent))
+    return Quantized(wanted, stage, made, parent, data.load(wanted.data, cache_of(run)), *read_captioner(parent.path))
