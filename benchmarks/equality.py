@@ -26,7 +26,7 @@ from compress import runtime  # noqa: E402
 from compress.context import Progress  # noqa: E402
 from compress.decode import Special  # noqa: E402
 from compress.errors import LightcapError, ModelError  # noqa: E402
-from compress.pipeline import thread_count  # noqa: E402
+from compress.process import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import encoder, simulate  # noqa: E402
 from students.lightcap.tokenizer import decode_caption  # noqa: E402

@@ -48,34 +48,37 @@ def scores(run: Path, row: Mapping) -> dict[str, float]:
 
 
 def gains(run: Path) -> list[dict]:
-    """One row for each stage that has captions and is compared with one that has."""
+    """One row for each stage that has captions: what it gains over the one that it is compared with, if there is one."""
     rows = {row["name"]: ledger.row(row) for row in ledger.read_run(run)}
     stages = read_recipe(run / "recipe.yaml").stages
     against = {stage.name: stage.against for stage in stages}
     spoken = {name: scores(run, row) for name, row in rows.items() if (run / row["artifact"] / CAPTIONS).is_file()}
     found = []
     for name, seeds in groups(stages).items():
-        pairs = [(seed, against[seed]) for seed in seeds if seed in spoken and against[seed] in spoken]
+        made = [seed for seed in seeds if seed in spoken]
+        if not made:
+            continue
+        cider, seconds = ([rows[seed][key] or 0.0 for seed in made] for key in ("cider", "seconds"))
+        row = {"name": name, "against": None, "seeds": len(made), "cider": float(np.mean(cider)), "seconds": sum(seconds)}
+        none = {"gain": None, "gain_ci95": None, "gain_by_seed": []}
+        found.append(row | none | {key: rows[made[0]][key] for key in ("gmacs_caption", "params")})
+        pairs = [(seed, against[seed]) for seed in made if against[seed] in spoken]
         if not pairs:
             continue
-        images = sorted(spoken[name])
+        images = sorted(spoken[made[0]])
         mine, theirs = (np.mean([[spoken[pair[side]][image] for image in images] for pair in pairs], 0) for side in (0, 1))
         whole = paired(mine, theirs)
         each = [float(np.mean([spoken[a][image] - spoken[b][image] for image in images])) for a, b in pairs]
-        ciders = [rows[seed]["cider"] for seed, _ in pairs]
-        cost = {key: rows[name][key] for key in ("gmacs_caption", "params")}
-        seconds = sum(rows[seed]["seconds"] or 0.0 for seed, _ in pairs)
-        found.append({"name": name, "against": against[name], "seeds": len(pairs), "cider": float(np.mean(ciders)), "gain": whole.delta,
-                      "gain_ci95": list(whole.ci95), "gain_by_seed": each, "seconds": seconds} | cost)  # fmt: skip
+        found[-1] |= {"against": against[pairs[0][0]], "gain": whole.delta, "gain_ci95": list(whole.ci95), "gain_by_seed": each}
     return found
 
 
 COLUMNS = {
     "stage": lambda row: row["name"],
-    "compared with": lambda row: row["against"],
+    "compared with": lambda row: row["against"] or "",
     "seeds": lambda row: str(row["seeds"]),
     "CIDEr": lambda row: number(row["cider"], ".1f"),
-    "gain": lambda row: f"{number(row['gain'], '+.1f')} {interval(row['gain_ci95'], '+.1f')}",
+    "gain": lambda row: f"{number(row['gain'], '+.1f')} {interval(row['gain_ci95'], '+.1f')}".strip(),
     "of each seed": lambda row: ", ".join(format(gain, "+.1f") for gain in row["gain_by_seed"]),
     "GMACs": lambda row: number(row["gmacs_caption"], ".3f"),
     "params": lambda row: number(row["params"], ".2f", 1e6) + ("M" if row["params"] else ""),

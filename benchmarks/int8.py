@@ -28,7 +28,7 @@ from compress.cache import cache_of  # noqa: E402
 from compress.context import Progress  # noqa: E402
 from compress.errors import LightcapError  # noqa: E402
 from compress.metrics.bootstrap import paired  # noqa: E402
-from compress.pipeline import thread_count  # noqa: E402
+from compress.process import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import simulate  # noqa: E402
 from compress.stages.quantize.sensitivity import ALL, grids, sensitivity  # noqa: E402

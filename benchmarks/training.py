@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compress import cost, pipeline  # noqa: E402
+from compress import cost, process  # noqa: E402
 from compress.artifact import Artifact  # noqa: E402
 from compress.config import Optimisation, Recipe  # noqa: E402
 from compress.context import Context, Progress, Task  # noqa: E402
@@ -329,7 +329,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < WARM + 2:
         parser.error(f"--steps must be at least {WARM + 2}")
-    torch.set_num_threads(pipeline.thread_count())
+    torch.set_num_threads(process.thread_count())
     say = (lambda text: None) if arguments.json else (lambda text: print(text, flush=True))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -17,7 +17,7 @@ _HOMES = {
     "plan": "compress.pipeline",
     "read_run": "compress.ledger",
     "read_recipe": "compress.recipe",
-    "resolve": "compress.artifact",
+    "resolve": "compress.models",
     "run": "compress.pipeline",
     "score": "compress.metrics",
 }

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from compress.errors import ModelError, nearest
+from compress.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", WEIGHTS)
@@ -71,39 +71,16 @@ class Artifact:
     def check(self) -> Artifact:
         """Itself, if it looks complete; ModelError naming the file that is missing, cut short, or a pickle."""
         if not (self.path / "config.json").is_file():
-            raise ModelError(f"{self.path} is not an artifact: it has no config.json{_pickles(self.path)}")
+            raise ModelError(f"{self.path} is not an artifact: it has no config.json{pickles(self.path)}")
         _ = self.config
         weights = self.path / WEIGHTS
         if weights.is_file():
             check_safetensors(weights)
         elif not self.graphs:
-            raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx{_pickles(self.path)}")
+            raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx{pickles(self.path)}")
         elif not (self.path / "decoder.onnx").is_file():
             raise ModelError(f"{self.path} has encoder.onnx but no decoder.onnx")
         return self
-
-
-def resolve(model: str | Path) -> Artifact:
-    """The artifact that `model` means: an artifact's folder, or a run's folder (the artifact of its last ledger row).
-
-    Presets and hub names are the callers' business. ModelError, one line, for anything else.
-    """
-    path = Path(model)
-    if path.is_file():
-        refuse_pickle(path)
-        raise ModelError(f"{path} is a file; name the folder that holds the model")
-    if not path.is_dir():
-        raise ModelError(f"no model '{model}': neither an artifact's folder nor a run's folder{_near(path)}")
-    if (path / "config.json").is_file():
-        return Artifact(path).check()
-    if (path / "ledger.jsonl").is_file():
-        from compress import ledger
-
-        rows = [row for row in ledger.read(path / "ledger.jsonl") if row["stage"] != "baseline"]
-        if not rows:
-            raise ModelError(f"{path} is a run without a finished stage; `lightcap run` it first")
-        return Artifact(path / rows[-1]["artifact"]).check()
-    raise ModelError(f"{path} is neither an artifact (no config.json) nor a run (no ledger.jsonl){_pickles(path)}")
 
 
 def refuse_pickle(path: Path) -> None:
@@ -226,12 +203,7 @@ def _json(path: Path) -> dict:
     return value
 
 
-def _pickles(folder: Path) -> str:
+def pickles(folder: Path) -> str:
+    """The end of an error line that names a pickle in `folder`, if there is one."""
     found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
     return f"; {found[0]} is a pickle and is not read, give safetensors instead" if found else ""
-
-
-def _near(path: Path) -> str:
-    around = [child for folder in (path.parent, Path("runs")) if folder.is_dir() for child in folder.iterdir()]
-    names = [child.name for child in around if child.is_dir() and not child.name.startswith(".")]
-    return nearest(path.name, names)

@@ -74,5 +74,5 @@ def _numbers(row: Mapping) -> list[tuple[str, str]]:
         ("MB on disk needed to caption", number("bytes", ".2f", 1e6)),
         ("ms per caption, median", milliseconds),
         ("seconds to make and measure", number("seconds", ".0f")),
-        ("peak MB of the process", number("peak_mb", ".0f")),
+        ("peak MB in memory", number("peak_mb", ".0f")),
     ]

@@ -265,9 +265,9 @@ def fit_command(
 @click.pass_context
 def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], beam: int, as_json: bool) -> None:
     """Caption photos with an artifact, or with the last one of a run. Example: lightcap caption runs/photos holiday.jpg"""
-    from compress import artifact, captioning
+    from compress import captioning, models
 
-    chosen = artifact.resolve(model)
+    chosen = models.resolve(model)
     photos = captioning.photos(images)
     answers, result = [], sys.stdout
     with _quietly():
@@ -293,11 +293,11 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 @as_json
 def eval_command(model: str, captions: str, images: str, split: str, beam: int, java: bool, as_json: bool) -> None:
     """Measure a model on captioned images. Example: lightcap eval runs/photos --captions dataset.json --images images --split test"""
-    from compress import artifact, config, data, show
+    from compress import config, data, models, show
     from compress.context import Progress
     from compress.data.layout import guess
 
-    chosen = artifact.resolve(model)
+    chosen = models.resolve(model)
     source = guess(Path(captions)) or "karpathy"  # whose reader says what is wrong with the file
     with _quietly():
         wanted = data.load(config.Data(source=source, captions=captions, images=images, val_split=split), only=split)
@@ -338,9 +338,9 @@ def score_command(candidates: Path, references: Path, java: bool, as_json: bool)
 def profile_command(model: str, tokens: int, as_json: bool) -> None:
     """Count a model's parameters, MACs, bytes and time per caption. Example: lightcap profile lightcap"""
     with _quietly():
-        from compress import evaluate, show
+        from compress import profile, show
 
-        row = evaluate.profile(model, tokens)
+        row = profile.profile(model, tokens)
     _answer(as_json, row, lambda: show.profile(row))
 
 
@@ -350,9 +350,9 @@ def profile_command(model: str, tokens: int, as_json: bool) -> None:
 @as_json
 def export_command(model: str, out: Path, as_json: bool) -> None:
     """Write a folder that captions by itself, without torch or lightcap. Example: lightcap export runs/photos --out captioner"""
-    from compress import artifact
+    from compress import artifact, models
 
-    chosen = artifact.resolve(model)
+    chosen = models.resolve(model)
     with artifact.writing(out) as folder, _quietly():
         from compress.stages import export
 

@@ -68,8 +68,9 @@ class Concepts(Optimisation):
     text_encoder: str | None = None
     inner: int = 1024
     pieces: int = 20
-    regions: str | None = None
-    image_sizes: str | None = None
+    regions: str | None = None  # labelled ones: Visual Genome's objects.json, COCO's instances
+    boxes: str | None = None  # a detector's, COCO's results format: what training looks at in place of windows
+    image_sizes: str | None = None  # COCO's JSON or Visual Genome's image_data.json
     region_weight: float = 1.0
 
 

@@ -8,7 +8,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from compress.pipeline import thread_count
+from compress.process import thread_count
 
 # distribution: the import that proves it is there
 NEEDED = {

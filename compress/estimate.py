@@ -7,16 +7,13 @@ at its parent's size: an upper bound.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
+from compress.architectures import architectures
 from compress.config import Concepts, Distill, Prune, Quantize, Recipe, Scst, Stage, Train
 from compress.cost import TOKENS, Macs, count_macs
 from compress.data import CaptionSet
-from compress.errors import RecipeError
 from compress.evaluate import BEAM
-from compress.training.start import captioner_config
-from compress.training.text import default_text_encoder
 from students.lightcap import LightCapConfig
 
 
@@ -44,44 +41,18 @@ COCO = Amount(images=113_287, captions=5.0, words=10.0, vocabulary=30_000, evalu
 
 
 def tmacs(recipe: Recipe, data: CaptionSet | None) -> dict[str, float]:
-    """{stage: multiply-accumulates x 1e-12 of making and of evaluating its artifact}, on `COCO` where there is no data. RecipeError for
-    sizes that no captioner can have."""
+    """{stage: multiply-accumulates x 1e-12 of making and of evaluating its artifact}, on `COCO` where there is no data. RecipeError as
+    `architectures`."""
     amount = COCO if data is None else Amount.of(data, recipe.data.val_split)
-    models: dict[str, LightCapConfig] = {}
+    models = architectures(recipe, amount.vocabulary)
     spent, counted = {}, {}
     for stage in recipe.stages:
-        config = models[stage.name] = shape(recipe, stage, models, amount)
+        config = models[stage.name]
         if str(config) not in counted:
             counted[str(config)] = count_macs(config, TOKENS)
         macs = counted[str(config)]
         spent[stage.name] = (making(stage, config, macs, models, amount) + evaluating(stage, macs, amount)) / 1e12
     return spent
-
-
-def shape(recipe: Recipe, stage: Stage, models: dict[str, LightCapConfig], amount: Amount) -> LightCapConfig:
-    """The architecture of what a stage makes. Pruned shapes are not known before: it is its parent's."""
-    config, student = stage.config, recipe.student
-    if stage.parent:
-        parent = models[stage.parent]
-        if isinstance(config, Distill) and config.heads:
-            parent = dataclasses.replace(parent, heads=config.heads)
-        return with_extractor(parent, config) if isinstance(config, Concepts) else parent
-    like = models.get(getattr(config, "extractor", None) or (config.teachers[0] if isinstance(config, Distill) else ""))
-    modulator = getattr(config, "modulator", None)
-    if isinstance(config, Distill):
-        modulator = like.modulator or 0
-        student = dataclasses.replace(student, heads=config.heads or student.heads)
-    name = getattr(config, "preset", None) or student.preset
-    try:
-        made = captioner_config(student, name, recipe.data.image_size, 0.0, amount.vocabulary, like, modulator)
-    except ValueError as error:
-        raise RecipeError(f"stage '{stage.name}': {error}") from None
-    return with_extractor(made, config) if isinstance(config, Concepts) else made
-
-
-def with_extractor(model: LightCapConfig, config: Concepts) -> LightCapConfig:
-    text = 384 if (config.text_encoder or default_text_encoder(model.encoder)) == "minilm" else 1024
-    return dataclasses.replace(model, concepts=config.pieces, alignment=(config.inner, text))
 
 
 def evaluating(stage: Stage, macs: Macs, amount: Amount) -> float:

@@ -16,13 +16,13 @@ from compress.context import Context, Progress
 from compress.data import CaptionSet
 from compress.data.concepts import read_concepts
 from compress.decode import Special, beam_search
-from compress.errors import ModelError, StageError
+from compress.errors import StageError
 from compress.metrics.bootstrap import paired
 from compress.training.corpus import UNSEEN_BIAS
 from compress.training.features import device, grids, pixels
 from compress.training.mentions import mentioned, precision_recall
 from compress.training.start import read_captioner
-from students.lightcap import PRESETS, LightCap, LightCapConfig, preset
+from students.lightcap import LightCap, LightCapConfig
 from students.lightcap.tokenizer import decode_caption
 
 BEAM = 5  # for accuracy
@@ -192,24 +192,6 @@ def costs_of(config: LightCapConfig, bits: int = 32, tokens: int = cost.TOKENS) 
         "gflops_caption": 2 * macs.caption / 1e9,
         "gbops_caption": macs.gbops(bits),
     }
-
-
-def profile(model: str, tokens: int = cost.TOKENS) -> dict:
-    """A ledger row without accuracy: of an artifact, a run, or a preset, which is counted without weights."""
-    from compress import artifact as artifacts
-    from compress.ledger import row
-
-    if model in PRESETS and not Path(model).exists():
-        return row({"stage": "profile", "name": model} | costs_of(preset(model), tokens=tokens))
-    try:
-        found = artifacts.resolve(model)
-    except ModelError as error:
-        raise ModelError(f"{error.message}; presets: {', '.join(PRESETS)}") from None
-    settings = settings_of(found)
-    size = settings["image_size"]
-    noise = np.random.default_rng(0).integers(0, 256, (TIMED_IMAGES, size, size, 3), dtype=np.uint8)
-    timed = latency(found, None, noise, tokens)
-    return row({"stage": "profile", "name": found.path.name, "artifact": str(found.path)} | costs(found, tokens) | timed)
 
 
 # ---- latency

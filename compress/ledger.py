@@ -34,7 +34,7 @@ ROW = (
     "delta_cider",  # against the artifact it worked on; a student: against its teacher; or what `against:` names
     "delta_ci95",  # the 95 % interval of that difference, by paired bootstrap over images
     "p_value",
-    "peak_mb",  # of the whole process that made it, up to the end of the stage
+    "peak_mb",  # 10^6 bytes, the most in memory while it was made and measured (by the process that ended it, if there were several)
     "seconds",
     "lock",
 )
@@ -105,7 +105,7 @@ def compared(runs: Sequence[str]) -> dict:
     return {"runs": found, "pareto": [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]}
 
 
-HEADINGS = ("name", "CIDEr [95 %]", "delta", "params", "GMACs", "MB", "ms")
+HEADINGS = ("name", "CIDEr [95 %]", "delta [95 %]", "params", "GMACs", "MB", "ms")
 
 
 def cells(values: Mapping) -> tuple[str, ...]:
@@ -114,18 +114,18 @@ def cells(values: Mapping) -> tuple[str, ...]:
     def number(key: str, form: str, scale: float = 1.0) -> str:
         return "" if values.get(key) is None else format(values[key] / scale, form)
 
-    cider = number("cider", ".1f")
-    if cider and values.get("cider_ci95"):
-        low, high = values["cider_ci95"]
-        cider += f" [{low:.1f}, {high:.1f}]"
+    def with_interval(key: str, form: str, interval: str) -> str:
+        low, high = values.get(interval) or (None, None)
+        return number(key, form) + ("" if low is None or values.get(key) is None else f" [{low:{form}}, {high:{form}}]")
+
     latency = (values.get("latency_ms") or {}).get("p50")
     milliseconds = "" if latency is None else f"{latency:.1f}"
     params = "" if values.get("params") is None else _count(values["params"])
     megabytes = number("bytes", ".2f", 1e6)
     return (
         values["name"],
-        cider,
-        number("delta_cider", "+.1f"),
+        with_interval("cider", ".1f", "cider_ci95"),
+        with_interval("delta_cider", "+.1f", "delta_ci95"),
         params,
         number("gmacs_caption", ".3f"),
         megabytes,

@@ -41,7 +41,7 @@ LIBRARIES = {  # top-level import name: distribution
 
 
 # Settings that may name a file or a folder.
-FILES = ("vocabulary", "regions", "image_sizes", "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")
+FILES = ("vocabulary", "regions", "boxes", "image_sizes", "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")
 DECLARATIONS = "compress.config"  # what it declares reaches a stage as its resolved settings, which the lock holds
 
 

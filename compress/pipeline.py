@@ -1,7 +1,6 @@
 """Runs a recipe: each stage once, under its lock, kept in `runs/.cache/LOCK`; a run's folder holds the ledger that names them.
 
-    runs/.cache/LOCK/           a finished artifact
-    runs/.cache/LOCK.work/      a stage under way: `state` (its own resume files), then `model` (made, not yet measured)
+    runs/.cache/LOCK/           a finished artifact (compress/making.py)
     runs/NAME/ledger.jsonl      one row per finished stage; recipe.yaml, the resolved recipe; error.txt, the trace of a failed stage
 
 A kill leaves nothing half-written under a finished name, and the same command goes on from there.
@@ -9,35 +8,27 @@ A kill leaves nothing half-written under a finished name, and the same command g
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import importlib
-import json
 import os
-import resource
 import shutil
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-from compress import artifact, card, ledger, lock, recipe
+from compress import artifact, ledger, lock, making, recipe
 from compress.artifact import Artifact
 from compress.cache import cache_of, finished, noted, rates_of
 from compress.config import Recipe, Stage
-from compress.context import Context, Progress
-from compress.errors import GateError, LightcapError, StageError, UsageError, expected
+from compress.context import Progress
+from compress.errors import GateError, LightcapError, StageError, UsageError
 from compress.memory import bounded
 from compress.pages import huge_pages
 from compress.parallel import ALONE, Share, until
-from compress.process import only_writer
+from compress.process import only_writer, thread_count
 
 BASELINE = "nearest"
-JOINT = ("concepts", "train", "distill", "scst")  # stages that several processes train together
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ def run(
     try:
         data = _load(wanted, cache) if data is None else data
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
-        run_ = _Run(wanted, out, cache, data, progress or Progress(), stages, evaluation, share)
+        run_ = making.Run(wanted, out, cache, data, progress or Progress(), stages, evaluation, share)
         try:
             with bounded(), huge_pages():
                 if share.rank:
@@ -126,44 +117,7 @@ def run(
         return Result(out, (), error)
 
 
-@dataclass(frozen=True)
-class _Run:
-    recipe: Recipe
-    out: Path
-    cache: Path
-    data: object
-    progress: Progress
-    stages: Mapping[str, Callable] | None
-    evaluation: object
-    share: Share
-
-    @functools.cached_property
-    def tmacs(self) -> Mapping[str, float]:
-        return (self.evaluation or importlib.import_module("compress.estimate")).tmacs(self.recipe, self.data)
-
-    @property
-    def told(self) -> Path:
-        """Where the first process of several tells the others, stage by stage, whether it trains."""
-        return self.out / f".told-{self.share.launch}"
-
-    def tell(self, stage: Stage, trains: bool) -> None:
-        if self.share.size > 1 and not (self.told / stage.name).exists():
-            self.told.mkdir(parents=True, exist_ok=True)
-            artifact.write_text(self.told / stage.name, "train" if trains else "skip")
-
-    def stage_function(self, kind: str) -> Callable:
-        if self.stages is not None:
-            return self.stages[kind]
-        import torch
-
-        torch.set_num_threads(thread_count())
-        return importlib.import_module(f"compress.stages.{kind}").run
-
-    def evaluator(self):
-        return self.evaluation if self.evaluation is not None else importlib.import_module("compress.evaluate")
-
-
-def _stage_by_stage(run_: _Run) -> Result:
+def _stage_by_stage(run_: making.Run) -> Result:
     rows: list[dict] = []
     locks: dict[str, str] = {}
     artifacts: dict[str, Artifact] = {}
@@ -198,7 +152,7 @@ def _stage_by_stage(run_: _Run) -> Result:
     return Result(run_.out, tuple(rows))
 
 
-def _trained_with(run_: _Run) -> Result:
+def _trained_with(run_: making.Run) -> Result:
     """What another process than the first does: it trains in the stages that many train, and waits for each artifact."""
     locks: dict[str, str] = {}
     artifacts: dict[str, Artifact] = {}
@@ -207,39 +161,21 @@ def _trained_with(run_: _Run) -> Result:
         target, told = run_.cache / lock.digest(parts), run_.told / stage.name
         locks[stage.name] = target.name
         until(lambda target=target, told=told: told.exists() or finished(target))
-        if stage.kind in JOINT and told.exists() and told.read_text() == "train":
+        if stage.kind in making.JOINT and told.exists() and told.read_text() == "train":
             with tempfile.TemporaryDirectory() as output:
-                context = _context(run_, stage, artifacts, Path(output), target.with_name(f"{target.name}.work") / "state")
+                context = making.context_of(run_, stage, artifacts, Path(output), target.with_name(f"{target.name}.work") / "state")
                 run_.stage_function(stage.kind)(artifacts[stage.parent] if stage.parent else None, stage.config, context)
         until(functools.partial(finished, target))
         artifacts[stage.name] = Artifact(target)
     return Result(run_.out, ())
 
 
-def _context(run_: _Run, stage: Stage, artifacts: Mapping, output: Path, work: Path) -> Context:
-    seed = getattr(stage.config, "seed", None)
-    return Context(
-        recipe=run_.recipe,
-        stage=stage,
-        data=run_.data,
-        seed=run_.recipe.seed if seed is None else seed,
-        threads=thread_count(),
-        output=output,
-        work=work,
-        cache=run_.cache,
-        artifacts=MappingProxyType(dict(artifacts)),
-        progress=run_.progress if run_.share.rank == 0 else Progress(quiet=True),
-        share=run_.share if stage.kind in JOINT else ALONE,
-        ciders=lambda artifact: run_.evaluator().ciders(artifact, run_.data.split(run_.recipe.data.val_split), run_.cache, run_.progress),
-    )
-
-
-def _save(run_: _Run, rows: list[dict]) -> None:
+def _save(run_: making.Run, rows: list[dict]) -> None:
     artifact.write_text(run_.out / "recipe.yaml", recipe.as_yaml(run_.recipe))
     ledger.write(run_.out / "ledger.jsonl", rows)
 
 
-def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts: Mapping) -> tuple[dict, bool]:
+def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, artifacts: Mapping) -> tuple[dict, bool]:
     """The ledger row of a stage, and whether it was made now. Two runs that want the same artifact at once make it once."""
     name = lock.digest(lock_parts)
     target = run_.cache / name
@@ -248,12 +184,12 @@ def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts
         run_.progress.log(f"{label}: process {process} is making it; waiting")
 
     built = False
-    wanted = _measuring(run_, stage, artifacts)
+    wanted = making.measuring(run_, stage, artifacts)
     if not finished(target, wanted):
         with only_writer(run_.cache / f"{name}.writer", wait):
             if not finished(target, wanted):
                 run_.progress.log(f"{label}: {stage.kind}" + (", measured anew" if finished(target) else ""))
-                _build(run_, stage, lock_parts, target, artifacts, wanted)
+                making.build(run_, stage, lock_parts, target, artifacts, wanted)
                 built = True
     if not built:
         run_.progress.log(f"{label}: cached")
@@ -261,88 +197,6 @@ def _stage_row(run_: _Run, stage: Stage, label: str, lock_parts: dict, artifacts
     measured = Artifact(target).row()
     place = os.path.relpath(target, run_.out)
     return ledger.row(measured | {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name}), built
-
-
-def _measuring(run_: _Run, stage: Stage, artifacts: Mapping) -> str:
-    """The digest of how this stage's row is measured, and against which artifact."""
-    against = [artifacts[stage.against].path.name] if stage.against else []
-    return lock.digest(lock.measure_parts(run_.recipe, against, run_.data.fingerprint, thread_count()))
-
-
-def _build(run_: _Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Mapping, measuring: str) -> None:
-    """Makes, measures and describes one artifact, then gives it its name: `target` is whole or absent. A finished one whose numbers
-    were measured otherwise than by `measuring` is only measured again, where it stands."""
-    began = time.time()
-    earlier = Artifact(target).row() if finished(target) else None
-    if earlier is None and target.exists():  # without metrics.json it was never finished under this name
-        shutil.rmtree(target)
-    work = target.with_name(f"{target.name}.work")
-    state, model = work / "state", target if earlier else work / "model"
-    if earlier is None:
-        state.mkdir(parents=True, exist_ok=True)
-        before = _seconds_before(work, began)
-    context = _context(run_, stage, artifacts, model, state)
-    tmacs = None if stage.kind == "baseline" else run_.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
-    parent = artifacts[stage.parent] if stage.parent else None
-    with _failing_as(stage, run_.out, work):
-        if not model.is_dir():
-            with artifact.writing(model) as output:
-                if stage.kind != "baseline":
-                    make = run_.stage_function(stage.kind)
-                    run_.tell(stage, True)
-                    make(parent, stage.config, dataclasses.replace(context, output=output))
-                    Artifact(output).check()
-        if stage.kind == "baseline":
-            measured = run_.evaluator().baseline(parent, context)
-        else:
-            against = artifacts[stage.against] if stage.against else None
-            measured = run_.evaluator().measure(Artifact(model), against, context)
-        if earlier:
-            cost = {key: earlier[key] for key in ("peak_mb", "seconds")}
-        else:
-            # ru_maxrss is the most that this process has held since it began (KiB on Linux): an upper bound for the stage.
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            cost = {"peak_mb": round(peak, 1), "seconds": round(before + time.time() - began, 2)}
-        row = ledger.row(
-            dict(measured) | {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name} | cost
-        )
-        artifact.write_text(model / "README.md", card.text(run_.recipe, stage, row))
-        artifact.write_json(model / "metrics.json", row)
-        artifact.write_json(model / "lock.json", {"lock": target.name, "measured": measuring, "tmacs": tmacs, "parts": lock_parts})
-        if earlier is None:
-            os.rename(model, target)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _seconds_before(work: Path, now: float) -> float:
-    """Seconds that killed attempts at this stage took, up to the last thing they wrote; notes that a new one began."""
-    note = work / "attempt.json"
-    spent = 0.0
-    if note.is_file():
-        last = json.loads(note.read_text(encoding="utf-8"))
-        wrote = max((path.stat().st_mtime for path in work.rglob("*") if path.is_file()), default=last["began"])
-        spent = last["spent"] + max(0.0, wrote - last["began"])
-    artifact.write_json(note, {"began": now, "spent": spent})
-    return spent
-
-
-@contextlib.contextmanager
-def _failing_as(stage: Stage, out: Path, work: Path) -> Iterator[None]:
-    """Turns what a stage raises into a LightcapError that names the stage; a surprise leaves its trace in error.txt."""
-    try:
-        yield
-    except LightcapError as error:
-        if isinstance(error, UsageError):  # nothing can go on from here: another input is another lock
-            shutil.rmtree(work, ignore_errors=True)
-        raise type(error)(f"stage '{stage.name}': {error.message}") from error
-    except Exception as error:
-        known = expected(error)
-        if known is not None:
-            shutil.rmtree(work, ignore_errors=True)
-            raise type(known)(f"stage '{stage.name}': {known.message}") from error
-        artifact.write_text(out / "error.txt", traceback.format_exc())
-        what = f"{type(error).__name__}: {error}"
-        raise StageError(f"stage '{stage.name}' failed: {what} (trace: {out / 'error.txt'})") from error
 
 
 def _gate(stage: Stage, row: Mapping) -> None:
@@ -362,17 +216,6 @@ def _explained(error: LightcapError, stage: Stage | None, artifacts: Mapping, ro
     good = [row["name"] for row in rows if row["name"] in artifacts]
     kept = f"the last good artifact is '{good[-1]}': {artifacts[good[-1]].path}" if good else "no artifact was finished before it"
     return type(error)(f"{error.message}; {kept}")
-
-
-# ---- surroundings
-
-
-def thread_count() -> int:
-    """OMP_NUM_THREADS if it is set, else the cores that this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse(process: str) -> None:

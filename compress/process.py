@@ -1,4 +1,4 @@
-"""What belongs to the operating system's process: one writer at a time."""
+"""What belongs to the operating system's process: one writer at a time, and the threads it may use."""
 
 from __future__ import annotations
 
@@ -44,3 +44,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
+
+
+def thread_count() -> int:
+    """OMP_NUM_THREADS if it is set, else the cores that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,19 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from compress.config import CHOICES, RANGES, STAGES, Data, Quantize, Recipe, Stage, Student
+from compress.config import STAGES, Data, Recipe, Stage, Student
+from compress.conflicts import conflicts
 from compress.document import Located, parse, read
 from compress.errors import RecipeError, nearest
+from compress.values import config_of, keys_of, value_of
 
 # Beside the package, in a clone and in an installed wheel alike; a folder named recipes/ where the user stands cannot shadow it.
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -32,7 +31,6 @@ GRAPHS = ("quantize", "export")  # kinds whose artifacts are ONNX graphs, which 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
 def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -154,7 +152,7 @@ def _with_setting(tree: Located, setting: str) -> Located:
     named = [index for index, (_, stage_name, _) in enumerate(stages) if stage_name == name]
     keyed = [index for index, (kind, _, _) in enumerate(stages) if kind == name]
     # The main line has a stage `student` beside the section `student`: the section is meant where it has such a key.
-    is_section = name in SECTIONS and (key in _keys(SECTIONS[name]) or not (named or keyed))
+    is_section = name in SECTIONS and (key in keys_of(SECTIONS[name]) or not (named or keyed))
     if is_section:
         section = top.get(name, Located({}, place))
         if not isinstance(section.value, dict):
@@ -209,7 +207,7 @@ def _typed(tree: Located, path: Path) -> Recipe:
     name = tree.value["name"]
     if not isinstance(name.value, str) or not RUN_NAME.fullmatch(name.value):
         raise RecipeError(f"{name.place}key 'name' must be a word of letters, digits, '.', - and _: it names a folder")
-    seed = _value(tree.value.get("seed", Located(17, "")), int, "", "seed")
+    seed = value_of(tree.value.get("seed", Located(17, "")), int, "", "seed")
     sections = {key: _section(tree.value.get(key, Located(None, "")), key) for key in SECTIONS}
     student = tree.value.get("student", Located(None, "")).value or {}
     if "tokenizer" not in student and sections["student"].fusion_weights:  # BERT's weights are of BERT's pieces
@@ -221,69 +219,7 @@ def _typed(tree: Located, path: Path) -> Recipe:
 def _section(tree: Located, key: str):
     if tree.value is not None and not isinstance(tree.value, dict):
         raise RecipeError(f"{tree.place}key '{key}' must be a mapping")
-    return _config(SECTIONS[key], tree.value or {}, key)
-
-
-def _keys(config_type: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(config_type)]
-
-
-def _config(config_type: type, pairs: dict[str, Located], section: str, also: Sequence[str] = ()):
-    hints = typing.get_type_hints(config_type)
-    allowed = [*also, *_keys(config_type)]
-    for key, value in pairs.items():
-        if key not in allowed:
-            close = nearest(key, allowed)
-            raise RecipeError(f"{value.place}unknown key '{key}' in '{section}'; allowed: {', '.join(allowed)}{close}")
-    values = {key: _value(value, hints[key], section, key) for key, value in pairs.items() if key in hints}
-    return config_type(**values)
-
-
-def _value(located: Located, hint, section: str, key: str):
-    """The value as the type `hint` says, within what CHOICES and RANGES allow."""
-    value, place = located.value, located.place
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise RecipeError(f"{place}key '{key}' has no value")
-    kind = next(option for option in options if option is not type(None))
-    if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, list) else [located]
-        return tuple(_value(item, str, section, key) for item in items)
-    if isinstance(value, list | dict):
-        raise RecipeError(f"{place}key '{key}' must be {_noun(kind)}, not a {type(value).__name__}")
-    if kind is float and isinstance(value, str) and NUMBER.fullmatch(value):
-        value = float(value)  # YAML 1.1 takes 3e-4 for text: it wants 3.0e-4
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        quotes = ": put it in quotes" if kind is str else ""
-        raise RecipeError(f"{place}key '{key}' must be {_noun(kind)}, not {value!r}{quotes}")
-    allowed = CHOICES.get((section, key)) or CHOICES.get((key,))
-    if allowed and value not in allowed:
-        raise RecipeError(f"{place}key '{key}': '{value}' is not one of {', '.join(allowed)}{nearest(value, allowed)}")
-    if kind in (int, float) and not _within(value, RANGES[key]):
-        raise RecipeError(f"{place}key '{key}' must be {_range(RANGES[key])}, not {value!r}")
-    return value
-
-
-def _noun(kind: type) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
-
-
-def _within(value: float, limits: tuple) -> bool:
-    least, most, least_allowed, most_allowed = limits
-    above = value >= least if least_allowed else value > least
-    below = value <= most if most_allowed else value < most
-    return above and below  # false for nan
-
-
-def _range(limits: tuple) -> str:
-    least, most, least_allowed, most_allowed = limits
-    low = f"{least:g} or more" if least_allowed else f"above {least:g}"
-    high = "" if math.isinf(most) else f" and at most {most:g}" if most_allowed else f" and below {most:g}"
-    return low + high
+    return config_of(SECTIONS[key], tree.value or {}, key)
 
 
 def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
@@ -295,7 +231,7 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
         if name in kinds:
             label = settings.get("as")
             raise RecipeError(f"{label.place if label else place}a second stage is named '{name}'; give it its own 'as: NAME'")
-        config = _config(STAGES[kind], settings, kind, also=("as", "from", "against"))
+        config = config_of(STAGES[kind], settings, kind, also=("as", "from", "against"))
 
         def earlier(value: str, located: Located, key: str, kinds=kinds, kind=kind):
             if value not in kinds:
@@ -309,7 +245,7 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
         before = stages[-1].name if stages else None
         start = settings.get("from")
         if start is not None and start.value is not None:
-            parent = _value(start, str, kind, "from")
+            parent = value_of(start, str, kind, "from")
             earlier(parent, start, "from")
             if getattr(config, "preset", None):
                 raise RecipeError(f"{start.place}keys 'from' and 'preset' exclude each other: a preset starts anew")
@@ -326,18 +262,14 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
                 raise RecipeError(f"{start.place}keys 'from' and 'extractor' exclude each other: an extractor starts a new captioner")
         if kind == "distill":
             config = _with_teachers(config, settings, before, place, student, earlier)
-        if kind == "prune" and sum(getattr(config, key) is not None for key in ("macs", "params", "mb", "ms")) != 1:
-            raise RecipeError(f"{place}'prune' needs exactly one target: macs, params (shares of its parent), mb or ms")
-        if kind == "quantize" and config.trials and config.max_drop_cider is None:
-            raise RecipeError(f"{settings['trials'].place}key 'trials': there is nothing to try for without 'max_drop_cider'")
-        if kind == "quantize" and not config.tune_epochs and config.tune_learning_rate != Quantize.tune_learning_rate:
-            raise RecipeError(f"{settings['tune_learning_rate'].place}key 'tune_learning_rate': nothing is tuned without 'tune_epochs'")
+        for key, what in conflicts(config, parent):
+            raise RecipeError(f"{settings[key].place}key '{key}': {what}" if key in settings else f"{place}{what}")
         against = _compared(parent, config)
         chosen = settings.get("against")
         if chosen is not None and chosen.value is not None:
             if kind == "concepts":
                 raise RecipeError(f"{chosen.place}key 'against': 'concepts' makes no captions to compare")
-            against = _value(chosen, str, kind, "against")
+            against = value_of(chosen, str, kind, "against")
             if against not in kinds or kinds[against] == "concepts":
                 earlier(against, chosen, "against")
                 raise RecipeError(f"{chosen.place}key 'against': '{against}' has no captions to compare with")

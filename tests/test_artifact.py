@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from compress import artifact
-from compress.artifact import Artifact, resolve, writing
+from compress.artifact import Artifact, writing
 from compress.errors import ModelError
+from compress.models import resolve
 
 
 def make(folder, seed=0):

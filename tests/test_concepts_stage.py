@@ -129,6 +129,44 @@ def test_labelled_regions(context, scenes, tmp_path, monkeypatch):
         concepts.labelled(dataclasses.replace(config, regions=str(other)), scenes.split("train"), tuple(WORDS), 5)
 
 
+def test_a_detector_s_boxes_take_the_place_of_windows(context, scenes, tmp_path, monkeypatch):
+    """Every concept is in one cell of its picture, and noise in the others: boxes around those cells make it quicker to learn."""
+    train_split = scenes.split("train")
+    keys = [example.image_id for example in train_split.examples]
+    random, basis = np.random.default_rng(3), np.random.default_rng(0).normal(size=(len(WORDS), 128)).astype(np.float32)
+    grid = random.normal(size=(len(keys), 25, 128)).astype(np.float32)
+    boxes = []
+    for row, present in enumerate(mentioned(train_split, WORDS)):
+        for concept in present.nonzero().flatten().tolist():
+            cell = int(random.integers(25))
+            grid[row, cell] += basis[concept]
+            corner = [cell % 5 * 16, cell // 5 * 16]
+            boxes.append({"image_id": keys[row], "category_id": 1, "bbox": [*corner, 16, 16], "score": 0.9})
+    monkeypatch.setattr(concepts, "grids", lambda *_: grid)
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    images = [{"file_name": key, "id": number, "width": 80, "height": 80} for number, key in enumerate(keys)]
+    (tmp_path / "sizes.json").write_text(json.dumps({"images": images}))
+    named = {"boxes": str(tmp_path / "boxes.json"), "image_sizes": str(tmp_path / "sizes.json")}
+    losses = {}
+    for name, more in (("windows", {}), ("boxes", named)):
+        config = settings(tmp_path, epochs=10, dropout=0.0, learning_rate=3e-3, **more)
+        where = context("concepts", config, name=name)
+        concepts.run(None, config, where)
+        model = read_captioner(where.output)[0]
+        pooled = concepts.detected(dataclasses.replace(config, **named), train_split, 5)
+        with torch.no_grad():
+            scores = concepts.scores_of(model, torch.from_numpy(grid), [pooled.get(row) for row in range(len(keys))])
+        losses[name] = float(F.binary_cross_entropy_with_logits(scores, mentioned(train_split, WORDS).float()))
+    assert len(pooled) == 64 and losses["boxes"] < 0.9 * losses["windows"], losses
+    mixed = concepts.scores_of(model, torch.from_numpy(grid[:2]), [None, pooled[1]])
+    torch.testing.assert_close(mixed[:1], model.concept_scores(torch.from_numpy(grid[:1])))
+    torch.testing.assert_close(mixed[1:], model.concept_scores(torch.from_numpy(grid[1:2]), pooled[1]))
+    (tmp_path / "other.json").write_text(json.dumps({"images": [images[0] | {"file_name": "elsewhere"}]}))
+    (tmp_path / "boxes.json").write_text(json.dumps([boxes[0] | {"image_id": "elsewhere"}]))
+    with pytest.raises(DataError, match=r"boxes\.json: its boxes are of no training picture"):
+        concepts.detected(dataclasses.replace(config, image_sizes=str(tmp_path / "other.json")), train_split, 5)
+
+
 def test_teacher_and_student_read_the_same_concepts(context, tmp_path):
     """concepts -> train (extractor) -> distill: the extractor goes through unchanged, and the modulator is the teacher's size."""
     config = settings(tmp_path, epochs=2)
@@ -148,12 +186,6 @@ def test_teacher_and_student_read_the_same_concepts(context, tmp_path):
         for part in ("alignment", "concepts", "encoder"):
             mine, theirs = getattr(model, part).state_dict(), getattr(source, part).state_dict()
             assert all(torch.equal(mine[name], theirs[name]) for name in theirs), part
-
-
-def test_a_preset_with_concepts_wants_an_extractor(context):
-    config = Train(preset="lightcap", epochs=1)
-    with pytest.raises(RecipeError, match=r"preset 'lightcap' reads concepts: put a 'concepts' stage first"):
-        train.run(None, config, context("train", config))
 
 
 def test_refused_lists(context, scenes, tmp_path):

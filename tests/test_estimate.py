@@ -9,7 +9,6 @@ from compress import estimate
 from compress.cost import counted
 from compress.data import CaptionSet
 from compress.data.captions import Example
-from compress.errors import RecipeError
 from compress.estimate import Amount, language
 from compress.recipe import read_recipe
 from compress.training.batches import Captions, pack
@@ -87,8 +86,3 @@ def test_epochs_are_passes(tmp_path, data):
         estimate.count_macs(config).caption
     )
     assert planned(tmp_path, data, "scst.samples=10")["scst"] > 1.5 * spent["scst"] - 31 * encoder
-
-
-def test_sizes_that_no_captioner_has(tmp_path, data):
-    with pytest.raises(RecipeError, match="stage 'teacher': hidden .33. must be a multiple of attention_heads"):
-        planned(tmp_path, data, "student.hidden=33")

@@ -50,7 +50,8 @@ def test_gains_of_seeds_together(run):
     """`better-2` goes on from `better`: its name does not make it a seed of it."""
     done = printed(str(run), "--json")
     assert done.returncode == 0, done.stderr
-    better, more = json.loads(done.stdout)["rows"]
+    plain, better, more = json.loads(done.stdout)["rows"]
+    assert (plain["name"], plain["against"], plain["seeds"], plain["gain"], plain["cider"]) == ("plain", None, 2, None, pytest.approx(41.0))
     assert (better["name"], better["against"], better["seeds"]) == ("better", "plain", 2)
     assert better["gain_by_seed"] == pytest.approx([5.0, 2.0]) and better["gain"] == pytest.approx(3.5)
     assert better["cider"] == pytest.approx(44.5) and better["seconds"] == 20.0
@@ -61,8 +62,9 @@ def test_gains_of_seeds_together(run):
 
 def test_a_table(run):
     lines = printed(str(run)).stdout.splitlines()
-    assert lines[0].startswith("| stage | compared with | seeds | CIDEr | gain |") and len(lines) == 4
-    assert "| +5.0, +2.0 |" in lines[2] and "| 1.500 | 2.00M | 20 |" in lines[2]
+    assert lines[0].startswith("| stage | compared with | seeds | CIDEr | gain |") and len(lines) == 5
+    assert lines[2] == "| plain |  | 2 | 41.0 |  |  | 1.500 | 2.00M | 20 |"
+    assert "| +5.0, +2.0 |" in lines[3] and "| 1.500 | 2.00M | 20 |" in lines[3]
 
 
 def test_no_run_is_one_line(tmp_path):

@@ -14,17 +14,19 @@ import pytest
 from safetensors.numpy import save_file
 
 import compress
-from compress import ledger, lock, pipeline
-from compress.artifact import Artifact, resolve
+from compress import ledger, lock, pipeline, process
+from compress.artifact import Artifact
 from compress.context import Progress
 from compress.data import CaptionSet
 from compress.data.captions import Example
 from compress.errors import DataError, GateError, StageError
+from compress.models import resolve
 from compress.recipe import read_recipe
 
 ROOT = Path(compress.__file__).resolve().parent.parent
 RECIPE = """\
 seed: 3
+student: {heads: 2}
 stages:
   - train: {as: teacher, preset: tiny}
   - train: {as: teacher-2, from: teacher, seed: 18}
@@ -174,7 +176,7 @@ def test_a_cached_run_imports_no_torch_and_answers_at_once(tmp_path):
 
 
 def environment() -> dict:
-    threads = str(pipeline.thread_count())  # the lock holds it
+    threads = str(process.thread_count())  # the lock holds it
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
 
 

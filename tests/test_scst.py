@@ -11,7 +11,6 @@ from compress.artifact import Artifact
 from compress.config import Data, Recipe, Scst, Stage, Student, Train
 from compress.context import Context, Progress
 from compress.decode import Special, beam_search, sample
-from compress.errors import RecipeError
 from compress.stages import scst, train
 from compress.training.corpus import corpus
 from compress.training.reward import CiderReward
@@ -107,12 +106,6 @@ def test_a_search_draws_the_best_hypotheses_of_each_image(parent, scenes):
     assert all(len(set(image)) == 3 for image in drawn)
     warm, cold = (scst.draw(model, grid, special, Scst(samples=20, temperature=t), 0) for t in (1.0, 1e-3))
     assert all(len(set(image)) == 1 for image in cold) and len(set(warm[0])) > 1  # near zero it is the greedy caption
-
-
-def test_a_search_has_no_temperature(parent, scenes, tmp_path):
-    config = Scst(draw="beams", temperature=0.5)
-    with pytest.raises(RecipeError, match="draw: beams takes the best, so leave it out"):
-        scst.run(parent, config, context(tmp_path / "a", config, scenes, "scst"))
 
 
 def test_disturbed_pictures_are_encoded_in_every_step(parent, scenes, tmp_path, monkeypatch):

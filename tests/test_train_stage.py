@@ -10,7 +10,6 @@ from compress import data
 from compress.artifact import Artifact
 from compress.config import Data, Recipe, Stage, Student, Train
 from compress.context import Context, Progress
-from compress.errors import RecipeError
 from compress.stages import train
 from compress.training.batches import IGNORED
 from compress.training.corpus import Corpus, disturbed
@@ -76,12 +75,6 @@ def test_crops_are_squares_inside_the_picture():
     assert found[:, 0].mean((1, 2)).std() > 0.05 and abs(float(found[:, 0].mean())) < 0.03
 
 
-@pytest.mark.parametrize("keys", [{"flip": True}, {"crop": 0.1}])
-def test_frozen_features_are_of_the_pictures_as_they_are(run, keys):
-    with pytest.raises(RecipeError, match="while the encoder is tuned"):
-        run("x", **keys)
-
-
 def test_a_tuned_encoder_learns_from_disturbed_pictures(run, monkeypatch):
     seen = []
     real = LightCap.encode
@@ -104,11 +97,6 @@ def test_grid_dropout_drops_features_in_training_alone(run, monkeypatch):
     run("none")
     run("half", grid_dropout=0.5)
     assert abs(shares[1] - shares[0] * 0.5 - 0.5) < 0.05 and shares[0] < 0.9
-
-
-def test_a_word_classifier_trains_an_encoder(run):
-    with pytest.raises(RecipeError, match="word_weight is of a classifier that trains the encoder"):
-        run("x", word_weight=0.1)
 
 
 # ---- learning rates
@@ -177,27 +165,3 @@ def test_captions_of_replaced_concepts_are_not_learned(run, extractor, monkeypat
     for batch, learned, replaced in seen:
         assert learned == int((batch.targets[~replaced] != IGNORED).sum())
     assert {bool(flag) for *_, replaced in seen for flag in replaced} == {True, False}
-
-
-def test_matching_needs_concepts(run):
-    with pytest.raises(RecipeError, match="matching_weight is of replaced concepts"):
-        run("x", matching_weight=0.5)
-
-
-# ---- going on from a parent
-
-
-@pytest.mark.parametrize("keys, words", [
-    ({"fusion_weights": "minilm"}, "key 'fusion_weights' is of a new captioner"),
-    ({"modulator": 8}, "key 'modulator' is of a new captioner"),
-    ({"objective": "masked"}, "goes on from is causal"),
-])  # fmt: skip
-def test_a_parent_s_parts_are_what_they_are(run, keys, words):
-    parent = run("parent")
-    with pytest.raises(RecipeError, match=words):
-        run("next", parent, **keys)
-
-
-def test_a_modulator_needs_concepts(run):
-    with pytest.raises(RecipeError, match="a modulator is steered by concepts"):
-        run("x", modulator=8)

@@ -2,7 +2,8 @@
 to the text embeddings of what they show.
 
 Where there are labelled regions, each is classified among all concepts. What the captions of a picture mention is learned from the picture
-as a whole: some of its windows should find it (multiple-instance learning), and this alone is enough where nothing is labelled.
+as a whole: some of its windows, or of a detector's boxes, should find it (multiple-instance learning), and this alone is enough where
+nothing is labelled. A captioner looks at windows, which need no detector beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from compress.config import Concepts
 from compress.context import Context
 from compress.data import CaptionSet
 from compress.data.concepts import is_action, read_concepts
-from compress.data.regions import read_regions
+from compress.data.regions import read_boxes, read_regions, read_sizes
 from compress.errors import DataError, RecipeError
 from compress.training.batches import image_batches
 from compress.training.features import device, grids
@@ -36,7 +37,7 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     names = read_concepts(config.vocabulary)
     if parent is None:
         model, tokenizer, settings = new_captioner(
-            student, config.preset or student.preset, None, context.recipe.data.image_size, 0.0, seed
+            student, config.preset or student.preset, None, context.recipe.data.image_size, 0.0, seed, extracts=True
         )
     else:
         model, tokenizer, settings = read_captioner(parent.path)
@@ -52,6 +53,7 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     model.start_concepts(embed_texts([sentence(name) for name in names], text_encoder), pieces, prior(wanted), config.inner, config.pieces)
     features = grids(model, data, settings, context.cache, context.progress)
     labels = labelled(config, data, names, model.config.grid)
+    boxes = detected(config, data, model.config.grid)
     where = device()
     model.to(where)
     model.requires_grad_(False)
@@ -63,7 +65,8 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
         rows = context.share.of(rows_of(step))
         grid = torch.from_numpy(features[rows]).to(where).float()
         grid = F.dropout(grid, config.dropout)
-        loss = F.binary_cross_entropy_with_logits(model.concept_scores(grid), wanted[rows], reduction="sum") / len(rows)
+        scores = scores_of(model, grid, [boxes.get(int(row)) for row in rows])
+        loss = F.binary_cross_entropy_with_logits(scores, wanted[rows], reduction="sum") / len(rows)
         if any(int(row) in labels for row in rows):
             loss = loss + config.region_weight * region_loss(model, grid, [labels.get(int(row)) for row in rows])
         return loss
@@ -107,6 +110,30 @@ def labelled(config: Concepts, data: CaptionSet, names: tuple[str, ...], side: i
     if not labels:
         raise DataError(f"{config.regions}: its regions are of no training picture (their keys are {', '.join(sorted(found)[:3])}, ...)")
     return labels
+
+
+def detected(config: Concepts, data: CaptionSet, side: int) -> dict[int, Tensor]:
+    """Pooling weights (R + 1, side * side) of a detector's boxes and of the whole grid, of each training picture that has boxes, by its
+    number."""
+    if config.boxes is None:
+        return {}
+    found = read_boxes(config.boxes, read_sizes(config.image_sizes))
+    pooled = {}
+    for row, example in enumerate(data.examples):
+        if regions := found.of_image(example.image_id):
+            boxes = torch.tensor([*(region.box for region in regions), (0.0, 0.0, 1.0, 1.0)])
+            pooled[row] = boxes_on_grid(boxes, side)
+    if not pooled:
+        raise DataError(f"{config.boxes}: its boxes are of no training picture (their keys are {', '.join(sorted(found)[:3])}, ...)")
+    return pooled
+
+
+def scores_of(model: LightCap, grid: Tensor, boxes: list[Tensor | None]) -> Tensor:
+    """Log-odds (B, count) of each concept in grid (B, G, channels), by the boxes of each picture, or by windows where it has none."""
+    if not any(box is not None for box in boxes):
+        return model.concept_scores(grid)
+    one_by_one = zip(grid.split(1), boxes, strict=True)
+    return torch.cat([model.concept_scores(row, None if box is None else box.to(grid.device)) for row, box in one_by_one])
 
 
 def region_loss(model: LightCap, grid: Tensor, labels: list[tuple[Tensor, Tensor] | None]) -> Tensor:

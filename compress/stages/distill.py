@@ -35,19 +35,13 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         model, tokenizer, settings = read_captioner(parent.path)
         set_dropout(model, config.dropout)
         if config.heads:
-            multiply_heads(model, config.heads, len(sources))
+            multiply_heads(model, config.heads)
     else:
         weights = student.fusion_weights if config.init == "weights" else None
         model, tokenizer, _ = new_captioner(
             student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed, first, first.config.modulator or 0
         )
         model.config = dataclasses.replace(model.config, mask_piece=first.config.mask_piece)
-    if len(sources) not in (1, model.config.heads):
-        raise RecipeError(f"{len(sources)} teachers for {model.config.heads} heads; name one, or one per head")
-    if config.ensemble == "all" and len(sources) == 1:
-        raise RecipeError("ensemble: all is of several teachers; leave it out with one")
-    if config.ensemble != "each" and ("tokens" not in config.match or model.config.heads == 1):
-        raise RecipeError(f"ensemble: {config.ensemble} is of several heads that match tokens; leave it out here")
     teachers = [load(source.path) for source in sources]
     for name, teacher in zip(config.teachers, teachers, strict=True):
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
@@ -70,15 +64,10 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     write_captioner(context.output, model, tokenizer, settings)
 
 
-def multiply_heads(model: LightCap, count: int, teachers: int) -> None:
-    """A captioner of one head gets `count` copies of it, for as many teachers. RecipeError where that makes no difference or no sense."""
-    own = model.config.heads
-    if own == count:
+def multiply_heads(model: LightCap, count: int) -> None:
+    """A captioner of one head gets `count` copies of it; one that has as many stays as it is."""
+    if model.config.heads == count:
         return
-    if own != 1:
-        raise RecipeError(f"heads: {count} asked of a captioner that has {own}; only one that has 1 can get more")
-    if teachers == 1:
-        raise RecipeError(f"heads: {count} copies of one head, taught by one teacher, stay equal; name a teacher for each")
     model.heads.branches.extend(copy.deepcopy(model.heads.branches[0]) for _ in range(count - 1))
     model.config = dataclasses.replace(model.config, heads=count)
 

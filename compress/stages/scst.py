@@ -18,7 +18,6 @@ from compress.artifact import Artifact
 from compress.config import Scst
 from compress.context import Context
 from compress.decode import Special, beam_search, beams, sample
-from compress.errors import RecipeError
 from compress.training.batches import IGNORED, Captions, pack
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.features import device
@@ -32,8 +31,6 @@ from students.lightcap.dropout import set_dropout
 
 def run(parent: Artifact, config: Scst, context: Context) -> None:
     """Writes the parent, further trained towards CIDEr-D."""
-    if config.draw == "beams" and config.temperature != 1.0:
-        raise RecipeError("temperature is of captions drawn by chance; draw: beams takes the best, so leave it out")
     seed = context.seed if config.seed is None else config.seed
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)

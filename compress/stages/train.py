@@ -12,7 +12,6 @@ from torch import Tensor
 from compress.artifact import Artifact
 from compress.config import Train
 from compress.context import Context
-from compress.errors import RecipeError
 from compress.training.batches import IGNORED
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.features import device
@@ -32,13 +31,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     """Writes a trained captioner: the preset's, or the parent's further trained with this stage's seed and order."""
     seed = context.seed if config.seed is None else config.seed
     model, tokenizer, settings = started(config, context, seed) if parent is None else continued(parent, config)
-    if config.matching_weight and not model.config.concepts:
-        raise RecipeError("matching_weight is of replaced concepts, but this captioner reads none (extractor: NAME gives it some)")
     tuned = config.encoder == "tuned"
-    if config.word_weight and not tuned:
-        raise RecipeError("word_weight is of a classifier that trains the encoder: set encoder: tuned, or leave it out")
-    if (config.flip or config.crop) and not tuned:
-        raise RecipeError("flip and crop disturb pictures while the encoder is tuned; with a frozen one their features are computed once")
     data = corpus(model, tokenizer, settings, context, tuned, config.flip, config.crop)
     full = model.word.detach().clone()
     model.narrow(data.keep)
@@ -104,23 +97,13 @@ def started(config: Train, context: Context, seed: int) -> tuple[LightCap, Token
     model, tokenizer, settings = new_captioner(
         student, name, weights, context.recipe.data.image_size, config.dropout, seed, extractor, config.modulator
     )
-    if model.config.concepts and model.concepts is None:
-        raise RecipeError(f"preset '{name}' reads concepts: put a 'concepts' stage first, and name it here (extractor: NAME)")
-    if config.modulator and not model.config.concepts:
-        raise RecipeError("a modulator is steered by concepts, but this captioner reads none (extractor: NAME gives it some)")
     if config.objective == "masked":
         model.config = dataclasses.replace(model.config, mask_piece=tokenizer.token_to_id("[MASK]"))
     return model, tokenizer, settings
 
 
 def continued(parent: Artifact, config: Train) -> tuple[LightCap, Tokenizer, dict]:
-    """The parent, whose parts are what they are: RecipeError where the stage asks for others."""
-    for key in ("fusion_weights", "modulator"):
-        if getattr(config, key) is not None:
-            raise RecipeError(f"key '{key}' is of a new captioner, but this stage goes on from '{parent.path.name[:8]}'; leave it out")
+    """The parent, with the stage's dropout."""
     model, tokenizer, settings = read_captioner(parent.path)
-    own = "causal" if model.config.mask_piece is None else "masked"
-    if config.objective not in (None, own):
-        raise RecipeError(f"the captioner that this stage goes on from is {own}; a new one (preset: NAME) can be {config.objective}")
     set_dropout(model, config.dropout)
     return model, tokenizer, settings

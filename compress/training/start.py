@@ -19,7 +19,8 @@ from students.lightcap.tokenizer import load_tokenizer, pieces_of, read_tokenize
 
 
 def captioner_config(
-    student: Student, name: str, image_size: int | None, dropout: float, vocabulary: int, like: LightCapConfig | None, modulator: int | None
+    student: Student, name: str, image_size: int | None, dropout: float, vocabulary: int, like: LightCapConfig | None = None,
+    modulator: int | None = None, extracts: bool = False,
 ) -> LightCapConfig:
     """The sizes of `new_captioner`. Raises ValueError for those that no captioner can have."""
     own = name == student.preset
@@ -28,6 +29,8 @@ def captioner_config(
     if like is not None:
         known = ("concepts", "alignment", "concept_vocabulary")
         config = dataclasses.replace(config, **{key: getattr(like, key) for key in known})
+    elif not extracts:
+        config = dataclasses.replace(config, concepts=0, alignment=None)
     if modulator is not None or not config.concepts:
         config = dataclasses.replace(config, modulator=modulator if modulator and config.concepts else None)
     return config
@@ -35,18 +38,19 @@ def captioner_config(
 
 def new_captioner(
     student: Student, name: str, fusion_weights: str | None, image_size: int | None, dropout: float, seed: int,
-    like: LightCap | None = None, modulator: int | None = None,
+    like: LightCap | None = None, modulator: int | None = None, extracts: bool = False,
 ) -> tuple[LightCap, Tokenizer, dict]:
     """The preset `name` with the recipe's encoder and tokenizer: model, tokenizer, preprocessor settings.
 
     Sizes set in the `student` section change the student's own preset alone. Encoder and concept extractor are those of `like`, if it is
-    given. `modulator` (0: none) takes the place of the preset's. ModelError for weights that are absent or do not fit.
+    given; a captioner without it reads no concepts, whatever its preset, but for one that an extractor is to be trained for (`extracts`).
+    `modulator` (0: none) takes the place of the preset's. ModelError for weights that are absent or do not fit.
     """
     try:
         tokenizer = load_tokenizer(student.tokenizer or "english")
         torch.manual_seed(seed)
-        vocabulary = len(pieces_of(tokenizer))
-        config = captioner_config(student, name, image_size, dropout, vocabulary, None if like is None else like.config, modulator)
+        known = None if like is None else like.config
+        config = captioner_config(student, name, image_size, dropout, len(pieces_of(tokenizer)), known, modulator, extracts)
         model = LightCap(config)
         if like is None:
             load_encoder(model.encoder, config.encoder, student.encoder_weights)

@@ -1,0 +1,82 @@
+"""The architecture of what each stage of a recipe makes, known before any has run; and what a stage asks of one that it cannot have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from compress.config import Concepts, Distill, Recipe, Stage, Train
+from compress.errors import RecipeError
+from compress.training.start import captioner_config
+from compress.training.text import default_text_encoder
+from students.lightcap import LightCapConfig
+
+MASK = 0  # stands for the id of [MASK], which the tokenizer knows
+
+
+def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
+    """By name of the stage, with `vocabulary` word pieces. Pruned shapes are not known before: they are the parent's.
+
+    RecipeError, with the stage's name, for sizes that no captioner can have and for settings that do not fit its parent or teachers.
+    """
+    models: dict[str, LightCapConfig] = {}
+    for stage in recipe.stages:
+        try:
+            models[stage.name] = _architecture(recipe, stage, models, vocabulary)
+        except ValueError as error:
+            raise RecipeError(f"stage '{stage.name}': {error}") from None
+    return models
+
+
+def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapConfig], vocabulary: int) -> LightCapConfig:
+    config = stage.config
+    parent = models.get(stage.parent)
+    if isinstance(config, Distill):
+        model = _student(recipe, config, parent, models[config.teachers[0]], vocabulary)
+        _check_heads(config, model.heads)
+    elif parent is None:
+        like = models.get(getattr(config, "extractor", None))
+        name = getattr(config, "preset", None) or recipe.student.preset
+        extracts = isinstance(config, Concepts)
+        sizes = recipe.data.image_size, 0.0, vocabulary
+        model = captioner_config(recipe.student, name, *sizes, like, getattr(config, "modulator", None), extracts)
+        if getattr(config, "objective", None) == "masked":
+            model = dataclasses.replace(model, mask_piece=MASK)
+    else:
+        model = parent
+        if isinstance(config, Train):
+            _check_onward(config, model)
+    if isinstance(config, Concepts):
+        text = 384 if (config.text_encoder or default_text_encoder(model.encoder)) == "minilm" else 1024
+        model = dataclasses.replace(model, concepts=config.pieces, alignment=(config.inner, text))
+    return model
+
+
+def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, teacher: LightCapConfig, vocabulary: int) -> LightCapConfig:
+    if parent is None:
+        student = dataclasses.replace(recipe.student, heads=config.heads or recipe.student.heads)
+        sizes = recipe.data.image_size, 0.0, vocabulary
+        made = captioner_config(student, student.preset, *sizes, teacher, teacher.modulator or 0)
+        return dataclasses.replace(made, mask_piece=teacher.mask_piece)
+    if config.heads in (None, parent.heads):
+        return parent
+    if parent.heads != 1:
+        raise ValueError(f"heads: {config.heads} asked of a captioner that has {parent.heads}; only one that has 1 can get more")
+    if len(config.teachers) == 1:
+        raise ValueError(f"heads: {config.heads} copies of one head, taught by one teacher, stay equal; name a teacher for each")
+    return dataclasses.replace(parent, heads=config.heads)
+
+
+def _check_heads(config: Distill, heads: int) -> None:
+    if len(config.teachers) not in (1, heads):
+        raise ValueError(f"{len(config.teachers)} teachers for {heads} heads; name one, or one per head")
+    if config.ensemble != "each" and heads == 1:
+        raise ValueError(f"ensemble: {config.ensemble} is of several heads; leave it out here")
+
+
+def _check_onward(config: Train, model: LightCapConfig) -> None:
+    own = "causal" if model.mask_piece is None else "masked"
+    if config.objective not in (None, own):
+        raise ValueError(f"the captioner that this stage goes on from is {own}; a new one (preset: NAME) can be {config.objective}")
+    if config.matching_weight and not model.concepts:
+        raise ValueError("matching_weight is of replaced concepts, but this captioner reads none")

@@ -1,0 +1,72 @@
+"""Keys of a stage that contradict each other or would change nothing: found when a recipe is read, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from compress.config import Concepts, Distill, Prune, Quantize, Scst, Train
+
+TARGETS = ("macs", "params", "mb", "ms")
+
+
+def conflicts(config, parent: str | None) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with it) of a stage's settings; `parent` is the stage that it goes on from, None where it starts anew."""
+    find = FINDERS.get(type(config))
+    return iter(()) if find is None else find(config, parent)
+
+
+def _concepts(config: Concepts, parent: str | None) -> Iterator[tuple[str, str]]:
+    if config.boxes and not config.image_sizes:
+        yield "boxes", "are in pixels: give the pictures' sizes, too (image_sizes: COCO's JSON or Visual Genome's image_data.json)"
+
+
+def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
+    if parent is not None:
+        for key in ("fusion_weights", "modulator"):
+            if getattr(config, key) is not None:
+                yield key, f"is of a new captioner, but this stage goes on from '{parent}'; leave it out"
+    elif not config.extractor:
+        if config.modulator:
+            yield "modulator", "is steered by concepts, but this captioner reads none (extractor: NAME gives it some)"
+        if config.matching_weight:
+            yield "matching_weight", "is of replaced concepts, but this captioner reads none (extractor: NAME gives it some)"
+    if config.encoder != "tuned":
+        for key, what in (
+            ("word_weight", "is of a classifier that trains the encoder"),
+            ("flip", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
+            ("crop", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
+        ):
+            if getattr(config, key):
+                yield key, f"{what}: set encoder: tuned, or leave it out"
+        if config.encoder_learning_rate != Train.encoder_learning_rate:
+            yield "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned, or leave it out"
+
+
+def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
+    if config.ensemble == "all" and len(config.teachers) == 1:
+        yield "ensemble", "all is of several teachers; leave it out with one"
+    if config.ensemble != "each" and "tokens" not in config.match:
+        yield "ensemble", f"{config.ensemble} is of heads that match tokens; add tokens to 'match', or leave it out"
+    if config.match_epochs != Distill.match_epochs and not {"hidden", "attention"} & set(config.match):
+        yield "match_epochs", "is of hidden states and attention; add them to 'match', or leave it out"
+
+
+def _scst(config: Scst, parent: str | None) -> Iterator[tuple[str, str]]:
+    if config.draw == "beams" and config.temperature != Scst.temperature:
+        yield "temperature", "is of captions drawn by chance; draw: beams takes the best, so leave it out"
+
+
+def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
+    named = [key for key in TARGETS if getattr(config, key) is not None]
+    if len(named) != 1:
+        yield (named or TARGETS)[-1], "'prune' needs exactly one target: macs, params (shares of its parent), mb or ms"
+
+
+def _quantize(config: Quantize, parent: str | None) -> Iterator[tuple[str, str]]:
+    if config.trials and config.max_drop_cider is None:
+        yield "trials", "there is nothing to try for without 'max_drop_cider'"
+    if not config.tune_epochs and config.tune_learning_rate != Quantize.tune_learning_rate:
+        yield "tune_learning_rate", "nothing is tuned without 'tune_epochs'"
+
+
+FINDERS = {Concepts: _concepts, Train: _train, Distill: _distill, Scst: _scst, Prune: _prune, Quantize: _quantize}

@@ -1,0 +1,172 @@
+"""Makes one artifact of a run: trained, measured, described, and only then given its name.
+
+    runs/.cache/LOCK/           a finished artifact
+    runs/.cache/LOCK.work/      a stage under way: `state` (its own resume files), then `model` (made, not yet measured)
+    runs/NAME/error.txt         the trace of a failed stage
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from compress import artifact, card, ledger, lock
+from compress.artifact import Artifact
+from compress.cache import finished
+from compress.config import Recipe, Stage
+from compress.context import Context, Progress
+from compress.errors import LightcapError, StageError, UsageError, expected
+from compress.memory import forget_peak, peak
+from compress.parallel import ALONE, Share
+from compress.process import thread_count
+
+JOINT = ("concepts", "train", "distill", "scst")  # stages that several processes train together
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe, where its artifacts go, and what may stand in for the real stages and the real evaluation."""
+
+    recipe: Recipe
+    out: Path
+    cache: Path
+    data: object
+    progress: Progress
+    stages: Mapping[str, Callable] | None
+    evaluation: object
+    share: Share
+
+    @functools.cached_property
+    def tmacs(self) -> Mapping[str, float]:
+        return (self.evaluation or importlib.import_module("compress.estimate")).tmacs(self.recipe, self.data)
+
+    @property
+    def told(self) -> Path:
+        """Where the first process of several tells the others, stage by stage, whether it trains."""
+        return self.out / f".told-{self.share.launch}"
+
+    def tell(self, stage: Stage, trains: bool) -> None:
+        if self.share.size > 1 and not (self.told / stage.name).exists():
+            self.told.mkdir(parents=True, exist_ok=True)
+            artifact.write_text(self.told / stage.name, "train" if trains else "skip")
+
+    def stage_function(self, kind: str) -> Callable:
+        if self.stages is not None:
+            return self.stages[kind]
+        import torch
+
+        torch.set_num_threads(thread_count())
+        return importlib.import_module(f"compress.stages.{kind}").run
+
+    def evaluator(self):
+        return self.evaluation if self.evaluation is not None else importlib.import_module("compress.evaluate")
+
+
+def context_of(run: Run, stage: Stage, artifacts: Mapping, output: Path, work: Path) -> Context:
+    seed = getattr(stage.config, "seed", None)
+    return Context(
+        recipe=run.recipe,
+        stage=stage,
+        data=run.data,
+        seed=run.recipe.seed if seed is None else seed,
+        threads=thread_count(),
+        output=output,
+        work=work,
+        cache=run.cache,
+        artifacts=MappingProxyType(dict(artifacts)),
+        progress=run.progress if run.share.rank == 0 else Progress(quiet=True),
+        share=run.share if stage.kind in JOINT else ALONE,
+        ciders=lambda artifact: run.evaluator().ciders(artifact, run.data.split(run.recipe.data.val_split), run.cache, run.progress),
+    )
+
+
+def measuring(run: Run, stage: Stage, artifacts: Mapping) -> str:
+    """The digest of how this stage's row is measured, and against which artifact."""
+    against = [artifacts[stage.against].path.name] if stage.against else []
+    return lock.digest(lock.measure_parts(run.recipe, against, run.data.fingerprint, thread_count()))
+
+
+def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Mapping, how: str) -> None:
+    """Makes, measures and describes one artifact, then gives it its name: `target` is whole or absent. A finished one whose numbers
+    were measured otherwise than by `how` is only measured again, where it stands."""
+    began = time.time()
+    forget_peak()
+    earlier = Artifact(target).row() if finished(target) else None
+    if earlier is None and target.exists():  # without metrics.json it was never finished under this name
+        shutil.rmtree(target)
+    work = target.with_name(f"{target.name}.work")
+    state, model = work / "state", target if earlier else work / "model"
+    if earlier is None:
+        state.mkdir(parents=True, exist_ok=True)
+        before = _seconds_before(work, began)
+    context = context_of(run, stage, artifacts, model, state)
+    tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
+    parent = artifacts[stage.parent] if stage.parent else None
+    with _failing_as(stage, run.out, work):
+        if not model.is_dir():
+            with artifact.writing(model) as output:
+                if stage.kind != "baseline":
+                    make = run.stage_function(stage.kind)
+                    run.tell(stage, True)
+                    make(parent, stage.config, dataclasses.replace(context, output=output))
+                    Artifact(output).check()
+        if stage.kind == "baseline":
+            measured = run.evaluator().baseline(parent, context)
+        else:
+            against = artifacts[stage.against] if stage.against else None
+            measured = run.evaluator().measure(Artifact(model), against, context)
+        if earlier:
+            cost = {key: earlier[key] for key in ("peak_mb", "seconds")}
+        else:
+            cost = {"peak_mb": round(peak() / 1e6, 1), "seconds": round(before + time.time() - began, 2)}
+        row = ledger.row(
+            dict(measured) | {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name} | cost
+        )
+        artifact.write_text(model / "README.md", card.text(run.recipe, stage, row))
+        artifact.write_json(model / "metrics.json", row)
+        artifact.write_json(model / "lock.json", {"lock": target.name, "measured": how, "tmacs": tmacs, "parts": lock_parts})
+        if earlier is None:
+            os.rename(model, target)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _seconds_before(work: Path, now: float) -> float:
+    """Seconds that killed attempts at this stage took, up to the last thing they wrote; notes that a new one began."""
+    note = work / "attempt.json"
+    spent = 0.0
+    if note.is_file():
+        last = json.loads(note.read_text(encoding="utf-8"))
+        wrote = max((path.stat().st_mtime for path in work.rglob("*") if path.is_file()), default=last["began"])
+        spent = last["spent"] + max(0.0, wrote - last["began"])
+    artifact.write_json(note, {"began": now, "spent": spent})
+    return spent
+
+
+@contextlib.contextmanager
+def _failing_as(stage: Stage, out: Path, work: Path) -> Iterator[None]:
+    """Turns what a stage raises into a LightcapError that names the stage; a surprise leaves its trace in error.txt."""
+    try:
+        yield
+    except LightcapError as error:
+        if isinstance(error, UsageError):  # nothing can go on from here: another input is another lock
+            shutil.rmtree(work, ignore_errors=True)
+        raise type(error)(f"stage '{stage.name}': {error.message}") from error
+    except Exception as error:
+        known = expected(error)
+        if known is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            raise type(known)(f"stage '{stage.name}': {known.message}") from error
+        artifact.write_text(out / "error.txt", traceback.format_exc())
+        what = f"{type(error).__name__}: {error}"
+        raise StageError(f"stage '{stage.name}' failed: {what} (trace: {out / 'error.txt'})") from error

@@ -1,0 +1,57 @@
+"""What MODEL means: an artifact's folder, a run's folder (the artifact of its last ledger row), or a name on the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from compress import ledger
+from compress.artifact import GRAPH_PATTERNS, MODEL_FILES, Artifact, pickles, refuse_pickle
+from compress.errors import ModelError, nearest
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(model: str | Path) -> Artifact:
+    """The artifact that `model` means. Presets are the callers' business. ModelError, one line, for anything else.
+
+    OWNER/NAME is a repository of the hub where there is no folder OWNER here; it is fetched once, into the hub's own cache.
+    """
+    path = Path(model)
+    if path.is_file():
+        refuse_pickle(path)
+        raise ModelError(f"{path} is a file; name the folder that holds the model")
+    if not path.is_dir():
+        if HUB_NAME.fullmatch(str(model)) and not path.parent.is_dir():
+            return Artifact(fetched(str(model))).check()
+        raise ModelError(f"no model '{model}': neither an artifact's folder nor a run's folder{_near(path)}")
+    if (path / "config.json").is_file():
+        return Artifact(path).check()
+    if (path / "ledger.jsonl").is_file():
+        rows = [row for row in ledger.read(path / "ledger.jsonl") if row["stage"] != "baseline"]
+        if not rows:
+            raise ModelError(f"{path} is a run without a finished stage; `lightcap run` it first")
+        return Artifact(path / rows[-1]["artifact"]).check()
+    raise ModelError(f"{path} is neither an artifact (no config.json) nor a run (no ledger.jsonl){pickles(path)}")
+
+
+def fetched(name: str) -> Path:
+    """The folder that holds the files of an artifact that the hub keeps as `name` (OWNER/NAME). ModelError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *GRAPH_PATTERNS]))
+    except RepositoryNotFoundError:
+        why = "the hub has no such public repository"
+    except LocalEntryNotFoundError:
+        why = "the hub cannot be reached, and it was not fetched before"
+    except (HfHubHTTPError, OSError) as error:
+        why = f"the hub says: {str(error).splitlines()[0]}"
+    raise ModelError(f"no model '{name}': there is no such folder here, and {why}")
+
+
+def _near(path: Path) -> str:
+    around = [child for folder in (path.parent, Path("runs")) if folder.is_dir() for child in folder.iterdir()]
+    names = [child.name for child in around if child.is_dir() and not child.name.startswith(".")]
+    return nearest(path.name, names)

@@ -1,0 +1,27 @@
+"""What a model costs, without data: a ledger row of an artifact, a run, or a preset, which is counted without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from compress import cost, models
+from compress.errors import ModelError
+from compress.evaluate import TIMED_IMAGES, costs, costs_of, latency, settings_of
+from compress.ledger import row
+from students.lightcap import PRESETS, preset
+
+
+def profile(model: str, tokens: int = cost.TOKENS) -> dict:
+    """Parameters, MACs, bytes and time of a caption of `tokens` word pieces. ModelError where `model` names nothing."""
+    if model in PRESETS and not Path(model).exists():
+        return row({"stage": "profile", "name": model} | costs_of(preset(model), tokens=tokens))
+    try:
+        found = models.resolve(model)
+    except ModelError as error:
+        raise ModelError(f"{error.message}; presets: {', '.join(PRESETS)}") from None
+    size = settings_of(found)["image_size"]
+    noise = np.random.default_rng(0).integers(0, 256, (TIMED_IMAGES, size, size, 3), dtype=np.uint8)
+    timed = latency(found, None, noise, tokens)
+    return row({"stage": "profile", "name": found.path.name, "artifact": str(found.path)} | costs(found, tokens) | timed)

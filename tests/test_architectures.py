@@ -1,0 +1,66 @@
+"""What each stage will make, known before it runs: the sizes of artifacts, and settings that do not fit them."""
+
+import pytest
+
+from compress.architectures import architectures
+from compress.errors import RecipeError
+from compress.recipe import read_recipe
+
+RECIPE = """\
+student: {{preset: tiny, heads: 2}}
+stages:
+  - train: {{as: teacher, preset: tiny, objective: masked}}
+{}"""
+CONCEPTS = """\
+student: {preset: lightcap, encoder: resnet-small}
+stages:
+  - train: {as: plain, preset: teacher}
+  - distill: {as: pupil, teachers: plain}
+  - concepts: {as: extractor, preset: lightcap, pieces: 6, inner: 32}
+  - train: {as: knowing, preset: teacher, extractor: extractor}
+  - train: {as: other, preset: teacher, extractor: extractor, modulator: 4}
+  - distill: {as: student, teachers: other}
+"""
+
+
+def models(tmp_path, text: str):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    return architectures(read_recipe(path), 100)
+
+
+def test_a_student_has_its_teachers_objective(tmp_path):
+    found = models(tmp_path, RECIPE.format("  - distill: {as: student}\n  - train: {as: onward}\n"))
+    assert [found[name].heads for name in ("teacher", "student", "onward")] == [2, 2, 2]
+    assert all(model.mask_piece is not None and model.vocabulary == 100 for model in found.values())
+
+
+def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
+    """DESIGN's example trains the preset `teacher` without a concepts stage: it reads none then, and neither does its student."""
+    found = models(tmp_path, CONCEPTS)
+    assert [(m.concepts, m.modulator) for m in map(found.get, ("plain", "pupil"))] == [(0, None), (0, None)]
+    assert [(m.concepts, m.modulator) for m in map(found.get, ("knowing", "other", "student"))] == [(6, 39), (6, 4), (6, 4)]
+    assert found["extractor"].alignment == found["student"].alignment == (32, 384)
+    assert found["pupil"].prefix == 25 and found["student"].prefix == 31
+
+
+@pytest.mark.parametrize(
+    ("stages", "what"),
+    [
+        ("  - train: {as: onward, objective: causal}\n", "stage 'onward': the captioner that this stage goes on from is masked; a new one"),
+        ("  - train: {as: onward, matching_weight: 0.1}\n", "stage 'onward': matching_weight is of replaced concepts"),
+        ("  - distill: {heads: 1}\n  - distill: {as: x, from: distill, teachers: teacher, heads: 2}\n", "stage 'x': heads: 2 copies of"),
+        ("  - distill: {as: x, from: teacher, teachers: teacher, heads: 3}\n", "stage 'x': heads: 3 asked of a captioner that has 2; only"),
+        ("  - distill: {as: x, heads: 1, ensemble: running}\n", "stage 'x': ensemble: running is of several heads; leave it out"),
+        ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, stages, what):
+    with pytest.raises(RecipeError) as raised:
+        models(tmp_path, RECIPE.format(stages))
+    assert raised.value.message.startswith(what) and "\n" not in raised.value.message
+
+
+def test_sizes_that_no_captioner_has(tmp_path):
+    with pytest.raises(RecipeError, match="stage 'teacher': hidden .33. must be a multiple of attention_heads"):
+        models(tmp_path, RECIPE.format("").replace("heads: 2", "hidden: 33"))

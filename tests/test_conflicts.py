@@ -1,0 +1,63 @@
+"""Keys of a stage that contradict each other: one line with file, line and key, before anything runs."""
+
+import pytest
+
+from compress.errors import RecipeError
+from compress.recipe import read_recipe
+
+RECIPE = """\
+student: {{preset: tiny, heads: 2}}
+stages:
+  - train: {{as: teacher, preset: tiny}}
+  - {}
+"""
+
+
+def read(tmp_path, stage: str):
+    path = tmp_path / "x.yaml"
+    path.write_text(RECIPE.format(stage))
+    return read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "what"),
+    [
+        ("concepts: {boxes: found.json}", "boxes", "are in pixels: give the pictures' sizes, too"),
+        ("train: {fusion_weights: minilm}", "fusion_weights", "is of a new captioner, but this stage goes on from 'teacher'"),
+        ("train: {modulator: 8}", "modulator", "is of a new captioner, but this stage goes on from 'teacher'"),
+        ("train: {as: new, preset: tiny, modulator: 8}", "modulator", "is steered by concepts, but this captioner reads none"),
+        ("train: {as: new, preset: tiny, matching_weight: 0.1}", "matching_weight", "is of replaced concepts, but this captioner"),
+        ("train: {word_weight: 0.1}", "word_weight", "is of a classifier that trains the encoder: set encoder: tuned"),
+        ("train: {flip: true}", "flip", "disturbs pictures while the encoder is trained"),
+        ("train: {crop: 0.1}", "crop", "disturbs pictures while the encoder is trained"),
+        ("train: {encoder_learning_rate: 0.1}", "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned"),
+        ("distill: {ensemble: all}", "ensemble", "all is of several teachers"),
+        ("distill: {ensemble: running, match: hidden}", "ensemble", "running is of heads that match tokens"),
+        ("distill: {match_epochs: 2}", "match_epochs", "is of hidden states and attention"),
+        ("scst: {draw: beams, temperature: 0.5}", "temperature", "is of captions drawn by chance; draw: beams takes"),
+        ("prune: {macs: 0.5, mb: 3}", "mb", "'prune' needs exactly one target"),
+        ("quantize: {trials: 2}", "trials", "there is nothing to try for without 'max_drop_cider'"),
+        ("quantize: {tune_learning_rate: 0.1}", "tune_learning_rate", "nothing is tuned without 'tune_epochs'"),
+    ],
+)
+def test_a_conflict_is_one_line(tmp_path, stage, key, what):
+    with pytest.raises(RecipeError) as raised:
+        read(tmp_path, stage)
+    message = raised.value.message
+    assert f"x.yaml:4: key '{key}': {what}" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "train: {encoder: tuned, flip: true, crop: 0.1, word_weight: 0.1, encoder_learning_rate: 0.1}",
+        "distill: {match: [tokens, hidden], match_epochs: 2}",
+        "distill: {ensemble: all, teachers: [teacher, teacher]}",
+        "distill: {ensemble: running}",
+        "scst: {temperature: 0.5}",
+        "quantize: {trials: 2, max_drop_cider: 1}",
+        "quantize: {tune_epochs: 1, tune_learning_rate: 0.1}",
+    ],
+)
+def test_what_fits_is_read(tmp_path, stage):
+    assert len(read(tmp_path, stage).stages) == 2

@@ -1,0 +1,41 @@
+"""A name on the hub, fetched from its cache: no test needs a network."""
+
+import pytest
+from huggingface_hub import constants
+from test_artifact import make
+
+from compress.errors import ModelError
+from compress.models import resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache in a folder of this test, and no way to the hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def test_a_model_of_the_hub(hub):
+    repository = hub / "models--someone--captioner"
+    made = make(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    assert resolve("someone/captioner").digest() == made.digest()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(hub):
+    with pytest.raises(ModelError) as raised:
+        resolve("someone/nothing")
+    message = raised.value.message
+    assert message.startswith("no model 'someone/nothing': there is no such folder here, and the hub cannot be reached")
+    assert "\n" not in message
+
+
+def test_a_path_that_is_mistyped_asks_no_hub(hub, tmp_path):
+    make(tmp_path / "runs" / "photos")
+    with pytest.raises(ModelError, match="neither an artifact's folder nor a run's folder; did you mean 'photos'"):
+        resolve("runs/photso")
