@@ -1,6 +1,7 @@
 """Ensemble distillation end to end on a few scenes: which teacher teaches which head, and what is refused."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -218,6 +219,9 @@ def test_vocabulary_keeps_what_training_captions_use(scenes, teachers, tmp_path)
     for old, new in zip(before[:-1], after[:-1], strict=True):
         assert [pieces_of(whole)[i] for i in old] == [pieces_of(tokenizer)[i] for i in new]
         assert torch.equal(small.word[new], large.word[old]) and torch.equal(small.heads.bias[new], large.heads.bias[old])
+    kept = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
+    assert kept["pieces_before"] == large.config.vocabulary
+    assert [pieces_of(whole)[i] for i in kept["kept"]] == list(pieces_of(tokenizer))
     spelled = [pieces_of(tokenizer)[i] for i in after[-1][1:-1]]
     assert spelled == ["a", "z", "##e", "##b", "##r", "##a"]  # never seen, and still said
     assert decode_caption(tokenizer, after[-1]) == "a zebra"

@@ -19,7 +19,7 @@ QUICKSTART = (
     "pruned.recover_encoder_epochs=1", "int8.calibration_images=16", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
 PHOTOS = (
-    "data.captions=dataset.json", "data.images=images", "frozen.epochs=1", "teacher.epochs=1", "teacher-2.epochs=0.5",
+    "data.captions=dataset.json", "data.images=images", "extractor.epochs=1", "frozen.epochs=1", "teacher.epochs=1", "teacher-2.epochs=0.5",
     "teacher-3.epochs=0.5", "student.epochs=1", "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8",
     "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
@@ -28,7 +28,7 @@ PHOTOS = (
 TINY = ("student.preset=tiny", "student.encoder=resnet-small", "student.encoder_weights=none", "extractor.text_encoder=minilm",
         "extractor.inner=16", "extractor.epochs=2", "data.captions=dataset.json", "data.images=images")  # fmt: skip
 MADE_SMALL = [stage.name for stage in read_recipe("ablation").stages if stage.kind != "concepts"]
-PLAIN = ("baseline", "concepts", "modulator", "modulator-18", "modulator-19", "trunk")
+PLAIN = ("baseline", "concepts", "modulator", "modulator-18", "modulator-19", "trunk", "masked")
 ABLATION = (
     *TINY, "student.fusion_weights=null", *(f"{name}.preset=tiny" for name in PLAIN), *(f"{name}.fusion_weights=null" for name in PLAIN),
     *(f"{name}.epochs=1" for name in MADE_SMALL), "states.match_epochs=1",

@@ -6,21 +6,25 @@ from collections import Counter
 
 import torch
 
-from compress.artifact import Artifact
+from compress.artifact import Artifact, write_json
 from compress.config import Vocabulary
 from compress.context import Context
 from compress.training.start import read_captioner, write_captioner
 from students.lightcap.tokenizer import encode_captions, keep_pieces, narrowed
 
+KEPT = "vocabulary.json"  # piece i of this artifact was piece kept[i] of its parent's
+
 
 def run(parent: Artifact, config: Vocabulary, context: Context) -> None:
     """Writes the parent over the pieces that occur `min_count` times in training captions, and every single character, so that any word
-    can still be spelled. The kept pieces keep their order."""
+    can still be spelled. The kept pieces keep their order: vocabulary.json lists their ids in the parent's vocabulary."""
     model, tokenizer, settings = read_captioner(parent.path)
     captions = [caption for example in context.data.split("train").examples for caption in example.captions]
     counts = Counter(piece for ids in encode_captions(tokenizer, captions, model.config.max_tokens) for piece in ids)
     seen = [piece for piece, count in counts.items() if count >= config.min_count]
     keep = keep_pieces(tokenizer, [*seen, *model.own_pieces()])
     context.progress.log(f"{context.stage.name}: {len(keep)} of {model.config.vocabulary} word pieces kept")
+    before = model.config.vocabulary
     model.narrow(torch.tensor(keep))
+    write_json(context.output / KEPT, {"pieces_before": before, "kept": keep})
     write_captioner(context.output, model, narrowed(tokenizer, keep), settings)
