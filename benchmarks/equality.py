@@ -38,6 +38,8 @@ BEFORE = {"smoothing": 0.0, "rounding": "nearest"}  # of an artifact that does n
 def compare(run: Path) -> dict:
     """`images`, `equal` and its `share`, and the `differences`, each with both captions and the gap in nats."""
     progress, of = Progress(), quantized(run)
+    if of.made is None:
+        raise ModelError(f"{run}: '{of.stage.name}' is not finished")
     described = of.made.config["quantized"]
     if described.get("float_parts") or described.get("tune_epochs"):
         raise ModelError(f"{run}: '{of.stage.name}' was tuned or has float parts, and only calibration can be repeated")

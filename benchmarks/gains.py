@@ -48,7 +48,7 @@ def scores(run: Path, row: Mapping) -> dict[str, float]:
 
 
 def gains(run: Path) -> list[dict]:
-    """One row for each stage that has captions: what it gains over the one that it is compared with, if there is one."""
+    """One row for each stage that has captions, seeds together: what it gains over the one that it is compared with, if any."""
     rows = {row["name"]: ledger.row(row) for row in ledger.read_run(run)}
     stages = read_recipe(run / "recipe.yaml").stages
     against = {stage.name: stage.against for stage in stages}
@@ -69,7 +69,8 @@ def gains(run: Path) -> list[dict]:
         mine, theirs = (np.mean([[spoken[pair[side]][image] for image in images] for pair in pairs], 0) for side in (0, 1))
         whole = paired(mine, theirs)
         each = [float(np.mean([spoken[a][image] - spoken[b][image] for image in images])) for a, b in pairs]
-        found[-1] |= {"against": against[pairs[0][0]], "gain": whole.delta, "gain_ci95": list(whole.ci95), "gain_by_seed": each}
+        gain = {"gain": whole.delta, "gain_ci95": list(whole.ci95), "gain_by_seed": each}
+        found[-1] |= gain | {"against": against[pairs[0][0]], "seeds": len(pairs)}
     return found
 
 

@@ -21,11 +21,11 @@ from students.lightcap import LightCap  # noqa: E402
 
 
 class Quantized(NamedTuple):
-    """A run's quantize stage, and the float captioner that it works on."""
+    """A run's quantize stage, what it made (None: it missed its gate), and the float captioner that it works on."""
 
     recipe: Recipe
     stage: Stage
-    made: Artifact
+    made: Artifact | None
     parent: Artifact
     data: CaptionSet
     model: LightCap
@@ -34,10 +34,10 @@ class Quantized(NamedTuple):
 
 
 def quantized(run: Path) -> Quantized:
-    """ModelError where the run has no finished quantize stage."""
+    """ModelError where the run has nothing that a quantize stage could work on."""
     rows, wanted = {row["name"]: row for row in ledger.read_run(run)}, recipe.read_recipe(run / "recipe.yaml")
     stage = next((stage for stage in wanted.stages if stage.kind == "quantize"), None)
-    if stage is None or not {stage.name, stage.parent} <= rows.keys():
-        raise ModelError(f"{run}: no finished quantize stage")
-    made, parent = (Artifact(run / rows[name]["artifact"]) for name in (stage.name, stage.parent))
+    if stage is None or stage.parent not in rows:
+        raise ModelError(f"{run}: no quantize stage with a finished float captioner before it")
+    made, parent = (Artifact(run / rows[name]["artifact"]) if name in rows else None for name in (stage.name, stage.parent))
     return Quantized(wanted, stage, made, parent, data.load(wanted.data, cache_of(run)), *read_captioner(parent.path))

@@ -42,11 +42,15 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
         model = captioner_config(recipe.student, name, *sizes, like, getattr(config, "modulator", None), extracts)
         if getattr(config, "objective", None) == "masked":
             model = dataclasses.replace(model, mask_piece=MASK)
+        if isinstance(config, Train):
+            _check_reads(config, model)
     else:
         model = parent
         if isinstance(config, Train):
             _check_onward(config, model)
-    if isinstance(config, Concepts):
+    if isinstance(config, Concepts) and not config.pieces:
+        model = dataclasses.replace(model, concepts=0, alignment=None, modulator=None)
+    elif isinstance(config, Concepts):
         text = 384 if (config.text_encoder or default_text_encoder(model.encoder)) == "minilm" else 1024
         model = dataclasses.replace(model, concepts=config.pieces, alignment=(config.inner, text))
     return model
@@ -56,7 +60,10 @@ def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, tea
     if parent is None:
         student = dataclasses.replace(recipe.student, heads=config.heads or recipe.student.heads)
         sizes = recipe.data.image_size, 0.0, vocabulary
-        made = captioner_config(student, student.preset, *sizes, teacher, teacher.modulator or 0)
+        modulator = teacher.modulator or 0 if config.modulator is None else config.modulator
+        if modulator and not teacher.concepts:
+            raise ValueError("a modulator is steered by concepts, but the teacher reads none")
+        made = captioner_config(student, student.preset, *sizes, teacher, modulator)
         return dataclasses.replace(made, mask_piece=teacher.mask_piece)
     if config.heads in (None, parent.heads):
         return parent
@@ -78,5 +85,10 @@ def _check_onward(config: Train, model: LightCapConfig) -> None:
     own = "causal" if model.mask_piece is None else "masked"
     if config.objective not in (None, own):
         raise ValueError(f"the captioner that this stage goes on from is {own}; a new one (preset: NAME) can be {config.objective}")
-    if config.matching_weight and not model.concepts:
-        raise ValueError("matching_weight is of replaced concepts, but this captioner reads none")
+    _check_reads(config, model)
+
+
+def _check_reads(config: Train, model: LightCapConfig) -> None:
+    for key in ("matching_weight", "modulator"):
+        if getattr(config, key) and not model.concepts:
+            raise ValueError(f"{key} is of concepts, but this captioner reads none")

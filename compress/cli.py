@@ -208,25 +208,13 @@ def sweep_command(
     ctx: click.Context, recipe: str, vary: tuple[str, ...], sets: tuple[str, ...], out: Path | None, as_json: bool
 ) -> None:
     """Run a recipe with several values, and compare. Example: lightcap sweep photos --vary pruned.macs=0.8,0.65,0.5,0.35"""
-    from compress import ledger, pipeline, show, sweep
+    from compress import show, sweep
     from compress.context import Progress
 
-    done, failed = [], []
-    wanted = sweep.recipes(recipe, sets, vary, out)
     with _quietly():
-        for number, (folder, chosen, one) in enumerate(wanted, start=1):
-            click.echo(f"run {number} of {len(wanted)}: {' '.join(chosen)}", err=True)
-            result = pipeline.run(one, folder, Progress())
-            if isinstance(result.error, UsageError):
-                raise result.error
-            if result.rows:
-                done.append(str(folder))
-            if result.error is not None:
-                result.error.show()
-                failed.append({"run": str(folder), "error": result.error.message})
-    value = ledger.compared(done) | {"ok": not failed, "failed": failed}
+        value = sweep.run(sweep.recipes(recipe, sets, vary, out), Progress())
     _answer(as_json, value, lambda: show.compare(value))
-    if failed:
+    if not value["ok"]:
         ctx.exit(1)
 
 

@@ -60,14 +60,14 @@ class Optimisation:
 
 @dataclass(frozen=True, kw_only=True)
 class Concepts(Optimisation):
-    """The concept extractor: from labelled regions where there are some, else from the words of the captions."""
+    """The concept extractor: from the words of the captions, and from labelled regions where there are some."""
 
     learning_rate: float = 1e-3
     preset: str | None = None
     vocabulary: str | None = None  # a file with a concept a line; the shipped list if absent
     text_encoder: str | None = None
     inner: int = 1024
-    pieces: int = 20
+    pieces: int = 20  # that concepts fill in the prefix; 0 takes the parent's extractor away
     regions: str | None = None  # labelled ones: Visual Genome's objects.json, COCO's instances
     boxes: str | None = None  # a detector's, COCO's results format: what training looks at in place of windows
     image_sizes: str | None = None  # COCO's JSON or Visual Genome's image_data.json
@@ -101,6 +101,7 @@ class Distill(Optimisation):
     teachers: tuple[str, ...] = ()
     ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
     heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
+    modulator: int | None = None  # inner width of a new student's (its first teacher's if absent); 0: none
     init: str = "teacher"  # its layers, or the student section's fusion_weights: the default where there are some
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)
@@ -233,7 +234,7 @@ RANGES = {
     "epochs": ABOVE_ZERO,
     "batch_images": COUNT,
     "inner": COUNT,
-    "pieces": (1, 63, True, True),
+    "pieces": (0, 63, True, True),
     "region_weight": NOT_NEGATIVE,
     "modulator": NOT_NEGATIVE,
     "learning_rate": ABOVE_ZERO,

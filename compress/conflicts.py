@@ -16,6 +16,8 @@ def conflicts(config, parent: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _concepts(config: Concepts, parent: str | None) -> Iterator[tuple[str, str]]:
+    if config.pieces == 0 and parent is None:
+        yield "pieces", "0 takes an extractor away, and a new captioner has none; name the stage that has one (from: NAME)"
     if config.boxes and not config.image_sizes:
         yield "boxes", "are in pixels: give the pictures' sizes, too (image_sizes: COCO's JSON or Visual Genome's image_data.json)"
 
@@ -43,6 +45,8 @@ def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
+    if config.modulator is not None and parent is not None:
+        yield "modulator", f"is of a new student, but this stage goes on from '{parent}'; leave it out"
     if config.ensemble == "all" and len(config.teachers) == 1:
         yield "ensemble", "all is of several teachers; leave it out with one"
     if config.ensemble != "each" and "tokens" not in config.match:

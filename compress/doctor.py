@@ -25,6 +25,7 @@ NEEDED = {
     "onnxruntime": "onnxruntime",
     "onnxscript": "onnxscript",
     "safetensors": "safetensors",
+    "huggingface_hub": "huggingface_hub",
     "tokenizers": "tokenizers",
     "pillow": "PIL",
     "numpy": "numpy",

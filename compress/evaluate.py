@@ -87,8 +87,11 @@ def accuracy(scores: metrics.Scores) -> dict:
 
 
 def extraction(artifact: Artifact, context: Context) -> dict:
-    """The row of a concept extractor, whose captions were not trained: what it costs, and how well it finds what captions mention."""
+    """The row of a concept extractor, whose captions were not trained: what it costs, and how well it finds what captions mention; of an
+    artifact whose extractor was taken away, what it costs alone."""
     model, _, settings = read_captioner(artifact.path)
+    if model.concepts is None:
+        return costs(artifact)
     val = context.data.split(context.recipe.data.val_split)
     features = grids(model, val, settings, context.cache, context.progress)
     names = read_concepts(context.stage.config.vocabulary)

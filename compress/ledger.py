@@ -143,7 +143,7 @@ def table(rows: Sequence[Mapping], title: str = ""):
 
     drawn = Table(title=title or None, title_justify="left")
     for index, heading in enumerate(HEADINGS):
-        drawn.add_column(heading, justify="right" if index else "left", no_wrap=True)
+        drawn.add_column(heading, justify="right" if index else "left", no_wrap="95 %" not in heading)  # narrow terminals fold intervals
     for values in rows:
         drawn.add_row(*cells(values))
     return drawn

@@ -1,13 +1,14 @@
 """The lock of a stage: SHA-256 over everything that its artifact depends on, so that a lock names a finished artifact.
 
-Settings, student, seed, the files that they name, the locks of parent and teachers, the data's fingerprint, the project's modules that
-the stage imports (their text, found by reading import statements, nothing is imported here), library versions, and the number of
-threads. The name (`as`) of a stage is no part of it, nor is a module that the stage does not import.
+Settings, what the stage reads of the student section, seed, the files that they name, the locks of parent and teachers, the data's
+fingerprint, the project's modules that the stage imports (their text, found by reading import statements, nothing is imported here),
+library versions, and the number of threads. The name (`as`) of a stage is no part of it, nor is a module that the stage does not import.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from compress.config import Recipe, Stage, references
+from compress.config import Recipe, Stage, Student, references
 from compress.data.concepts import SHIPPED
 from compress.recipe import resolved
 
@@ -57,14 +58,15 @@ def parts(
     modules = (f"compress.stages.{stage.kind}", *(("compress.evaluate",) if chooses else ()))
     sources, libraries = imported(modules, root)
     several = {"processes": processes} if processes > 1 else {}
-    files = digests(settings | whole["student"])
+    student = {key: value for key, value in whole["student"].items() if key in read_of_student(stage, recipe.student)}
+    files = digests(settings | student)
     if stage.kind == "concepts" and "vocabulary" not in files:
         files["vocabulary"] = file_digest(SHIPPED)
     looked = {"split": recipe.data.val_split, "against": locks.get(stage.against)} if chooses else {}
     return several | looked | ({"files": files} if files else {}) | {
         "kind": stage.kind,
         "settings": settings,
-        "student": whole["student"],
+        "student": student,
         "seed": recipe.seed,
         "parent": locks[stage.parent] if stage.parent else None,
         "teachers": [locks[name] for name in references(stage.config)],
@@ -73,6 +75,14 @@ def parts(
         "versions": versions(libraries),
         "threads": threads,
     }
+
+
+def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
+    """The keys of the student section that a stage reads: another student does not train its teacher anew."""
+    if stage.parent is None:
+        own = getattr(stage.config, "preset", None) in (None, student.preset)
+        return [field.name for field in dataclasses.fields(student)] if own else ("encoder", "encoder_weights", "tokenizer")
+    return ("encoder_weights",) if stage.kind == "train" else ()
 
 
 def digests(settings: Mapping) -> dict[str, str]:

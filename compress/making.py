@@ -105,13 +105,13 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     earlier = Artifact(target).row() if finished(target) else None
     if earlier is None and target.exists():  # without metrics.json it was never finished under this name
         shutil.rmtree(target)
+    tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
     work = target.with_name(f"{target.name}.work")
     state, model = work / "state", target if earlier else work / "model"
     if earlier is None:
         state.mkdir(parents=True, exist_ok=True)
         before = _seconds_before(work, began)
     context = context_of(run, stage, artifacts, model, state)
-    tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
     parent = artifacts[stage.parent] if stage.parent else None
     with _failing_as(stage, run.out, work):
         if not model.is_dir():

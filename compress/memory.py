@@ -86,5 +86,7 @@ def forget_peak() -> None:
 def peak() -> int:
     """The most bytes of this process that were in memory at once since `forget_peak`."""
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

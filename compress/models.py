@@ -28,9 +28,9 @@ def resolve(model: str | Path) -> Artifact:
     if (path / "config.json").is_file():
         return Artifact(path).check()
     if (path / "ledger.jsonl").is_file():
-        rows = [row for row in ledger.read(path / "ledger.jsonl") if row["stage"] != "baseline"]
+        rows = [row for row in ledger.read(path / "ledger.jsonl") if row["stage"] not in ("baseline", "concepts")]
         if not rows:
-            raise ModelError(f"{path} is a run without a finished stage; `lightcap run` it first")
+            raise ModelError(f"{path} is a run without a finished captioner; `lightcap run` it first")
         return Artifact(path / rows[-1]["artifact"]).check()
     raise ModelError(f"{path} is neither an artifact (no config.json) nor a run (no ledger.jsonl){pickles(path)}")
 
@@ -38,16 +38,19 @@ def resolve(model: str | Path) -> Artifact:
 def fetched(name: str) -> Path:
     """The folder that holds the files of an artifact that the hub keeps as `name` (OWNER/NAME). ModelError where it cannot be had."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *GRAPH_PATTERNS]))
+        folder = Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *GRAPH_PATTERNS]))
+        if (folder / "config.json").is_file():
+            return folder
+        why = "the hub's repository of that name holds no captioner (no config.json)"
     except RepositoryNotFoundError:
         why = "the hub has no such public repository"
     except LocalEntryNotFoundError:
-        why = "the hub cannot be reached, and it was not fetched before"
-    except (HfHubHTTPError, OSError) as error:
-        why = f"the hub says: {str(error).splitlines()[0]}"
+        why = "the hub cannot be reached, and not all of it was fetched before"
+    except Exception as error:  # of the hub, of the HTTP library below it, or of a name that no repository can have
+        why = f"the hub gives: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     raise ModelError(f"no model '{name}': there is no such folder here, and {why}")
 
 

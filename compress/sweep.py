@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from compress import ledger, pipeline
 from compress.config import Recipe
+from compress.context import Progress
 from compress.errors import UsageError
 from compress.recipe import read_recipe
 
@@ -27,6 +29,23 @@ def combinations(vary: Sequence[str]) -> list[tuple[str, ...]]:
             raise UsageError(f"--vary {text}: '{key}' varies already")
         options.append([f"{key}={value}" for value in found])
     return list(itertools.product(*options))
+
+
+def run(wanted: Sequence[tuple[Path, tuple[str, ...], Recipe]], progress: Progress) -> dict:
+    """Runs each of `recipes`, one after the other, and compares them: what `lightcap sweep` says. One that fails stops no other; wrong
+    input does, which all of them share."""
+    done, failed = [], []
+    for number, (folder, chosen, recipe) in enumerate(wanted, start=1):
+        progress.log(f"run {number} of {len(wanted)}: {' '.join(chosen)}")
+        result = pipeline.run(recipe, folder, progress)
+        if isinstance(result.error, UsageError):
+            raise result.error
+        if result.rows:
+            done.append(str(folder))
+        if result.error is not None:
+            result.error.show()
+            failed.append({"run": str(folder), "error": result.error.message})
+    return ledger.compared(done) | {"ok": not failed, "failed": failed}
 
 
 def recipes(name: str, sets: Sequence[str], vary: Sequence[str], out: Path | None) -> list[tuple[Path, tuple[str, ...], Recipe]]:

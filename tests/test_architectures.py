@@ -20,6 +20,9 @@ stages:
   - train: {as: knowing, preset: teacher, extractor: extractor}
   - train: {as: other, preset: teacher, extractor: extractor, modulator: 4}
   - distill: {as: student, teachers: other}
+  - distill: {as: steered, teachers: knowing, modulator: 8}
+  - concepts: {as: away, from: student, pieces: 0}
+  - train: {as: blind, preset: lightcap, extractor: away}
 """
 
 
@@ -40,6 +43,7 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
     found = models(tmp_path, CONCEPTS)
     assert [(m.concepts, m.modulator) for m in map(found.get, ("plain", "pupil"))] == [(0, None), (0, None)]
     assert [(m.concepts, m.modulator) for m in map(found.get, ("knowing", "other", "student"))] == [(6, 39), (6, 4), (6, 4)]
+    assert (found["steered"].modulator, found["blind"].modulator, found["blind"].concepts) == (8, None, 0)
     assert found["extractor"].alignment == found["student"].alignment == (32, 384)
     assert found["pupil"].prefix == 25 and found["student"].prefix == 31
 
@@ -48,9 +52,12 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
     ("stages", "what"),
     [
         ("  - train: {as: onward, objective: causal}\n", "stage 'onward': the captioner that this stage goes on from is masked; a new one"),
-        ("  - train: {as: onward, matching_weight: 0.1}\n", "stage 'onward': matching_weight is of replaced concepts"),
+        ("  - train: {as: onward, matching_weight: 0.1}\n", "stage 'onward': matching_weight is of concepts"),
+        ("  - train: {as: x, preset: tiny, extractor: teacher, matching_weight: 1}\n", "stage 'x': matching_weight is of concepts, but"),
+        ("  - train: {as: x, preset: tiny, extractor: teacher, modulator: 8}\n", "stage 'x': modulator is of concepts, but this"),
         ("  - distill: {heads: 1}\n  - distill: {as: x, from: distill, teachers: teacher, heads: 2}\n", "stage 'x': heads: 2 copies of"),
         ("  - distill: {as: x, from: teacher, teachers: teacher, heads: 3}\n", "stage 'x': heads: 3 asked of a captioner that has 2; only"),
+        ("  - distill: {as: x, modulator: 8}\n", "stage 'x': a modulator is steered by concepts, but the teacher reads none"),
         ("  - distill: {as: x, heads: 1, ensemble: running}\n", "stage 'x': ensemble: running is of several heads; leave it out"),
         ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
     ],

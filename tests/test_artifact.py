@@ -75,7 +75,7 @@ def test_resolve_an_artifact_and_a_run(tmp_path):
     (run / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert resolve(made.path).digest() == resolve(run).digest() == made.digest()
     (run / "ledger.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(ModelError, match="a run without a finished stage"):
+    with pytest.raises(ModelError, match="a run without a finished captioner"):
         resolve(run)
 
 

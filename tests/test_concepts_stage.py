@@ -130,7 +130,7 @@ def test_labelled_regions(context, scenes, tmp_path, monkeypatch):
 
 
 def test_a_detector_s_boxes_take_the_place_of_windows(context, scenes, tmp_path, monkeypatch):
-    """Every concept is in one cell of its picture, and noise in the others: boxes around those cells make it quicker to learn."""
+    """Every concept is in one cell of its picture, and noise in the others: boxes around those cells are what it learns to tell."""
     train_split = scenes.split("train")
     keys = [example.image_id for example in train_split.examples]
     random, basis = np.random.default_rng(3), np.random.default_rng(0).normal(size=(len(WORDS), 128)).astype(np.float32)
@@ -186,6 +186,31 @@ def test_teacher_and_student_read_the_same_concepts(context, tmp_path):
         for part in ("alignment", "concepts", "encoder"):
             mine, theirs = getattr(model, part).state_dict(), getattr(source, part).state_dict()
             assert all(torch.equal(mine[name], theirs[name]) for name in theirs), part
+
+
+def test_an_extractor_is_taken_away(context, scenes, tmp_path):
+    """What is left has the encoder alone, and a captioner that starts from it reads no concepts."""
+    config = settings(tmp_path, epochs=1)
+    first = context("concepts", config, name="extractor")
+    concepts.run(None, config, first)
+    away = dataclasses.replace(config, pieces=0)
+    second = context("concepts", away, name="away")
+    concepts.run(Artifact(first.output), away, second)
+    row = evaluate.measure(Artifact(second.output), None, second)
+    assert "alignment" not in row["params_by_part"] and row["bytes"] > 0
+    plain = Train(preset="tiny", extractor="away", epochs=0.1, batch_images=16)
+    third = context("train", plain, {"away": Artifact(second.output)}, name="plain")
+    train.run(None, plain, third)
+    before, model = (read_captioner(where.output)[0] for where in (first, third))
+    assert before.config.concepts == 6 and model.config.concepts == 0 and model.concepts is None and model.alignment is None
+    assert all(torch.equal(a, b) for a, b in zip(before.encoder.state_dict().values(), model.encoder.state_dict().values(), strict=True))
+    teacher = Train(preset="tiny", extractor="extractor", epochs=0.1, batch_images=16)
+    fourth = context("train", teacher, {"extractor": Artifact(first.output)}, name="teacher")
+    train.run(None, teacher, fourth)
+    student = Distill(teachers=("teacher",), init="weights", modulator=4, epochs=0.1, batch_images=16)
+    fifth = context("distill", student, {"teacher": Artifact(fourth.output)}, name="student")
+    distill.run(None, student, fifth)
+    assert [read_captioner(where.output)[0].config.modulator for where in (fourth, fifth)] == [None, 4]
 
 
 def test_refused_lists(context, scenes, tmp_path):

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from compress import lock
 from compress.recipe import read_recipe
 
@@ -47,6 +49,24 @@ def test_a_later_stage_does_not_touch_an_earlier_one(tmp_path):
     assert changed["small"] != base["small"]
 
 
+def test_another_student_does_not_train_its_teacher_anew(tmp_path):
+    text = """\
+student: {preset: minilm-student, encoder: efficientnet-lite0, encoder_weights: none, heads: 3}
+stages:
+  - concepts: {as: extractor, preset: minilm-teacher}
+  - train: {as: teacher, preset: minilm-teacher, extractor: extractor}
+  - train: {as: onward, preset: minilm-student}
+  - train: {as: further, from: teacher}
+  - distill: {as: student, teachers: teacher}
+  - vocabulary: {}
+"""
+    base = locks_of(tmp_path, text)
+    other = locks_of(tmp_path, text.replace("heads: 3", "heads: 2, layers: 2"))
+    assert {name for name in base if base[name] != other[name]} == {"onward", "student", "vocabulary"}
+    encoder = locks_of(tmp_path, text.replace("encoder_weights: none", "encoder_weights: imagenet"))
+    assert not set(base.values()) & set(encoder.values())
+
+
 def test_names_are_not_in_the_lock(tmp_path):
     base = locks_of(tmp_path)
     renamed = locks_of(tmp_path, RECIPE.replace("teacher", "master").replace("masters:", "teachers:").replace("small", "tiny"))
@@ -74,6 +94,17 @@ def test_a_file_that_a_setting_names_is_in_the_lock(tmp_path):
         seen.append(locks_of(tmp_path, text))
         assert all(seen[-1][stage] != seen[-2][stage] for stage in "ab")
     assert locks_of(tmp_path, text) == seen[-1]
+
+
+@pytest.mark.parametrize("key", ["vocabulary", "regions", "boxes", "image_sizes", "text_encoder"])
+def test_every_file_of_an_extractor_is_in_the_lock(tmp_path, key):
+    named = {"image_sizes": tmp_path / "sizes.json"} | {key: tmp_path / "file"}
+    text = "stages:\n  - concepts: {as: a, " + ", ".join(f"{name}: {path}" for name, path in named.items()) + "}\n"
+    (tmp_path / "sizes.json").write_text("{}")
+    (tmp_path / "file").write_text("dog")
+    base = locks_of(tmp_path, text)
+    (tmp_path / "file").write_text("cat")
+    assert locks_of(tmp_path, text)["a"] != base["a"]
 
 
 def test_the_shipped_concepts_are_in_the_lock(tmp_path, monkeypatch):

@@ -27,6 +27,17 @@ def test_a_model_of_the_hub(hub):
     assert resolve("someone/captioner").digest() == made.digest()
 
 
+def test_what_is_no_captioner_or_no_name_is_one_line(hub):
+    repository = hub / "models--someone--words"
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    for name in ("someone/words", "someone/a--b", "someone/" + "x" * 97):
+        with pytest.raises(ModelError) as raised:
+            resolve(name)
+        assert raised.value.message.startswith(f"no model '{name}': there is no such folder here, and") and "\n" not in raised.value.message
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(hub):
     with pytest.raises(ModelError) as raised:
         resolve("someone/nothing")

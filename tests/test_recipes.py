@@ -212,4 +212,5 @@ def test_lightcap_coco(tmp_path):
 @pytest.mark.timeout(1200)
 def test_photos(tmp_path):
     karpathy(tmp_path)
-    check("photos", PHOTOS, tmp_path, ["frozen", "teacher", "teacher-2", "teacher-3", "student", "vocabulary", "pruned", "int8", "export"])
+    names = ["extractor", "frozen", "teacher", "teacher-2", "teacher-3", "student", "vocabulary", "pruned", "int8", "export"]
+    check("photos", PHOTOS, tmp_path, names)

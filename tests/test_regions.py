@@ -229,6 +229,8 @@ def test_boxes(tmp_path):
 def test_boxes_by_number_and_by_name_without_extension(tmp_path):
     for image, key in ((9, "000000000009.jpg"), ("9", "000000000009.jpg"), ("a", "a.jpg"), (42, "COCO_val2014_000000000042.jpg")):
         assert list(read_boxes(boxes(tmp_path, box(image, [0, 0, 2, 2], 1)), SIZES)) == [key]
+    found = read_boxes(boxes(tmp_path, box(42, [0, 0, 2, 2], 1)), SIZES)
+    assert found.of_image("000000000042.jpg") == found.of_image("COCO_val2014_000000000042.jpg") != ()  # one picture, named by two years
     genome = {"2407": (10, 10)}
     assert read_boxes(boxes(tmp_path, box(2407, [0, 0, 5, 5], 1)), genome) == {"2407": (Region((0, 0, 0.5, 0.5), None, 1.0),)}
     twice = {"train/x.jpg": (1, 1), "val/x.jpg": (1, 1)}

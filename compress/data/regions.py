@@ -147,7 +147,8 @@ def read_boxes(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> Region
             empty += 1
     for its in regions.values():
         its.sort(key=lambda region: -region.score)
-    return Regions(regions, Counter(), empty)
+    ids = {coco: name for name in regions if (coco := _coco_id(PurePosixPath(name).stem)) is not None}
+    return Regions(regions, Counter(), empty, ids)
 
 
 def _visual_genome(path: Path, found: list, named: Callable[[str], int | None], image_data: str | Path | None) -> Regions:

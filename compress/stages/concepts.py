@@ -8,6 +8,8 @@ nothing is labelled. A captioner looks at windows, which need no detector beside
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -32,6 +34,8 @@ from students.lightcap.concepts import NONE, boxes_on_grid
 
 def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     """Writes the parent (or a new captioner of the preset, whose language part is untrained) with a trained concept extractor."""
+    if not config.pieces:
+        return take_away(parent, context)
     seed = context.seed if config.seed is None else config.seed
     student = context.recipe.student
     names = read_concepts(config.vocabulary)
@@ -76,6 +80,14 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     trained = nn.ModuleDict({"alignment": model.alignment})
     fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
+    write_captioner(context.output, model, tokenizer, settings)
+
+
+def take_away(parent: Artifact, context: Context) -> None:
+    """Writes the parent without a concept extractor and without what reads concepts: for captioners that share its encoder alone."""
+    model, tokenizer, settings = read_captioner(parent.path)
+    model.alignment = model.concepts = model.modulator = None
+    model.config = dataclasses.replace(model.config, concepts=0, alignment=None, concept_vocabulary=None, modulator=None)
     write_captioner(context.output, model, tokenizer, settings)
 
 

@@ -38,8 +38,9 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
             multiply_heads(model, config.heads)
     else:
         weights = student.fusion_weights if config.init == "weights" else None
+        modulator = first.config.modulator or 0 if config.modulator is None else config.modulator
         model, tokenizer, _ = new_captioner(
-            student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed, first, first.config.modulator or 0
+            student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed, first, modulator
         )
         model.config = dataclasses.replace(model.config, mask_piece=first.config.mask_piece)
     teachers = [load(source.path) for source in sources]
@@ -84,5 +85,5 @@ def start_from(model: LightCap, first: LightCap, teachers: list[LightCap]) -> No
     for index, branch in enumerate(model.heads.branches):
         branch.load_state_dict(teachers[index % len(teachers)].heads.branches[0].state_dict())
     model.heads.bias.data.copy_(first.heads.bias)
-    if model.modulator is not None and first.modulator is not None:
+    if model.modulator is not None and model.config.modulator == first.config.modulator:
         model.modulator.load_state_dict(first.modulator.state_dict())
