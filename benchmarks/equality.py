@@ -43,12 +43,13 @@ def compare(run: Path) -> dict:
     described = of.made.config["quantized"]
     if described.get("float_parts") or described.get("tune_epochs"):
         raise ModelError(f"{run}: '{of.stage.name}' was tuned or has float parts, and only calibration can be repeated")
-    if of.made.config.get("concepts") or of.made.config.get("mask_piece") is not None:
-        raise ModelError(f"{run}: '{of.stage.name}' reads concepts or predicts masked pieces, which PyTorch's graph here does not")
+    if of.made.config.get("mask_piece") is not None:
+        raise ModelError(f"{run}: '{of.stage.name}' predicts masked pieces, which PyTorch's graph here does not")
     model, tokenizer, settings = of.model, of.tokenizer, of.settings
     config = dataclasses.replace(of.stage.config, **{key: described.get(key, kept) for key, kept in BEFORE.items()})
     found = quantize.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
     graphs = encoder.fold(simulate.leave_float(found.encoder, ())), simulate.simulated(found.decoder)
+    concepts = None if found.concepts is None else simulate.simulated(found.concepts)
     captioner, special = runtime.Captioner(of.made.path), Special.of(tokenizer)
     val = of.data.split(of.recipe.data.val_split)
     differences = []
@@ -57,7 +58,7 @@ def compare(run: Path) -> dict:
             examples = val.examples[start : start + BATCH]
             pixels = np.stack([runtime.pixels(val.image(example), settings) for example in examples])
             with torch.no_grad():
-                said, logits = simulate.greedy(graphs[1], model, graphs[0](torch.from_numpy(pixels)), special)
+                said, logits = simulate.greedy(graphs[1], model, graphs[0](torch.from_numpy(pixels)), special, concepts)
             theirs = captioner.search(captioner.encode(pixels), 1, model.config.max_tokens)
             for example, mine, (other, _), chosen in zip(examples, said, theirs, logits.log_softmax(-1), strict=True):
                 if mine != other:

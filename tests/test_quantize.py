@@ -14,9 +14,11 @@ from compress import graphs, runtime
 from compress.config import Quantize
 from compress.context import Progress
 from compress.data import Example
+from compress.decode import Special
 from compress.errors import ModelError, StageError
 from compress.stages import export, quantize
-from compress.stages.quantize import decoder, encoder, observe
+from compress.stages.quantize import decoder, encoder, observe, simulate
+from compress.training.start import read_captioner
 
 
 def context(output):
@@ -235,3 +237,10 @@ def test_concepts_are_quantized_too(tmp_path):
         worst = row[torch.from_numpy(ids) - 10].min()
         assert worst > row.topk(6).values[-1] - 0.1 * row.std()
     assert all(text for text, _ in captioner.decode(grid, beam=2))
+    again = quantize.calibrate(*read_captioner(parent.path), Quantize(calibration_images=12), where.data, where.seed, where.progress)
+    finding = simulate.simulated(again.concepts)
+    with torch.no_grad():
+        assert torch.equal(model.concepts.choose(finding(torch.from_numpy(grid)), 6), torch.from_numpy(found))
+        special, decoding = Special.of(tiny.tokenizer()), simulate.simulated(again.decoder)
+        said, _ = simulate.greedy(decoding, again.model, torch.from_numpy(grid), special, finding)
+    assert said == [pieces for pieces, _ in captioner.search(grid, 1, model.config.max_tokens)]

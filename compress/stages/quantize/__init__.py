@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from onnx import ModelProto
 
 from compress import graphs
 from compress.artifact import write_json
@@ -72,13 +71,13 @@ def run(parent, config, context) -> None:
 
 def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[str], tune_epochs: float, progress) -> None:
     """The INT8 artifact of what was `found`, with the parts `floating` in float."""
-    from compress.stages.quantize import decoder, encoder
+    from compress.stages.quantize import concepts, decoder, encoder
 
     model = found.model
     made = {"encoder.onnx": encoder.quantized_encoder(model, found.encoder, floating),
             "decoder.onnx": decoder.quantized_decoder(model, found.decoder, floating)}
     if found.concepts is not None:
-        made["concepts.onnx"] = found.concepts
+        made["concepts.onnx"] = concepts.quantized_concepts(model, found.concepts)
     for name, proto in made.items():
         graphs.write(graphs.clean(proto), folder / name)
     described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
@@ -90,12 +89,12 @@ def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[st
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The float model, smoothed; its graphs with observers that saw `examples`, whose `captions` are ids; the INT8 concept extractor."""
+    """The float model, smoothed; its graphs with observers that saw `examples`, whose `captions` are ids."""
 
     model: LightCap
     encoder: torch.fx.GraphModule
     decoder: torch.fx.GraphModule
-    concepts: ModelProto | None
+    concepts: torch.fx.GraphModule | None
     examples: list
     captions: list[list[list[int]]]
 
@@ -103,8 +102,7 @@ class Calibrated:
 def calibrate(model, tokenizer, settings: dict, config, data, seed: int, progress) -> Calibrated:
     """Runs `config.calibration_images` training images of `data`, a function of the seed, through the model's graphs, and chooses how
     weights are rounded."""
-    from compress.stages.quantize import decoder, encoder
-    from compress.stages.quantize.concepts import quantized_concepts
+    from compress.stages.quantize import concepts, decoder, encoder
     from compress.stages.quantize.gptq import IMAGES, gptq
     from compress.stages.quantize.smoothquant import smoothed
     from students.lightcap.tokenizer import encode_captions
@@ -134,8 +132,8 @@ def calibrate(model, tokenizer, settings: dict, config, data, seed: int, progres
     if config.rounding == "gptq":
         gptq(encoding, first, progress)
         gptq(decoding, forced[:IMAGES], progress)  # over the float encoder's grids, as its calibration
-    concepts = quantized_concepts(model, grids, config, progress) if model.config.concepts else None
-    return Calibrated(model, encoding, decoding, concepts, examples, captions)
+    finding = concepts.calibrated(model, grids, config, progress) if model.config.concepts else None
+    return Calibrated(model, encoding, decoding, finding, examples, captions)
 
 
 def chosen(data, count: int, seed: int) -> list:

@@ -68,18 +68,21 @@ def simulated(prepared: GraphModule) -> GraphModule:
 
 
 @torch.no_grad()
-def greedy(decoder: GraphModule, model: LightCap, grid: Tensor, special: Special) -> tuple[list[list[int]], Tensor]:
+def greedy(
+    decoder: GraphModule, model: LightCap, grid: Tensor, special: Special, concepts: GraphModule | None = None
+) -> tuple[list[list[int]], Tensor]:
     """The pieces of the most probable captions of `grid` (B, G, C) by a simulated decoder, which is asked anew for each piece, and the
-    logits (B, T, V) that chose them. `model` says the sizes alone; not for one that reads concepts or predicts
-    masked pieces."""
+    logits (B, T, V) that chose them. `concepts`: the simulated scores of concepts, where the model reads some. `model` says the sizes, and
+    how concepts are spelled; not for one that predicts masked pieces."""
     count, most, prefix = len(grid), model.config.max_tokens, model.config.prefix
     tokens = torch.full((count, most), special.start)
     mask = torch.ones(prefix + most, prefix + most, dtype=torch.bool).tril()
     mask[:, :prefix] = True
     positions, mask = torch.arange(most).expand(count, most), mask.expand(count, 1, -1, -1)
+    found = () if concepts is None else (model.concepts.choose(concepts(grid), model.config.concepts),)
     chosen = []
     for place in range(most):
-        logits = decoder(grid, tokens, positions, mask)[:, place].clone()
+        logits = decoder(grid, tokens, positions, mask, *found)[:, place].clone()
         logits[:, list(special.never)] = -torch.inf
         chosen.append(logits)
         if place + 1 < most:
