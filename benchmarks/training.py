@@ -336,7 +336,7 @@ def main() -> None:
         recipe, real = photos(folder)
         data = generated(arguments.images, load_tokenizer(recipe.student.tokenizer))
         rows, ratios = [], {}
-        weights = {"extractor": None} | ({} if real else {"fusion_weights": None})  # generated pictures mention no concept
+        weights = {} if real else {"fusion_weights": None}
         for stage, changes in (("frozen", weights), ("student", {"match": ("tokens",), "teachers": ("frozen",) * 3})):
             model = MODELS[stage]
             row, ratio = measured(stage, recipe, data, folder, arguments.steps, arguments.plain_images, changes)

@@ -19,7 +19,7 @@ QUICKSTART = (
     "pruned.recover_encoder_epochs=1", "int8.calibration_images=16", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
 PHOTOS = (
-    "data.captions=dataset.json", "data.images=images", "extractor.epochs=1", "frozen.epochs=1", "teacher.epochs=1", "teacher-2.epochs=0.5",
+    "data.captions=dataset.json", "data.images=images", "frozen.epochs=1", "teacher.epochs=1", "teacher-2.epochs=0.5",
     "teacher-3.epochs=0.5", "student.epochs=1", "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8",
     "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
@@ -212,5 +212,5 @@ def test_lightcap_coco(tmp_path):
 @pytest.mark.timeout(1200)
 def test_photos(tmp_path):
     karpathy(tmp_path)
-    names = ["extractor", "frozen", "teacher", "teacher-2", "teacher-3", "student", "vocabulary", "pruned", "int8", "export"]
+    names = ["frozen", "teacher", "teacher-2", "teacher-3", "student", "vocabulary", "pruned", "int8", "export"]
     check("photos", PHOTOS, tmp_path, names)
