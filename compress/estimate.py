@@ -67,6 +67,8 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
     passes = getattr(settings, "epochs", 0.0)
     pack = language(config, amount, amount.captions, amount.words)
     if isinstance(settings, Concepts):
+        if not settings.pieces:
+            return 0.0
         return amount.images * (macs.encoder + passes * 3 * macs.concepts)
     if isinstance(settings, Train):
         if settings.encoder == "tuned":

@@ -27,9 +27,8 @@ from compress.cache import finished
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import LightcapError, StageError, UsageError, expected
-from compress.memory import forget_peak, peak
 from compress.parallel import ALONE, Share
-from compress.process import thread_count
+from compress.process import forget_peak, peak, thread_count
 
 JOINT = ("concepts", "train", "distill", "scst")  # stages that several processes train together
 

@@ -1,8 +1,8 @@
-"""Memory of this process: freed blocks, kept while it trains and given back to the system before they pile up; and the most it has held.
+"""Freed memory: kept by the process while it trains, and given back to the system before it piles up.
 
 By default glibc maps each large tensor anew, and the kernel clears its pages in every training step. Kept blocks need no clearing; but
 batches of ever other lengths cut the heap up, and what is kept would grow to several times what is used. Elsewhere than on Linux with glibc
-nothing of this does anything.
+nothing here does anything.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
-import resource
 import threading
 from collections.abc import Callable, Iterator
 
@@ -75,18 +73,3 @@ def resident() -> int:
     """Bytes of this process that are in memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def forget_peak() -> None:
-    """From now on `peak` is of what comes. Only Linux can; elsewhere it stays that of the whole process."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def peak() -> int:
-    """The most bytes of this process that were in memory at once since `forget_peak`."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

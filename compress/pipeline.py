@@ -63,7 +63,9 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
     """
     cache, said = cache_of(out), {}
     if data is None and imagine and wanted.data.captions and not Path(wanted.data.captions).expanduser().exists():
-        said["imagined"] = f"there is no {wanted.data.captions} here (--set data.captions=FILE), so this is counted as for COCO"
+        images = importlib.import_module("compress.estimate").COCO.images
+        said["imagined"] = (f"there is no {wanted.data.captions} here (--set data.captions=FILE), so this is counted as for COCO, "
+                            f"{images:,} training images")
     elif data is None:
         data = _load(wanted, cache)
     locks, stages, rates, counted = {}, [], rates_of(cache), None

@@ -62,11 +62,11 @@ def test_plan_of_a_shipped_recipe_without_its_photos(lightcap, tmp_path):
     """Counted for COCO's images; captions that are named have to be there."""
     status, output, error = lightcap("plan", "lightcap-coco", "--json")
     planned = json.loads(output)
-    assert (status, error) == (0, "") and "no dataset_coco.json here" in planned["imagined"] and planned["imagined"].endswith("as for COCO")
+    assert (status, error) == (0, "") and "no dataset_coco.json here" in planned["imagined"] and "113,287" in planned["imagined"]
     assert all(stage["lock"] is None and not stage["cached"] for stage in planned["stages"])
     spent = {stage["name"]: stage["tmacs"] for stage in planned["stages"]}
     assert len(spent) == 12 and min(spent.values()) > 0 and spent["student-tuned"] > 2 * spent["vocabulary"]
-    assert "counted as for COCO" in " ".join(lightcap("plan", "lightcap-coco")[1].split())
+    assert "113,287 training images" in " ".join(lightcap("plan", "lightcap-coco")[1].split())
     status, _, error = lightcap("plan", "lightcap-coco", "--set", "data.captions=nowhere.json")
     assert status == 2 and "nowhere.json" in error and error.count("\n") == 1
     (tmp_path / "mine.yaml").write_text("extends: lightcap-coco\n")

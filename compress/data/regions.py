@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -147,8 +147,7 @@ def read_boxes(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> Region
             empty += 1
     for its in regions.values():
         its.sort(key=lambda region: -region.score)
-    ids = {coco: name for name in regions if (coco := _coco_id(PurePosixPath(name).stem)) is not None}
-    return Regions(regions, Counter(), empty, ids)
+    return Regions(regions, Counter(), empty, _ids_in_names(regions))
 
 
 def _visual_genome(path: Path, found: list, named: Callable[[str], int | None], image_data: str | Path | None) -> Regions:
@@ -223,8 +222,7 @@ def _coco(path: Path, found: dict, named: Callable[[str], int | None]) -> Region
             unnamed[categories[category]] += 1
         else:
             regions.setdefault(name, []).append(Region(box, concept, 1.0))
-    ids = {coco: name for name in regions if (coco := _coco_id(PurePosixPath(name).stem)) is not None}
-    return Regions(regions, unnamed, empty, ids)
+    return Regions(regions, unnamed, empty, _ids_in_names(regions))
 
 
 def _coco_images(path: Path, listed: list) -> dict[str, tuple[str, tuple[int, int]]]:
@@ -267,6 +265,11 @@ def _coco_id(stem: str) -> str | None:
     """COCO's image id in a file name of 2014 or 2017 without its extension: twelve digits, alone or after an underscore."""
     digits = stem[-12:]
     return str(int(digits)) if len(digits) == 12 and digits.isdecimal() and stem[-13:-12] in ("", "_") else None
+
+
+def _ids_in_names(keys: Iterable[str]) -> dict[str, str]:
+    """Image keys by COCO's id in their names, as far as they have one."""
+    return {coco: key for key in keys if (coco := _coco_id(PurePosixPath(key).stem)) is not None}
 
 
 def _normalized(x: float, y: float, w: float, h: float, width: int, height: int) -> tuple[float, float, float, float] | None:

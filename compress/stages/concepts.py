@@ -9,6 +9,7 @@ nothing is labelled. A captioner looks at windows, which need no detector beside
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from compress.config import Concepts
 from compress.context import Context
 from compress.data import CaptionSet
 from compress.data.concepts import is_action, read_concepts
-from compress.data.regions import read_boxes, read_regions, read_sizes
+from compress.data.regions import Region, Regions, read_boxes, read_regions, read_sizes
 from compress.errors import DataError, RecipeError
 from compress.training.batches import image_batches
 from compress.training.features import device, grids
@@ -113,15 +114,8 @@ def labelled(config: Concepts, data: CaptionSet, names: tuple[str, ...], side: i
     """Pooling weights (R, side * side) and concepts (R,) of each training picture that has labelled regions, by its number."""
     if config.regions is None:
         return {}
-    found = read_regions(config.regions, names, config.image_sizes)
-    labels = {}
-    for row, example in enumerate(data.examples):
-        if regions := found.of_image(example.image_id):
-            boxes = torch.tensor([region.box for region in regions])
-            labels[row] = boxes_on_grid(boxes, side), torch.tensor([region.concept for region in regions])
-    if not labels:
-        raise DataError(f"{config.regions}: its regions are of no training picture (their keys are {', '.join(sorted(found)[:3])}, ...)")
-    return labels
+    found = of_pictures(data, config.regions, "regions", read_regions(config.regions, names, config.image_sizes))
+    return {row: (pooled(regions, side), torch.tensor([region.concept for region in regions])) for row, regions in found.items()}
 
 
 def detected(config: Concepts, data: CaptionSet, side: int) -> dict[int, Tensor]:
@@ -129,15 +123,21 @@ def detected(config: Concepts, data: CaptionSet, side: int) -> dict[int, Tensor]
     number."""
     if config.boxes is None:
         return {}
-    found = read_boxes(config.boxes, read_sizes(config.image_sizes))
-    pooled = {}
-    for row, example in enumerate(data.examples):
-        if regions := found.of_image(example.image_id):
-            boxes = torch.tensor([*(region.box for region in regions), (0.0, 0.0, 1.0, 1.0)])
-            pooled[row] = boxes_on_grid(boxes, side)
-    if not pooled:
-        raise DataError(f"{config.boxes}: its boxes are of no training picture (their keys are {', '.join(sorted(found)[:3])}, ...)")
-    return pooled
+    found = of_pictures(data, config.boxes, "boxes", read_boxes(config.boxes, read_sizes(config.image_sizes)))
+    whole = Region((0.0, 0.0, 1.0, 1.0), None, 1.0)
+    return {row: pooled((*regions, whole), side) for row, regions in found.items()}
+
+
+def of_pictures(data: CaptionSet, file: str, what: str, found: Regions) -> dict[int, tuple[Region, ...]]:
+    """The regions that `file` has, by the number of their training picture. DataError where they are of none."""
+    rows = {row: regions for row, example in enumerate(data.examples) if (regions := found.of_image(example.image_id))}
+    if not rows:
+        raise DataError(f"{file}: its {what} are of no training picture (their keys are {', '.join(sorted(found)[:3])}, ...)")
+    return rows
+
+
+def pooled(regions: Sequence[Region], side: int) -> Tensor:
+    return boxes_on_grid(torch.tensor([region.box for region in regions]), side)
 
 
 def scores_of(model: LightCap, grid: Tensor, boxes: list[Tensor | None]) -> Tensor:
