@@ -92,6 +92,7 @@ def test_the_command_says_whether_cider_holds(world, capsys):
     assert "not met: 0.5 of MACs, 50.00 MB, 5.0 ms, CIDEr -5.00 against 'vocabulary'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_real_recipe_comes_under_its_limit_in_megabytes(monkeypatch, tmp_path):
     """Down to where nothing more can be removed: shares below it are no failure."""
