@@ -126,6 +126,27 @@ def test_a_loss_that_is_not_finite_ends_the_stage(tmp_path):
     assert raised.value.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "half", "chosen"), [(True, 0.4, "bf16"), (True, 0.95, "fp32"), (True, 2.0, "fp32"), (False, 0.4, "fp32")]
+)
+def test_auto_is_the_precision_that_this_processor_multiplies_faster_in(monkeypatch, flags, half, chosen):
+    """The instruction alone does not tell: some processors that have it are slower for it."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: flags)
+    monkeypatch.setattr(loop, "product_seconds", {torch.bfloat16: half, torch.float32: 1.0}.get)
+    loop.multiplies_faster_in_bf16.cache_clear()
+    try:
+        with loop.precision("auto", torch.device("cpu")):
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == (torch.bfloat16 if chosen == "bf16" else torch.float32)
+    finally:
+        loop.multiplies_faster_in_bf16.cache_clear()
+
+
+def test_products_are_timed():
+    assert all(0 < loop.product_seconds(dtype) < 1 for dtype in (torch.float32, torch.bfloat16))
+
+
 def test_the_schedule_goes_up_then_down():
     config = Optimisation(warmup=0.1, final_learning_rate=0.02)
     shares = [linear(step, 100, config) for step in range(100)]
