@@ -10,6 +10,7 @@ from compress.errors import RecipeError
 from compress.training.start import captioner_config
 from compress.training.text import default_text_encoder
 from students.lightcap import LightCapConfig
+from students.lightcap.config import PREFIX_POSITION
 
 MASK = 0  # stands for the id of [MASK], which the tokenizer knows
 
@@ -17,14 +18,15 @@ MASK = 0  # stands for the id of [MASK], which the tokenizer knows
 def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
     """By name of the stage, with `vocabulary` word pieces. Pruned shapes are not known before: they are the parent's.
 
-    RecipeError, with the stage's name, for sizes that no captioner can have and for settings that do not fit its parent or teachers.
+    RecipeError, with the stage's line and name, for sizes that no captioner can have and for settings that do not fit its parent or
+    teachers.
     """
     models: dict[str, LightCapConfig] = {}
     for stage in recipe.stages:
         try:
             models[stage.name] = _architecture(recipe, stage, models, vocabulary)
         except ValueError as error:
-            raise RecipeError(f"stage '{stage.name}': {error}") from None
+            raise RecipeError(f"{stage.place}stage '{stage.name}': {error}") from None
     return models
 
 
@@ -53,6 +55,9 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
     elif isinstance(config, Concepts):
         text = 384 if (config.text_encoder or default_text_encoder(model.encoder)) == "minilm" else 1024
         model = dataclasses.replace(model, concepts=config.pieces, alignment=(config.inner, text))
+        if model.positions < (needed := PREFIX_POSITION + model.prefix):
+            most = model.positions - PREFIX_POSITION - model.grid**2
+            raise ValueError(f"pieces: {config.pieces} need {needed} positions, and there are {model.positions}; at most {most} fit")
     return model
 
 

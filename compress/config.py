@@ -285,13 +285,15 @@ def references(config) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Stage:
     """One step of a recipe: `kind` is its key, `name` its `as:` label, `parent` the stage it works on (None: it starts anew), `against` the
-    stage that its row is compared with: its parent, the first of its teachers, or the one that `against:` names."""
+    stage that its row is compared with: its parent, the first of its teachers, or the one that `against:` names; `place` the file and line
+    where it is written, as errors begin with."""
 
     kind: str
     name: str
     parent: str | None
     config: Concepts | Train | Distill | Scst | Vocabulary | Prune | Quantize | Export
     against: str | None = None
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

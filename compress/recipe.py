@@ -273,7 +273,7 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             if against not in kinds or kinds[against] == "concepts":
                 earlier(against, chosen, "against")
                 raise RecipeError(f"{chosen.place}key 'against': '{against}' has no captions to compare with")
-        stages.append(Stage(kind=kind, name=name, parent=parent, config=config, against=against))
+        stages.append(Stage(kind, name, parent, config, against, place))
         kinds[name] = kind
     return tuple(stages)
 

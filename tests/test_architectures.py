@@ -60,12 +60,14 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
         ("  - distill: {as: x, modulator: 8}\n", "stage 'x': a modulator is steered by concepts, but the teacher reads none"),
         ("  - distill: {as: x, heads: 1, ensemble: running}\n", "stage 'x': ensemble: running is of several heads; leave it out"),
         ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
+        ("  - concepts: {as: x, from: teacher, pieces: 40}\n", "stage 'x': pieces: 40 need 129 positions, and there are 128; at most 39"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, stages, what):
     with pytest.raises(RecipeError) as raised:
         models(tmp_path, RECIPE.format(stages))
-    assert raised.value.message.startswith(what) and "\n" not in raised.value.message
+    last = 3 + stages.count("\n")
+    assert raised.value.message.startswith(f"{tmp_path / 'x.yaml'}:{last}: {what}") and "\n" not in raised.value.message
 
 
 def test_sizes_that_no_captioner_has(tmp_path):
