@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from compress.config import Concepts, Distill, Recipe, Stage, Train
+from compress.config import Concepts, Distill, Prune, Recipe, Stage, Train
 from compress.errors import RecipeError
 from compress.training.start import captioner_config
 from compress.training.text import default_text_encoder
@@ -50,6 +50,10 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
         model = parent
         if isinstance(config, Train):
             _check_onward(config, model)
+    if isinstance(config, Prune) and config.layers:
+        if config.layers >= model.layers:
+            raise ValueError(f"layers: {config.layers} shall stay of {model.layers}; name less, or leave it out")
+        model = dataclasses.replace(model, layers=config.layers)
     if isinstance(config, Concepts) and not config.pieces:
         model = dataclasses.replace(model, concepts=0, alignment=None, modulator=None)
     elif isinstance(config, Concepts):

@@ -145,7 +145,9 @@ class Prune(Optimisation):
     mb: float | None = None
     ms: float | None = None
     parts: tuple[str, ...] = ("encoder", "fusion")
+    layers: int | None = None  # of the fusion, that stay: those whose absence raises the caption loss least leave first
     importance: str = "caption"  # what ranks channels (compress/stages/prune/importance.py)
+    ratios: str = "importance"  # what compares parts: that alone, or corrected by the loss without half of each (sensitivity.py)
     steps: int = 1
     round_to: int = 8
     recover_epochs: float = 1.0
@@ -205,6 +207,7 @@ CHOICES = {
     ("scst", "draw"): ("samples", "beams"),
     ("scst", "baseline"): ("mean", "greedy"),
     ("prune", "importance"): ("caption", "distillation", "magnitude"),
+    ("prune", "ratios"): ("importance", "sensitivity"),
     ("prune", "parts"): ("encoder", "fusion"),
     ("quantize", "scheme"): ("static",),
     ("quantize", "rounding"): ("gptq", "nearest"),

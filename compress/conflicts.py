@@ -64,6 +64,8 @@ def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
     named = [key for key in TARGETS if getattr(config, key) is not None]
     if len(named) != 1:
         yield (named or TARGETS)[-1], "'prune' needs exactly one target: macs, params (shares of its parent), mb or ms"
+    if config.layers and "fusion" not in config.parts:
+        yield "layers", "are of the fusion; add fusion to 'parts', or leave it out"
 
 
 def _quantize(config: Quantize, parent: str | None) -> Iterator[tuple[str, str]]:

@@ -60,6 +60,7 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
         ("  - distill: {as: x, modulator: 8}\n", "stage 'x': a modulator is steered by concepts, but the teacher reads none"),
         ("  - distill: {as: x, heads: 1, ensemble: running}\n", "stage 'x': ensemble: running is of several heads; leave it out"),
         ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
+        ("  - prune: {as: x, macs: 0.5, layers: 2}\n", "stage 'x': layers: 2 shall stay of 2; name less, or leave it out"),
         ("  - concepts: {as: x, from: teacher, pieces: 40}\n", "stage 'x': pieces: 40 need 129 positions, and there are 128; at most 39"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Depthwise convolutions: values against TensorFlow's padding in timm, gradients against fp32 autograd."""
+"""Depthwise convolutions: values against TensorFlow's padding in timm, gradients against torch's own in double precision."""
 
 import pytest
 import torch
@@ -6,33 +6,33 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
-from students.lightcap.depthwise import DepthwiseConv2d, missing
+from students.lightcap.depthwise import DepthwiseConv2d, SameConv2d, missing
 
 
 @pytest.mark.parametrize("size", [7, 14, 15])
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_gradients_in_bf16_are_those_of_fp32(size, kernel, stride):
-    """As near as bf16's eight bits allow, in channels last, for the input and the weight."""
+@pytest.mark.parametrize(("autocast", "near"), [(True, 0.01), (False, 1e-5)])
+def test_gradients_are_those_of_torch_in_double(size, kernel, stride, autocast, near):
+    """As near as the precision allows, in channels last: for the input, the weight and a bias that is handed in."""
     torch.manual_seed(0)
     padding = 0 if stride > 1 else kernel // 2
     mine = DepthwiseConv2d(6, 6, kernel, stride=stride, padding=padding, groups=6, bias=False)
-    x = torch.randn(3, 6, size, size).to(memory_format=torch.channels_last)
-    along = None
-    found = []
-    for autocast in (True, False):
-        at = x.clone().requires_grad_()
-        mine.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = mine(at)
-        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
-        assert ("_Depthwise" in type(y.grad_fn).__name__) == autocast
-        along = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if along is None else along
-        (y.float() * along).sum().backward()
-        found.append((y.detach().float(), at.grad, mine.weight.grad.clone()))
-    for bf16, fp32 in zip(*found, strict=True):
-        assert bf16.dtype == fp32.dtype == torch.float32
-        assert (bf16 - fp32).norm() < 0.01 * fp32.norm()
+    given = [torch.randn(3, 6, size, size).to(memory_format=torch.channels_last), mine.weight.detach(), torch.randn(6)]
+    x, weight, bias = (tensor.clone().requires_grad_() for tensor in given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = mine._conv_forward(x, weight, bias)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32) and "_Depthwise" in type(y.grad_fn).__name__
+    along = torch.randn(y.shape)
+    (y.float() * along).sum().backward()
+
+    exact = [tensor.double().requires_grad_() for tensor in given]
+    around = [*missing(size, kernel, 2), *missing(size, kernel, 2)] if stride > 1 else [padding] * 4
+    wanted = F.conv2d(F.pad(exact[0], around), exact[1], exact[2], stride, groups=6)
+    (wanted * along).sum().backward()
+    pairs = [(y, wanted), *((own.grad, other.grad) for own, other in zip((x, weight, bias), exact, strict=True))]
+    for found, right in pairs:
+        assert (found.double() - right).norm() < near * right.norm()
 
 
 @pytest.mark.parametrize("size", [6, 7, 112])
@@ -42,7 +42,7 @@ def test_a_stride_pads_as_tensorflow_does(size, kernel):
     mine = DepthwiseConv2d(4, 4, kernel, stride=2, groups=4, bias=False)
     mine.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 4, size, size + 1)
-    assert torch.equal(mine(x), theirs(x))
+    assert torch.equal(mine(x), theirs(x)) and torch.equal(SameConv2d._conv_forward(mine, x, mine.weight, None), theirs(x))
     assert mine(x).shape[2:] == (-(-size // 2), -(-(size + 1) // 2))
 
 

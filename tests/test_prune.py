@@ -1,7 +1,9 @@
 """Pruning: what is removed equals what is silenced, the target is met and not overshot, importance is a gate's derivative."""
 
+import copy
 import dataclasses
 import importlib
+import json
 import re
 
 import pytest
@@ -15,7 +17,7 @@ from compress.config import Data, Prune, Recipe, Stage, Student
 from compress.context import Context, Progress
 from compress.errors import StageError
 from compress.stages import prune
-from compress.stages.prune import channels, target
+from compress.stages.prune import channels, sensitivity, target
 from compress.training.batches import IGNORED, Captions, pack
 from compress.training.start import write_captioner
 from students.lightcap import LightCap, preset
@@ -409,6 +411,93 @@ def test_what_the_target_did_not_need_comes_back():
         if last_of_unit and len(kept) <= target.RETURNS:
             rest = [other for other in kept if other != block]
             assert aim.measure(channels.remove(model, rest)) > aim.wanted
+
+
+# ---- what is measured in the loss itself
+
+
+def idle(model: LightCap, index: int) -> None:
+    """Makes a layer of the fusion pass on what it reads: what it adds is nothing, and what is normalised already stays the same."""
+    with torch.no_grad():
+        for linear in (model.fusion.layers[index].output, model.fusion.layers[index].down):
+            linear.weight.zero_()
+            linear.bias.zero_()
+        for layer in model.fusion.layers:
+            layer.norm1.bias.zero_()
+            layer.norm2.bias.zero_()
+
+
+def test_the_layer_that_does_nothing_leaves_first():
+    model = build(layers=3)
+    idle(model, 1)
+    before = outputs(model)[1]
+    assert sensitivity.least_layers(model, lambda cut: float((outputs(cut)[1] - before).square().mean()), 2) == [0, 2]
+    without = sensitivity.with_layers(model, [0, 2])
+    assert without.config.layers == 2 and len(model.fusion.layers) == 3
+    for mine, theirs in zip(outputs(without), outputs(model), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_unit_s_rise_is_that_of_the_caption_loss(world):
+    """By hand: the cross-entropy of the same batches with the half silenced. A unit that does nothing has no rise, and the least factor."""
+    model, tokenizer, preprocessing, _, context = world
+    idle(model, 0)
+    here = context("a")
+    narrow, loss = sensitivity.measured(model, tokenizer, preprocessing, 17, here)
+    data_of = importance.corpus(model, tokenizer, preprocessing, here, tuned=True)
+    batch_of = data_of.batches(importance.IMAGES, 17)
+
+    @torch.no_grad()
+    def by_hand(model: LightCap) -> float:
+        found = []
+        for step in range(sensitivity.LOOKS):
+            batch = batch_of(step)
+            states = model.states(data_of.grid_of(model, batch.images), batch.tokens, batch.positions, batch.mask(model.config.prefix))
+            real = batch.targets != IGNORED
+            found.append(F.cross_entropy(model.heads(states[real], model.word), batch.targets[real]))
+        return float(torch.stack(found).mean())
+
+    assert loss(narrow) == pytest.approx(by_hand(narrow), rel=1e-5)
+    source = torch.Generator().manual_seed(2)
+    scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, ("encoder", "fusion"))}
+    savings = target.savings(model, True)
+    rises, factors = sensitivity.sensitivities(narrow, loss, scores, 8, savings)
+    for unit in (unit for unit in scores if (unit.kind, unit.name) in factors):
+        order = channels.blocks({unit: scores[unit]}, 8, savings)
+        half = order[: max(1, len(order) // 2)]
+        silenced = copy.deepcopy(narrow)
+        silence(silenced, half)
+        rise = rises[f"{unit.name} {unit.kind}"]
+        assert rise == pytest.approx(by_hand(silenced) - by_hand(narrow), abs=2e-4)
+        expected = float(torch.cat([scores[unit][list(block.channels)] for block in half]).sum())
+        assert factors[unit.kind, unit.name] == pytest.approx(max(rise, sensitivity.LEAST) / expected, rel=1e-5)
+    assert rises["fusion.layers.0 ffn"] == pytest.approx(0, abs=1e-5) and max(rises.values()) > 0.01
+
+
+def test_layers_and_ratios_of_the_stage(world, monkeypatch):
+    model, tokenizer, _, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    config = Prune(macs=0.7, layers=1, ratios="sensitivity", steps=2, batch_images=40, recover_epochs=1, recover_encoder_epochs=0.1)
+    made = []
+    for name in ("a", "b"):
+        here = context(name)
+        prune.run(parent, config, here)
+        made.append(Artifact(here.output))
+    assert made[0].digest() == made[1].digest()
+    pruned = LightCap.from_pretrained(made[0].path)
+    assert pruned.config.layers == 1 and target.macs(pruned) / target.macs(model) <= 0.7
+    rises = json.loads((made[0].path / "sensitivity.json").read_text())
+    assert {"fusion.layers.0 ffn", "encoder.stem.0 conv"} <= set(rises)
+
+
+def test_a_layer_can_be_all_that_leaves(world):
+    model, _, _, parent, context = world
+    here = context("a")
+    prune.run(parent, Prune(params=0.99, layers=1, parts=("fusion",), recover_epochs=0, batch_images=40), here)
+    pruned = LightCap.from_pretrained(here.output)
+    assert pruned.config.layers == 1 and not pruned.config.shapes
+    kept = pruned.fusion.layers[0].state_dict()
+    assert any(all(torch.equal(kept[name], value) for name, value in layer.state_dict().items()) for layer in model.fusion.layers)
 
 
 # ---- recovery

@@ -23,6 +23,7 @@ from compress.training.start import language, new_captioner, read_captioner, wri
 from compress.training.words import Words
 from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
+from students.lightcap.norms import folded
 
 NEW = ("fusion.grid.", "modulator.", "heads.")  # what a language model's checkpoint does not fill
 
@@ -82,7 +83,8 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         encoder = [*model.encoder.parameters(), *(words.parameters() if words is not None else ())]
         groups.append(Group(encoder, config.encoder_learning_rate))
     steps = data.steps(config.epochs, config.batch_images)
-    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
+    with folded(model.encoder, model.config.image_size):
+        fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)

@@ -1,11 +1,13 @@
-"""Depthwise convolution whose backward pass in bf16 on a CPU is not oneDNN's own where that falls off a cliff.
+"""Convolutions padded as TensorFlow pads; and depthwise ones whose backward pass on a CPU is not oneDNN's own where that is slow.
 
-oneDNN (as torch 2.14 carries it) takes 15 to 60 ms for a batch of 16 where a forward pass takes 1 or 2: in gradients of 5x5 kernels, and in
-gradients of the input of a strided convolution. Both can be had from kernels of it that are fast (benchmarks/depthwise.py):
+oneDNN (as torch 2.14 carries it) takes 15 to 60 ms in bf16 for a batch of 16 where a forward pass takes 1 or 2: in gradients of 5x5
+kernels, and in gradients of the input of a strided convolution. In fp32 the first and a bias cost 5 to 10 ms too many. All can be had from
+kernels that are fast (benchmarks/depthwise.py):
 
 - the gradient of a 5x5 kernel is put together from those of four 3x3 kernels, at shifts of 0 and 2 of the padded input;
 - the gradient of a strided convolution's input is a convolution, of stride 1 with the kernel turned around, of the output's gradient with
-  zeros between its places.
+  zeros between its places (in bf16 alone);
+- the gradient of a bias is a sum.
 """
 
 from __future__ import annotations
@@ -17,16 +19,27 @@ from torch import Tensor, nn
 LAST = torch.channels_last
 
 
-class DepthwiseConv2d(nn.Conv2d):
-    """One kernel per channel, no bias. With a stride the input is padded as TensorFlow pads: to ceil(size / stride) outputs, more after."""
+class SameConv2d(nn.Conv2d):
+    """With a stride the input is padded as TensorFlow pads: to ceil(size / stride) outputs, more after."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding, kernel, stride = self.padding, self.kernel_size[0], self.stride[0]
         if stride > 1:
             x, padding = F.pad(x, [*missing(x.shape[3], kernel, stride), *missing(x.shape[2], kernel, stride)]), (0, 0)
-        if slow_backward(x):
-            return _Depthwise.apply(x.bfloat16(), self.weight.bfloat16(), stride, padding[0])
-        return F.conv2d(x, self.weight, None, stride, padding, 1, self.groups)
+        return self.convolved(x, weight, bias, stride, padding)
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int]) -> Tensor:
+        return F.conv2d(x, weight, bias, stride, padding, 1, self.groups)
+
+
+class DepthwiseConv2d(SameConv2d):
+    """One kernel per channel."""
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int]) -> Tensor:
+        if not slow_backward(x):
+            return super().convolved(x, weight, bias, stride, padding)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return _Depthwise.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding[0])
 
 
 def missing(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -36,33 +49,34 @@ def missing(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 def slow_backward(x: Tensor) -> bool:
-    """Whether a backward pass will follow, in bf16 on a CPU."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    """Whether a backward pass will follow, on a CPU."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding, 1, len(weight))
+        return F.conv2d(x, weight, bias, stride, padding, 1, len(weight))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=LAST)
-        of_x = of_weight = None
+        of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = gradient_of_input(gradient, x, weight, ctx.stride, ctx.padding)
         if ctx.needs_input_grad[1]:
             of_weight = gradient_of_weight(gradient, x, weight.shape[2], ctx.stride, ctx.padding)
-        return of_x, of_weight, None, None
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 2, 3))
+        return of_x, of_weight, of_bias, None, None
 
 
 def gradient_of_input(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    return (strided_input_gradient if stride > 1 else input_gradient)(gradient, x, weight, stride, padding)
+    strided = stride > 1 and gradient.dtype == torch.bfloat16
+    return (strided_input_gradient if strided else input_gradient)(gradient, x, weight, stride, padding)
 
 
 def gradient_of_weight(gradient: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from students.lightcap.depthwise import DepthwiseConv2d
+from students.lightcap.depthwise import DepthwiseConv2d, SameConv2d
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -57,6 +57,8 @@ class Lite0(nn.Module):
             elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels:
                 sizes = {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "groups")}
                 setattr(self.net.get_submodule(parent), leaf, DepthwiseConv2d(module.in_channels, module.out_channels, **sizes, bias=False))
+        stem = self.net.conv_stem
+        self.net.conv_stem = SameConv2d(stem.in_channels, stem.out_channels, stem.kernel_size, stride=stem.stride, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net.forward_features(pixels)

@@ -1,7 +1,8 @@
 """Structured pruning to a target in MACs, parameters, megabytes or milliseconds, recovered by distilling from the unpruned parent.
 
-Each step: importance by gate derivatives on training captions, the cheapest blocks leave until the step's share of the target is met,
-the encoder learns to give its old grid again, its features are computed anew, and the fusion is distilled from the parent.
+Whole layers leave first, where some shall. Each step: importance by gate derivatives on training captions, the cheapest blocks leave until
+the step's share of the target is met, the encoder learns to give its old grid again, its features are computed anew, and the fusion is
+distilled from the parent.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from compress.context import Context
 from compress.stages.prune.channels import Block, blocks, remove, units
 from compress.stages.prune.importance import importance
 from compress.stages.prune.recover import recover_encoder
+from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
 from compress.stages.prune.target import Target, choose, give_back
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.distillation import Goal, distil, teach
@@ -26,6 +28,8 @@ from compress.training.start import read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
 from teachers.teacher import load
+
+SENSITIVITY = "sensitivity.json"  # part: the caption loss's rise, nats a token, without half of what can leave there
 
 
 def run(parent: Artifact, config: Prune, context: Context) -> None:
@@ -36,11 +40,22 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     full = model.word.detach().clone()
     target = Target.of(config, model)
     teacher = load(parent.path)
+    if config.layers:
+        stay = least_layers(*measured(model, tokenizer, settings, seed, context), config.layers)
+        model = with_layers(model, stay)
+        target = target.of_what_is_left(model)
+        context.progress.log(f"{context.stage.name}: layers {', '.join(str(index + 1) for index in stay)} stay; {target.describe(model)}")
+    factors: dict | None = None
     taught = good = before = None
     gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
         label = f"{context.stage.name} {step}/{config.steps}"
         scores = importance(model, tokenizer, settings, units(model, config.parts), config, seed, context)
+        if config.ratios == "sensitivity":
+            if factors is None:
+                narrow, loss = measured(model, tokenizer, settings, seed, context)
+                rises, factors = sensitivities(narrow, loss, scores, config.round_to, target.savings)
+            scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
         order = blocks(scores, config.round_to, target.savings)
         model = remove(model, leaving(model, order, target, target.at(step / config.steps), context.work / f"leaving-{step}.json"))
         context.progress.log(f"{label}: {target.describe(model)}")
@@ -68,12 +83,16 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
                 break
             good = made
     write_captioner(context.output, model, tokenizer, settings)
+    if factors is not None:
+        write_json(context.output / SENSITIVITY, rises)
 
 
 def leaving(model: LightCap, order: Sequence[Block], target: Target, wanted: float, note: Path) -> Sequence[Block]:
     """The blocks that leave so that the measure comes to `wanted`. How many were found by time is kept in `note`: asked again after a stop,
     the clock would say another number."""
     if target.exact:
+        if target.measure(model) <= wanted:  # the layers that left were enough
+            return []
         return give_back(model, order[: choose(model, order, wanted, target)], wanted, target)
     if not note.exists():
         note.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from compress.training.features import device, grids, normalised, pixels, varian
 from compress.training.loop import Group, fit, precision
 from compress.training.start import read_captioner
 from students.lightcap import LightCap
+from students.lightcap.norms import folded
 
 
 def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: Prune, seed: int, label: str, context: Context) -> None:
@@ -40,6 +41,7 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
         return (grid.float() - goal).square().mean() / scale
 
     groups = [Group(list(model.encoder.parameters()), config.encoder_learning_rate)]
-    fit(nn.ModuleDict({"encoder": model.encoder}), groups, steps, loss_of, config, seed, context.work, label, context.progress)
+    with folded(model.encoder, model.config.image_size):
+        fit(nn.ModuleDict({"encoder": model.encoder}), groups, steps, loss_of, config, seed, context.work, label, context.progress)
     model.cpu().eval()
     model.contiguous_()

@@ -43,7 +43,11 @@ class Target:
         wanted = getattr(config, name) * (1 if name in ("mb", "ms") else before)
         if wanted >= before:
             raise StageError(f"prune to {name}: {wanted:.4g} is not below the parent's {before:.4g}")
-        return Target(name, measure, before, wanted, savings(model, name in ("macs", "ms")))
+        return Target(name, measure, before, wanted, {}).of_what_is_left(model)
+
+    def of_what_is_left(self, model: LightCap) -> Target:
+        """The same target, with what channels of `model` save."""
+        return dataclasses.replace(self, savings=savings(model, self.name in ("macs", "ms")))
 
     @property
     def exact(self) -> bool:
