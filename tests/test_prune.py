@@ -478,15 +478,11 @@ def test_layers_and_ratios_of_the_stage(world, monkeypatch):
     model, tokenizer, _, parent, context = world
     monkeypatch.setattr(importance, "BATCHES", 1)
     config = Prune(macs=0.7, layers=1, ratios="sensitivity", steps=2, batch_images=40, recover_epochs=1, recover_encoder_epochs=0.1)
-    made = []
-    for name in ("a", "b"):
-        here = context(name)
-        prune.run(parent, config, here)
-        made.append(Artifact(here.output))
-    assert made[0].digest() == made[1].digest()
-    pruned = LightCap.from_pretrained(made[0].path)
+    here = context("a")
+    prune.run(parent, config, here)
+    pruned = LightCap.from_pretrained(here.output)
     assert pruned.config.layers == 1 and target.macs(pruned) / target.macs(model) <= 0.7
-    rises = json.loads((made[0].path / "sensitivity.json").read_text())
+    rises = json.loads((here.output / "sensitivity.json").read_text())
     assert {"fusion.layers.0 ffn", "encoder.stem.0 conv"} <= set(rises)
 
 
