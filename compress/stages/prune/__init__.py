@@ -45,16 +45,16 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         model = with_layers(model, stay)
         target = target.of_what_is_left(model)
         context.progress.log(f"{context.stage.name}: layers {', '.join(str(index + 1) for index in stay)} stay; {target.describe(model)}")
-    factors: dict | None = None
-    taught = good = before = None
+    rises = factors = taught = good = before = None
     gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
         label = f"{context.stage.name} {step}/{config.steps}"
         scores = importance(model, tokenizer, settings, units(model, config.parts), config, seed, context)
-        if config.ratios == "sensitivity":
-            if factors is None:
-                narrow, loss = measured(model, tokenizer, settings, seed, context)
-                rises, factors = sensitivities(narrow, loss, scores, config.round_to, target.savings)
+        if config.ratios == "sensitivity" and factors is None:  # measured once, on the unpruned model
+            rises, factors = sensitivities(
+                *measured(model, tokenizer, settings, seed, context), scores, config.round_to, target.savings
+            )
+        if factors is not None:
             scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
         order = blocks(scores, config.round_to, target.savings)
         model = remove(model, leaving(model, order, target, target.at(step / config.steps), context.work / f"leaving-{step}.json"))
@@ -83,7 +83,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
                 break
             good = made
     write_captioner(context.output, model, tokenizer, settings)
-    if factors is not None:
+    if rises is not None:
         write_json(context.output / SENSITIVITY, rises)
 
 
