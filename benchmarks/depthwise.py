@@ -1,6 +1,6 @@
-"""Gradients of depthwise convolutions in bf16: oneDNN's own beside those of students/lightcap/depthwise.py, in turn, in one run
+"""Gradients of depthwise convolutions: oneDNN's own beside those of students/lightcap/depthwise.py, in turn, in one run
 
-    python benchmarks/depthwise.py [--images 16] [--repeats 15] [--json]
+    python benchmarks/depthwise.py [--images 16] [--repeats 15] [--precision bf16] [--json]
 
 Every depthwise convolution of EfficientNet-Lite0 at 224x224, of the input and of the weight, with channels last. The last line is one JSON
 document; with --json it is the only one.
@@ -21,10 +21,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from compress.memory import keep  # noqa: E402
 from students.lightcap import depthwise  # noqa: E402
 from students.lightcap.encoder import Lite0  # noqa: E402
 
 SIZE = 224
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOTALS = ("input_ms", "input_ours_ms", "weight_ms", "weight_ours_ms")
 
 
@@ -60,10 +62,10 @@ def in_turn(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, l
     return taken
 
 
-def row(name: str, module: depthwise.DepthwiseConv2d, shape: tuple[int, ...], repeats: int) -> dict:
+def row(name: str, module: depthwise.DepthwiseConv2d, shape: tuple[int, ...], repeats: int, dtype: torch.dtype) -> dict:
     kernel, stride, padding = module.kernel_size[0], module.stride[0], 0 if module.stride[0] > 1 else module.padding[0]
-    x = torch.randn(shape).bfloat16().to(memory_format=torch.channels_last)
-    weight = torch.randn(shape[1], 1, kernel, kernel).bfloat16()
+    x = torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(shape[1], 1, kernel, kernel, dtype=dtype)
     gradient = torch.randn_like(torch.nn.functional.conv2d(x, weight, None, stride, padding, 1, shape[1]))
     taken = in_turn({
         "input": lambda: depthwise.input_gradient(gradient, x, weight, stride, padding),
@@ -86,16 +88,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    keep()  # as training does: the pages of freed memory are not taken anew at every call
     rows = []
     for name, module, shape in shapes(asked.images):
-        rows.append(row(name, module, shape, asked.repeats))
+        rows.append(row(name, module, shape, asked.repeats, PRECISIONS[asked.precision]))
         if not asked.json:
             print(line(rows[-1]), flush=True)
     total = {key: sum(row[key] for row in rows) for key in TOTALS}
     ratios = {name: round(total[f"{name}_ms"] / total[f"{name}_ours_ms"], 2) for name in ("input", "weight")}
-    document = {"benchmark": "depthwise", "torch": torch.__version__, "threads": torch.get_num_threads(), "images": asked.images}
+    document = {"benchmark": "depthwise", "torch": torch.__version__, "threads": torch.get_num_threads(), "images": asked.images,
+                "precision": asked.precision}
     print(json.dumps(document | {"rows": rows, "total": {key: round(value, 2) for key, value in total.items()}, "ratios": ratios}))
 
 

@@ -1,6 +1,6 @@
 """Multiply-accumulates against milliseconds: LightCap-40M pruned to several shares of its MACs, in fp32 and INT8, on one thread.
 
-    python benchmarks/prune.py [--shares 0.8 0.65 0.5 0.35] [--rounds 20] [--images 64] [--keep FOLDER]
+    python benchmarks/prune.py [--shares 0.8 0.65 0.5 0.35] [--round-to 8] [--rounds 20] [--images 64] [--keep FOLDER]
 
 Channels leave in the order of the stage `prune`, by importance on generated scenes; nothing is recovered, since time follows from shapes
 alone (and weights are random: no checkpoint of LightCap can be had). All models run in turn, round after round. README.md says what each
@@ -31,21 +31,22 @@ from compress.stages.export import export  # noqa: E402
 PRECISIONS = ("fp32", "int8")
 
 
-def build(folder: Path, shares: list[float], images: int) -> list[Subject]:
-    """Both precisions of the whole model and of each share, made in `folder` or found there."""
+def build(folder: Path, shares: list[float], roundings: list[int], images: int) -> list[Subject]:
+    """Both precisions of the whole model and of each share with its widths rounded in each way, made in `folder` or found there."""
     progress, data = Progress(), models.scenes(images)
     whole = models.build("small", folder, images)
-    order = models.removable(whole, data, Prune(macs=min(shares)), progress)
+    orders = {to: models.removable(whole, data, Prune(macs=min(shares), round_to=to), progress) for to in roundings}
     found = []
-    for share in (1.0, *shares):
-        cut = folder / f"share-{share:g}-{images}"
+    for share, rounding in [(1.0, 1), *((share, rounding) for share in shares for rounding in roundings)]:
+        name = "1" if share == 1.0 else f"{share:g} by {rounding}"
+        cut = folder / f"share-{name.replace(' ', '-')}-{images}"
         if share == 1.0:
             cut = whole.path
         elif not cut.is_dir():
             with writing(cut) as out:
-                models.pruned(whole, out, order, Prune(macs=share))
+                models.pruned(whole, out, orders[rounding], Prune(macs=share, round_to=rounding))
         for precision in PRECISIONS:
-            made = folder / f"share-{share:g}-{images}-{precision}"
+            made = folder / f"share-{name.replace(' ', '-')}-{images}-{precision}"
             if not made.is_dir():
                 with writing(made) as out:
                     if precision == "fp32":
@@ -53,8 +54,8 @@ def build(folder: Path, shares: list[float], images: int) -> list[Subject]:
                     else:
                         models.quantized(Artifact(cut), out, data, progress, Quantize(calibration_images=images))
                 progress.log(f"{made.name} is built")
-            costs = {"share": share, "precision": precision} | models.row(Artifact(made))
-            found.append(Subject(f"{share:g} {precision}", "", graphs(Artifact(made)), costs))
+            costs = {"share": share, "round_to": rounding, "precision": precision} | models.row(Artifact(made))
+            found.append(Subject(f"{name} {precision}", "", graphs(Artifact(made)), costs))
     return found
 
 
@@ -69,27 +70,28 @@ def ratios(rows: list[dict], unit: str) -> dict[str, float]:
             for part in ("encoder", "caption"):
                 macs = 1 - row[f"gmacs_{part}"] / before[f"gmacs_{part}"]
                 time = 1 - row[f"{part}_{unit}"] / before[f"{part}_{unit}"]
-                found[f"{part}_{row['precision']}_at_{row['share']:g}"] = round(time / macs, 3)
+                found[f"{part}_{row['precision']}_at_{row['share']:g}_by_{row['round_to']}"] = round(time / macs, 3)
     return found
 
 
 def line(row: dict) -> str:
     times = "   ".join(f"{part} {row[f'gmacs_{part}']:5.2f} GMACs {row[f'{part}_ms']:7.2f} ms" for part in ("encoder", "caption"))
-    return f"{row['name']:10} {times}   quartiles {row['caption_ms_q1']:.2f} to {row['caption_ms_q3']:.2f}   {row['bytes'] / 1e6:5.1f} MB"
+    return f"{row['name']:15} {times}   quartiles {row['caption_ms_q1']:.2f} to {row['caption_ms_q3']:.2f}   {row['bytes'] / 1e6:5.1f} MB"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.65, 0.5, 0.35])
+    parser.add_argument("--round-to", type=int, nargs="+", default=[8], help="widths of channels are multiples of this")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, default=64, help="generated pictures for calibration, and for the importance of channels")
     parser.add_argument("--keep", type=Path, help="a folder where the models that are built stay, and are taken from next time")
     options = parser.parse_args()
-    if not all(0 < share < 1 for share in options.shares) or options.rounds < 2:
-        parser.error("shares lie between 0 and 1, and rounds are at least 2")
+    if not all(0 < share < 1 for share in options.shares) or options.rounds < 2 or min(options.round_to) < 1:
+        parser.error("shares lie between 0 and 1, rounds are at least 2, and widths are multiples of at least 1")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        subjects = build(options.keep or Path(scratch), sorted(set(options.shares), reverse=True), options.images)
+        subjects = build(options.keep or Path(scratch), sorted(set(options.shares), reverse=True), options.round_to, options.images)
         data = models.scenes(options.rounds)
         times = measure(subjects, [data.image(example) for example in data.examples], options.rounds)
     rows = [{"name": subject.name} | subject.costs | summary(times[subject.name]) for subject in subjects]
