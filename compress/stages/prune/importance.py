@@ -24,7 +24,7 @@ from compress.training.corpus import corpus
 from compress.training.features import device
 from students.lightcap import LightCap
 
-BATCHES = 16
+BATCHES = 16  # at most
 IMAGES = 16
 
 
@@ -46,8 +46,10 @@ def importance(
     batch_of = data.batches(IMAGES, seed, model.config.mask_piece)
     total = {unit: torch.zeros(unit.width) for unit in wanted}
     source = torch.Generator(where).manual_seed(seed)
-    with context.progress.task("importance", BATCHES) as task:
-        for step in range(BATCHES):
+    chance = config.importance == "distillation" or model.config.mask_piece is not None
+    batches = BATCHES if chance else min(BATCHES, data.steps(1, IMAGES))  # where nothing is drawn, a second look says the same
+    with context.progress.task("importance", batches) as task:
+        for step in range(batches):
             batch = batch_of(step)
             grid = data.grid_of(model, batch.images)
             states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix))
@@ -66,7 +68,7 @@ def importance(
     model.cpu()
     model.widen(data.keep, full, 0.0)
     model.heads.bias.data.copy_(bias)
-    return {unit: score / BATCHES for unit, score in total.items()}
+    return {unit: score / batches for unit, score in total.items()}
 
 
 def gate(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> Tensor:

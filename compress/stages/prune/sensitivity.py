@@ -24,7 +24,7 @@ from compress.training.corpus import corpus
 from compress.training.features import device
 from students.lightcap import LightCap
 
-LOOKS = 4  # batches that a loss is the mean of
+LOOKS = 4  # batches at most that a loss is the mean of
 LEAST = 1e-3  # nats a token: a smaller rise is not told from none
 
 
@@ -36,7 +36,7 @@ def measured(
     narrow = copy.deepcopy(model)
     narrow.narrow(data.keep)
     batch_of = data.batches(IMAGES, seed, narrow.config.mask_piece)
-    batches = [batch_of(step) for step in range(LOOKS)]
+    batches = [batch_of(step) for step in range(min(LOOKS, data.steps(1, IMAGES)))]
 
     @torch.inference_mode()
     def loss(cut: LightCap) -> float:
