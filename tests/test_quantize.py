@@ -68,14 +68,14 @@ def test_every_convolution_addition_and_pooling_of_the_encoder_is_an_integer_ker
     assert kinds["QuantizeLinear"] == kinds["DequantizeLinear"] == 1
 
 
-def pooling(side: int, step: float, ceil: int = 0) -> onnx.ModelProto:
-    """Quantize by 0.1, average over windows of `side`, quantize by `step`."""
+def pooling(side: int, step: float, ceil: int = 0, stride: int | None = None) -> onnx.ModelProto:
+    """Quantize by 0.1, average over windows of `side`, `stride` (None: `side`) apart, quantize by `step`."""
     names = ["x", "q", "d", "p", "r", "y"]
     weights = [numpy_helper.from_array(np.array(value, kind), name)
                for name, value, kind in (("a", 0.1, np.float32), ("b", step, np.float32), ("z", 3, np.uint8))]
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "a", "z"], ["q"]), helper.make_node("DequantizeLinear", ["q", "a", "z"], ["d"]),
-        helper.make_node("AveragePool", ["d"], ["p"], kernel_shape=[side, side], strides=[side, side], ceil_mode=ceil),
+        helper.make_node("AveragePool", ["d"], ["p"], kernel_shape=[side, side], strides=[stride or side] * 2, ceil_mode=ceil),
         helper.make_node("QuantizeLinear", ["p", "b", "z"], ["r"]), helper.make_node("DequantizeLinear", ["r", "b", "z"], ["s"]),
         helper.make_node("Relu", ["s"], ["y"]),
     ]  # fmt: skip
@@ -97,6 +97,14 @@ def test_pools_are_convolutions_with_ones(side, step, nodes):
     wanted = np.maximum(np.clip(np.round(mean / np.float32(step)) + 3, 0, 255) - 3, 0) * step
     found = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
     assert np.abs(found - wanted).max() <= step * 1.001 and np.mean(np.abs(found - wanted) > step / 2) < 0.02  # ties alone
+
+
+def test_a_pool_over_single_pixels_that_leaves_some_out_does_not_go():
+    proto = pooling(1, 0.1, stride=2)
+    encoder.integer_pools(proto)
+    x = np.random.default_rng(1).uniform(0, 12, (1, 4, 6, 6)).astype(np.float32)
+    found = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    np.testing.assert_allclose(found, x[:, :, ::2, ::2], atol=0.051)
 
 
 def test_a_pool_that_is_no_plain_mean_stays():

@@ -1,8 +1,8 @@
 """Batch norms of fixed statistics, folded into the convolutions before them for as long as both are trained.
 
-In eval mode a norm is a scale and a shift of each channel. As an operation of its own it costs a third of an encoder's training step on a
-CPU: passes over all its activations, for little arithmetic. Folded, conv(x, w) * s + t is conv(x, w * s) + t, the same function of the same
-parameters; their gradients come through the few products w * s.
+In eval mode a norm is a scale and a shift of each channel. As an operation of its own it passes over all activations, forward and backward,
+for little arithmetic. Folded, conv(x, w) * s + t is conv(x, w * s) + t, the same function of the same parameters; their gradients come
+through the few products w * s.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def folded(encoder: nn.Module, image_size: int) -> Iterator[None]:
-    """Inside, each norm of `encoder` that is in eval mode and alone reads a convolution's output is part of that convolution. Parameters,
-    their names and the encoder's modules stay as they are."""
+    """Inside, each norm of `encoder` that is in eval mode and takes a convolution's output is part of that convolution, whose output
+    nothing else may read. Parameters, their names and the encoder's modules stay as they are."""
     pairs = [(conv, norm) for conv, norm in read_by_norms(encoder, image_size) if not norm.training]
     for conv, norm in pairs:
         conv.forward, norm.forward = partial(convolved_and_normed, conv, norm), nn.Identity().forward

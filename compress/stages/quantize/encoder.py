@@ -98,8 +98,8 @@ def quantized_readers(pad: NodeProto, readers: dict) -> tuple[NodeProto, NodePro
 
 def integer_pools(proto: ModelProto) -> None:
     """Average pools between two quantizations become depthwise convolutions with ones, in place: the same sums, scaled by 1 / k^2. ONNX
-    Runtime's own integer pool is slow: of the 25 ms of CLIP's ResNet-50, its eight took 5, these convolutions 1. A pool over single pixels
-    (there is one in that network) goes."""
+    Runtime's own integer pool is slow: with it CLIP's ResNet-50 took 25 ms, and takes 21 without (benchmarks/latency.py). A pool that takes
+    every pixel by itself (there is one in that network) goes."""
     graph = proto.graph
     shapes = {value.name: value.type.tensor_type.shape.dim for value in shape_inference.infer_shapes(proto).graph.value_info}
     weights, made, readers = graphs.initializers(graph), graphs.producers(graph), graphs.consumers(graph)
@@ -112,7 +112,8 @@ def integer_pools(proto: ModelProto) -> None:
             continue
         same = all(numpy_helper.to_array(weights[a]) == numpy_helper.to_array(weights[b])
                    for a, b in zip(before.input[1:], after[0].input[1:], strict=True))
-        if side == 1 and same and (read := readers.get(after[0].output[0], [])):
+        strides = list(graphs.attribute(node, "strides"))
+        if side == 1 and strides == [1, 1] and same and (read := readers.get(after[0].output[0], [])):
             for reader in (reader for dequantize in read for reader in readers.get(dequantize.output[0], [])):
                 for place, name in enumerate(reader.input):
                     if name in {dequantize.output[0] for dequantize in read}:
@@ -122,7 +123,6 @@ def integer_pools(proto: ModelProto) -> None:
         ones = graphs.add_initializer(graph, f"{name}_ones", np.ones((count, 1, side, side), np.int8))
         scale = graphs.add_initializer(graph, f"{name}_share", np.full(count, 1 / side**2, np.float32))
         point = graphs.add_initializer(graph, f"{name}_point", np.zeros(count, np.int8))
-        strides = list(graphs.attribute(node, "strides"))
         nodes += [
             helper.make_node("DequantizeLinear", [ones, scale, point], [f"{name}_weight"], axis=0),
             helper.make_node("Conv", [node.input[0], f"{name}_weight"], [name], group=count, kernel_shape=[side, side], strides=strides,
