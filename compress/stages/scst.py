@@ -27,6 +27,7 @@ from compress.training.softmax import logits_at
 from compress.training.start import language, read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
+from students.lightcap.norms import folded
 
 
 def run(parent: Artifact, config: Scst, context: Context) -> None:
@@ -65,7 +66,8 @@ def run(parent: Artifact, config: Scst, context: Context) -> None:
 
     groups = [Group(list(trained.parameters()), config.learning_rate)]
     steps = data.steps(config.epochs, config.batch_images)
-    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
+    with folded(model.encoder, model.config.image_size):
+        fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)

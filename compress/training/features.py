@@ -16,6 +16,7 @@ from compress.context import Progress
 from compress.data import CaptionSet
 from compress.training.store import found, stored
 from students.lightcap import LightCap
+from students.lightcap.norms import folded
 
 ROWS = 256
 BATCH = 32
@@ -60,7 +61,7 @@ def grids(model: LightCap, data: CaptionSet, settings: dict, cache: Path, progre
             blocks.append(grid.to("cpu", torch.float16).numpy())
         return np.concatenate(blocks)
 
-    with progress.task("features", len(data.examples)) as task:
+    with folded(model.encoder, settings["image_size"]), progress.task("features", len(data.examples)) as task:
         return stored(cache / "grids", key, shape, "float16", ROWS, fill, task)
 
 
