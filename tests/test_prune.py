@@ -26,10 +26,10 @@ from students.lightcap.tokenizer import load_tokenizer
 
 importance = importlib.import_module("compress.stages.prune.importance")  # the package names its function alike
 
-ENCODER_UNITS = {  # by hand: convolutions whose channels no residual sum and no grid shares
-    "resnet-small": 5,  # both of the stem, the first of each block
-    "clip-small": 3 + 2 * 4,  # the stem, the first two of each bottleneck
-    "efficientnet-lite0": 1 + 1 + 15 + 1,  # the stem, the first block's output, each expansion, the last block's output
+ENCODER_UNITS = {  # by hand: within blocks, and (how many convolutions write each) between them; the grid's own are none
+    "resnet-small": (5, [2, 2]),  # both of the stem, the first of each block; a block's output is its second's and its shortcut's
+    "clip-small": (3 + 2 * 4, [2, 2, 2]),  # the stem, the first two of each bottleneck; three stages, and the grid
+    "efficientnet-lite0": (1 + 1 + 15 + 1, [2, 2, 3, 3, 4]),  # stem, first block's output, each expansion, last block's output; five stages
 }
 
 
@@ -79,9 +79,9 @@ def norms_of(encoder: str, name: str) -> list[str]:
     """The batch norms behind a convolution's channels, its depthwise reader's too, as the architecture's paper draws it."""
     name = name.removeprefix("encoder.")
     if encoder == "resnet-small":
-        return [{"stem.0": "stem.1", "stem.3": "stem.4"}.get(name, name.replace("conv", "bn"))]
+        return [{"stem.0": "stem.1", "stem.3": "stem.4"}.get(name, name.replace("conv", "bn").replace("shortcut.0", "shortcut.1"))]
     if encoder == "clip-small":
-        return [name.replace("conv", "bn")]
+        return [name.replace("conv", "bn").replace("downsample.0", "downsample.1")]
     if name == "net.conv_stem":
         return ["net.bn1", "net.blocks.0.0.bn1"]
     if name == "net.blocks.0.0.conv_pw":
@@ -90,14 +90,18 @@ def norms_of(encoder: str, name: str) -> list[str]:
     return [f"{block}.bn1", f"{block}.bn2"] if kind == "pw" else [f"{block}.bn3"]
 
 
+def norms_behind(model: LightCap, unit: channels.Unit) -> list[nn.Module]:
+    names = [name for writer in unit.writers for name in norms_of(model.config.encoder, writer)]
+    return [model.encoder.get_submodule(name) for name in names]
+
+
 def silence(model: LightCap, chosen: list[channels.Block]) -> None:
     """Sets what the removed channels give to zero, at full width."""
     with torch.no_grad():
         for block in chosen:
             gone = list(block.channels)
             if block.unit.kind == "conv":
-                for name in norms_of(model.config.encoder, block.unit.name):
-                    norm = model.encoder.get_submodule(name)
+                for norm in norms_behind(model, block.unit):
                     norm = norm[0] if isinstance(norm, torch.nn.Sequential) else norm
                     norm.weight[gone], norm.bias[gone] = 0.0, 0.0
                 continue
@@ -119,7 +123,9 @@ def ranked(model: LightCap, round_to: int = 8, parts=("encoder", "fusion"), seed
 def test_removing_is_silencing(encoder, tmp_path):
     model = build(encoder)
     units = channels.units(model, ("encoder", "fusion"))
-    assert len(units) == len(set(units)) == ENCODER_UNITS[encoder] + 2 * 2
+    inside, between = ENCODER_UNITS[encoder]
+    writers = sorted(len(unit.writers) for unit in units if unit.kind == "conv")
+    assert writers == [1] * inside + between and len(units) == len(set(units)) == len(writers) + 2 * 2
     order = ranked(model)
     last = {block.unit: block for block in order}
     chosen = [block for block in order if block is not last[block.unit] or block.unit.kind != "conv"]
@@ -277,10 +283,10 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
 
     def loss(step: int, unit: channels.Unit, channel: int, gate: float) -> float:
         if unit.kind == "conv":
-            module = model.encoder.get_submodule(norms_of("resnet-small", unit.name)[0])
+            modules = norms_behind(model, unit)
         else:
             layer = model.get_submodule(unit.name)
-            module = layer.down if unit.kind == "ffn" else layer.output
+            modules = [layer.down if unit.kind == "ffn" else layer.output]
         width = layer.head_dim if unit.kind == "head" else 1
         places = slice(channel * width, (channel + 1) * width)
 
@@ -294,7 +300,9 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
             x[..., places] *= gate
             return (x,)
 
-        handle = module.register_forward_hook(after) if unit.kind == "conv" else module.register_forward_pre_hook(before)
+        handles = [
+            module.register_forward_hook(after) if unit.kind == "conv" else module.register_forward_pre_hook(before) for module in modules
+        ]
         batch = batch_of(step)
         with torch.no_grad():
             grid = corpus.grid_of(model, batch.images)
@@ -302,11 +310,13 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
             real = batch.targets != IGNORED
             logits = model.heads(states[real], model.word).double()
         value = F.cross_entropy(logits, batch.targets[real], label_smoothing=config.label_smoothing)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         return float(value)
 
     eps = 0.01
-    for unit in [wanted[0], wanted[3], wanted[-4], wanted[-1]]:
+    coupled = next(unit for unit in wanted if len(unit.writers) == 2)
+    for unit in [wanted[0], wanted[3], coupled, wanted[-4], wanted[-1]]:
         for channel in {int(scores[unit].argmax()), 0}:
             slopes = [abs(loss(s, unit, channel, 1 + eps) - loss(s, unit, channel, 1 - eps)) / (2 * eps) for s in range(2)]
             assert float(scores[unit][channel]) == pytest.approx(sum(slopes) / 2, rel=0.05, abs=1e-4), unit

@@ -1,7 +1,7 @@
-"""What can be removed: channels inside the encoder's blocks, attention heads, and feed-forward width.
+"""What can be removed: channels of the encoder, attention heads, and feed-forward width.
 
-Encoder channels are removed by torch-pruning's dependency graph, and only where one convolution writes them: channels that a residual sum
-couples through a whole stage, and the grid's own, stay.
+Encoder channels are removed by torch-pruning's dependency graph: those inside a block, and those that residual sums couple through a whole
+stage, from all of its blocks at once. The grid's own stay.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ LEAST_SHARE = 0.25  # of a unit's width that always stays: a layer that is cut o
 
 @dataclass(frozen=True)
 class Unit:
-    """A set of `width` interchangeable channels (or heads) under the name of the module that writes them."""
+    """A set of `width` interchangeable channels (or heads) under the name of the module that writes them: the first, where a residual sum
+    makes one channel of what several convolutions (`writers`) give."""
 
     kind: Literal["conv", "ffn", "head"]
     name: str
     width: int
+    writers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ def units(model: LightCap, parts: Sequence[str]) -> list[Unit]:
         convolutions = {module: name for name, module in model.encoder.named_modules() if isinstance(module, nn.Conv2d)}
         last = list(convolutions)[-1]
         for group in graph.get_all_groups(ignored_layers=[last], root_module_types=[nn.Conv2d]):
-            writers = [d.target.module for d, _ in group if d.handler == tp.prune_conv_out_channels]
-            if len(writers) == 1 and last not in writers:
-                found.append(Unit("conv", f"encoder.{convolutions[writers[0]]}", writers[0].out_channels))
+            writing = {d.target.module for d, _ in group if d.handler == tp.prune_conv_out_channels}
+            if last not in writing:
+                names = tuple(f"encoder.{name}" for module, name in convolutions.items() if module in writing)
+                found.append(Unit("conv", names[0], model.get_submodule(names[0]).out_channels, names))
     if "fusion" in parts:
         for index, layer in enumerate(model.fusion.layers):
             found.append(Unit("ffn", f"fusion.layers.{index}", layer.up.out_features))

@@ -5,8 +5,9 @@
 is the mean square of the gate's derivative over pieces drawn from the model (the Fisher information).
 `magnitude`: the norm of what writes it, batch norm folded in, times the norm of what reads it; over the mean of its unit.
 
-A gate on a convolution's channel sits behind its batch norm, where the derivative is weight * d weight + bias * d bias; one on
-a feed-forward channel, or on a head, sits before the linear layer that reads it, where it is the sum of W * dW over its columns.
+A gate on a convolution's channel sits behind its batch norm, where the derivative is weight * d weight + bias * d bias (that of a channel
+which a residual sum makes of several convolutions' is the sum of theirs); one on a feed-forward channel, or on a head, sits before the
+linear layer that reads it, where it is the sum of W * dW over its columns.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def importance(
 
 def gate(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> Tensor:
     if unit.kind == "conv":
-        norm = norms[unit.name]
-        return norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad
+        behind = [norms[name] for name in unit.writers]
+        return sum(norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad for norm in behind)
     layer = model.get_submodule(unit.name)
     reader = layer.down if unit.kind == "ffn" else layer.output
     columns = (reader.weight.detach() * reader.weight.grad).sum(0)
@@ -86,18 +87,21 @@ def magnitude(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> 
     """(width,), of mean 1."""
     module = model.get_submodule(unit.name)
     if unit.kind == "conv":
-        norm = norms[unit.name]
-        size = module.weight.flatten(1).norm(dim=1) * norm.weight.abs() / (norm.running_var + norm.eps).sqrt()
+        size = torch.stack([written(model.get_submodule(name), norms[name]) for name in unit.writers]).norm(dim=0)
     elif unit.kind == "ffn":
         size = module.up.weight.norm(dim=1) * module.down.weight.norm(dim=0)
     else:
-        written = module.value.weight.view(unit.width, -1).norm(dim=1)
-        size = written * module.output.weight.t().reshape(unit.width, -1).norm(dim=1)
+        values = module.value.weight.view(unit.width, -1).norm(dim=1)
+        size = values * module.output.weight.t().reshape(unit.width, -1).norm(dim=1)
     return size / size.mean()
 
 
+def written(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    return conv.weight.flatten(1).norm(dim=1) * norm.weight.abs() / (norm.running_var + norm.eps).sqrt()
+
+
 def norms_behind(model: LightCap) -> dict[str, nn.BatchNorm2d]:
-    """For each convolution that alone writes its channels, the batch norm that follows it first."""
+    """For each convolution but the depthwise ones, the batch norm that follows it first."""
     graph = dependency_graph(model)
     names = {module: name for name, module in model.named_modules()}
     found = {}

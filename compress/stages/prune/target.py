@@ -153,12 +153,12 @@ def savings(model: LightCap, as_macs: bool) -> dict[tuple[str, str], float]:
     for name, module in model.encoder.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
-        group = graph.get_pruning_group(module, tp.prune_conv_out_channels, [0])
-        convolutions = {d.target.module for d, _ in group if isinstance(d.target.module, nn.Conv2d)}
         total = 0.0
-        for conv in convolutions:
-            weights = conv.weight.numel() * (places[conv] if as_macs else 1)
-            total += weights / (conv.out_channels if conv is module or conv.groups > 1 else conv.in_channels)
+        group = graph.get_pruning_group(module, tp.prune_conv_out_channels, [0])
+        for conv, handler in dict.fromkeys((d.target.module, d.handler) for d, _ in group):
+            if isinstance(conv, nn.Conv2d):
+                weights = conv.weight.numel() * (places[conv] if as_macs else 1)
+                total += weights / (conv.in_channels if handler == tp.prune_conv_in_channels else conv.out_channels)
         found["conv", f"encoder.{name}"] = total
     hidden, prefix = model.config.hidden, model.config.prefix
     for index, layer in enumerate(model.fusion.layers):
