@@ -1,4 +1,4 @@
-"""The INT8 concept extractor: its two layers and the product with the concept embeddings as integer products, as in the decoder."""
+"""The INT8 concept extractor: its layers as integer products, as in the decoder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARGEST = 4096  # batch
 def calibrated(model: LightCap, grids: Sequence[Tensor], config: Quantize, progress: Progress) -> GraphModule:
     """grid -> scores of the concepts, with observers that saw `grids`, (1, G, C) each."""
     grid = torch.zeros(2, model.config.grid**2, model.config.channels)
-    prepared = observe.prepare(observe.ConceptScores(model), (grid,), ({0: Dim("images", min=1, max=LARGEST)},), config.reduce_range)
+    prepared = observe.prepare(export.ConceptScores(model), (grid,), ({0: Dim("images", min=1, max=LARGEST)},), config.reduce_range)
     samples = [(grid,) for grid in grids]
     observe.run(prepared, samples)
     if config.rounding == "gptq":
@@ -34,7 +34,6 @@ def calibrated(model: LightCap, grids: Sequence[Tensor], config: Quantize, progr
 
 def quantized_concepts(model: LightCap, prepared: GraphModule) -> ModelProto:
     """grid -> word pieces of the concepts, by what `calibrated` gives."""
-    scales = {name.removeprefix("model.").partition(".")[2]: scale for name, scale in observe.linear_scales(prepared).items()}
     proto = export.concepts_graph(model)
-    make_integer(proto.graph, scales)  # first.weight, second.weight, matrix
+    make_integer(proto.graph, {f"scores.{name}": scale for name, scale in observe.linear_scales(prepared).items()})
     return proto

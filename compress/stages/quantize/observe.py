@@ -46,17 +46,6 @@ class TeacherForced(nn.Module):
         return self.model.heads(self.model.states(grid, tokens, positions, mask, concepts=concepts), self.model.word)
 
 
-class ConceptScores(nn.Module):
-    """The concept extractor up to its scores: what follows chooses, and holds no weights."""
-
-    def __init__(self, model: LightCap) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, grid: Tensor) -> Tensor:
-        return self.model.concept_scores(grid)
-
-
 def prepare(module: nn.Module, inputs: tuple, dynamic_shapes, reduce_range: bool = False) -> GraphModule:
     """neural-compressor's static INT8 preparation: uint8 activations per tensor, int8 weights per output channel. Its histogram observers
     ("kl") clip rare extremes: EfficientNet-Lite0's grids came out nearer to the float ones than with the range of all values.
