@@ -161,7 +161,7 @@ def test_parts_left_in_float_are_float_kernels_and_all_others_integer_ones(calib
     assert (encoding["QLinearConv"], encoding["Conv"] + encoding["FusedConv"]) == (11 - 3 + 3, 3)  # the poolings are convolutions
     assert encoding["QLinearAdd"] == 1  # the block before hands on floats, and so adds them
     products = decoding["MatMulInteger"] + decoding["MatMulIntegerToFloat"]
-    assert products == 16 - 5
+    assert products == 12 - 4
     whole = sum(graphs.weight_bytes(folder).values())
     assert whole > 1.5 * sum(graphs.weight_bytes(written(calibrated, tmp_path / "int8")).values())
     said = [text for text, _ in runtime.Captioner(folder, threads=1).captions(tiny.pixels(tiny.pictures(16, seed=5)))]

@@ -27,6 +27,7 @@ from students.lightcap.fusion import PREFIX_POSITION
 
 OPSET = 20
 REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"
+ATTENTION, MEMORY = ("query", "key", "value"), ("key", "value")
 SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 SATURATION = (
     "on x86 processors without VNNI the sums of these INT8 products can saturate, and captions differ from those measured here; for such "
@@ -58,28 +59,42 @@ class Product(nn.Module):
         return (x if self.inverse is None else x * self.inverse) @ self.weight + self.bias
 
 
-class DecoderLayer(nn.Module):
-    """`students.lightcap.fusion.Layer` over a cache, its attention spelled in matrix products (SDPA's export has more shape operators)."""
+def stacked(*linears: nn.Linear) -> nn.Linear:
+    """One Linear that gives what `linears`, which read the same, give one after the other."""
+    whole = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears))
+    with torch.no_grad():
+        whole.weight.copy_(torch.cat([linear.weight for linear in linears]))
+        whole.bias.copy_(torch.cat([linear.bias for linear in linears]))
+    return whole
 
-    def __init__(self, layer: nn.Module) -> None:
+
+class DecoderLayer(nn.Module):
+    """`students.lightcap.fusion.Layer` over a cache, its attention spelled in matrix products (SDPA's export has more shape operators). The
+    `last` layer asks for captions alone, so its queries are a product of their own."""
+
+    def __init__(self, layer: nn.Module, last: bool) -> None:
         super().__init__()
-        self.head_dim, self.width = layer.head_dim, layer.query.out_features
-        for name in ("query", "key", "value", "output", "up", "down"):
+        self.head_dim, self.heads = layer.head_dim, layer.query.out_features // layer.head_dim
+        self.query = Product(layer.query) if last else None
+        self.attention = Product(stacked(*(getattr(layer, name) for name in (MEMORY if last else ATTENTION))))
+        for name in ("output", "up", "down"):
             setattr(self, name, Product(getattr(layer, name)))
         self.norm1, self.norm2 = layer.norm1, layer.norm2
 
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.width // self.head_dim, self.head_dim)).transpose(1, 2)
+    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(N, S, parts x heads x width) -> each part (N, heads, S, width)."""
+        return x.unflatten(2, (parts * self.heads, self.head_dim)).transpose(1, 2).chunk(parts, 1)
 
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, first: int | None, unseen: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, S, hidden) and what came before it (N, heads, P, head width); queries for x[:, first:] alone. `unseen` (S, P + S) is added
         to the scores."""
-        keys = torch.cat([keys, self.split(self.key(x))], 2)
-        values = torch.cat([values, self.split(self.value(x))], 2)
+        *queries, key, value = self.split(self.attention(x), 3 if self.query is None else 2)
+        keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         x = x if first is None else x[:, first:]
-        scores = self.split(self.query(x)) @ keys.transpose(2, 3) * self.head_dim**-0.5
+        [query] = queries or self.split(self.query(x), 1)
+        scores = query @ keys.transpose(2, 3) * self.head_dim**-0.5
         if unseen is not None:
             scores = scores + (unseen if first is None else unseen[first:])
         mixed = scores.softmax(-1) @ values
@@ -120,13 +135,21 @@ class Extractor(nn.Module):
         return self.known.choose(self.scores(grid), self.most)
 
 
-class Branch(nn.Module):
-    def __init__(self, head: nn.Module) -> None:
+class Branches(nn.Module):
+    """The mean of all heads' states. Their transforms are one product; a norm's scale and shift are taken behind it, head by head."""
+
+    def __init__(self, heads: nn.Module) -> None:
         super().__init__()
-        self.transform, self.norm = Product(head.transform), head.norm
+        self.transform = Product(stacked(*(head.transform for head in heads.branches)))
+        norms = [head.norm for head in heads.branches]
+        self.eps, self.count = norms[0].eps, len(norms)
+        self.scale = nn.Parameter(torch.stack([norm.weight.detach() for norm in norms]) / self.count, requires_grad=False)
+        self.shift = nn.Parameter(torch.stack([norm.bias.detach() for norm in norms]).mean(0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.gelu(self.transform(x)))
+        """(N, T, hidden) -> (N, T, hidden)."""
+        states = F.gelu(self.transform(x)).unflatten(2, (self.count, x.shape[2]))
+        return (F.layer_norm(states, states.shape[3:], eps=self.eps) * self.scale).sum(2) + self.shift
 
 
 class Modulation(nn.Module):
@@ -157,8 +180,8 @@ class Decoder(nn.Module):
         self.prefix_places = nn.Parameter(position[PREFIX_POSITION:longest] + segment[1], requires_grad=False)
         self.concepts, self.masked = model.config.concepts, model.config.mask_piece is not None
         self.modulator = Modulation(model.modulator, self.concepts) if model.modulator is not None else None
-        self.layers = nn.ModuleList(DecoderLayer(layer) for layer in fusion.layers)
-        self.branches = nn.ModuleList(Branch(head) for head in model.heads.branches)
+        self.layers = nn.ModuleList(DecoderLayer(layer, index + 1 == len(fusion.layers)) for index, layer in enumerate(fusion.layers))
+        self.branches = Branches(model.heads)
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """tokens (N, T) -> (N, T, hidden)."""
@@ -187,8 +210,17 @@ class Decoder(nn.Module):
             last = index + 1 == len(self.layers)
             x, *pair = layer(x, *past[2 * index : 2 * index + 2], first if last else None, unseen)
             present += pair
-        states = torch.stack([branch(x) for branch in self.branches]).mean(0)
-        return states @ self.vocabulary + self.bias, *present
+        return self.branches(x) @ self.vocabulary + self.bias, *present
+
+
+def stacks(model: LightCap) -> dict[str, list[str]]:
+    """Each weight of `Decoder` that is several of `model`'s, one after the other -> their names there."""
+    last, found = len(model.fusion.layers) - 1, {}
+    for index in range(last + 1):
+        names = MEMORY if index == last else ATTENTION
+        found[f"layers.{index}.attention.weight"] = [f"fusion.layers.{index}.{name}.weight" for name in names]
+    found["branches.transform.weight"] = [f"heads.branches.{index}.transform.weight" for index in range(len(model.heads.branches))]
+    return found
 
 
 def later_tokens(prefix: int, tokens: int, past: int, like: Tensor) -> Tensor:

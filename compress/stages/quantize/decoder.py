@@ -7,7 +7,7 @@ word, for lookup and for logits. Norms, softmax, the products of attention, GELU
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -31,10 +31,23 @@ def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collecti
     """`prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float weights. StageError where a weight
     got no scales."""
     proto = export.decoder_graph(model)
-    scales = observe.linear_scales(prepared)
-    float_weights = {graph_name(name) for name in scales if part_named(name.removesuffix(".weight")) in floating}
-    make_integer(proto.graph, {graph_name(name): scale for name, scale in scales.items()}, float_weights)
+    found = observe.linear_scales(prepared)
+    float_weights = {graph_name(name) for name in found if part_named(name.removesuffix(".weight")) in floating}
+    scales = {graph_name(name): scale for name, scale in found.items()}
+    for name, parts in export.stacks(model).items():
+        parts = [graph_name(part) for part in parts]
+        if float_weights.issuperset(parts):
+            float_weights.add(name)
+        elif scales.keys() >= set(parts):
+            scales[name] = stacked([scales[part] for part in parts])
+    make_integer(proto.graph, scales, float_weights)
     return proto
+
+
+def stacked(scales: Sequence[Scales]) -> Scales:
+    """Of Linears that read the same, as one that gives what they give one after the other."""
+    weight, integers = (np.concatenate([getattr(one, name) for one in scales]) for name in ("weight", "integers"))
+    return Scales(scales[0].scale, scales[0].zero_point, weight, integers)
 
 
 def calibrated(model: LightCap, samples: Iterable[tuple[Tensor, ...]], reduce_range: bool = False) -> GraphModule:
