@@ -136,9 +136,9 @@ class Vocabulary:
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Optimisation):
-    """Structured pruning to one target: a share of the parent's MACs per caption or of its parameters, megabytes on disk, or milliseconds a
-    caption (of the model alone, in PyTorch on one thread). Of several `steps`, one that loses more than `max_drop_cider` on val is taken
-    back, and the last good one is the stage's artifact."""
+    """Structured pruning to a target: a share of the parent's MACs per caption or of its parameters, megabytes on disk, or milliseconds a
+    caption (of the model alone, in PyTorch on one thread); of several, all are met. Of several `steps`, one that loses more than
+    `max_drop_cider` on val is taken back, and the last good one is the stage's artifact."""
 
     macs: float | None = None
     params: float | None = None

@@ -61,9 +61,8 @@ def _scst(config: Scst, parent: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
-    named = [key for key in TARGETS if getattr(config, key) is not None]
-    if len(named) != 1:
-        yield (named or TARGETS)[-1], "'prune' needs exactly one target: macs, params (shares of its parent), mb or ms"
+    if all(getattr(config, key) is None for key in TARGETS):
+        yield TARGETS[0], "'prune' needs a target: macs, params (shares of its parent), mb or ms"
     if config.layers and "fusion" not in config.parts:
         yield "layers", "are of the fusion; add fusion to 'parts', or leave it out"
 

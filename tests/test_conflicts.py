@@ -37,7 +37,7 @@ def read(tmp_path, stage: str):
         ("distill: {ensemble: running, match: hidden}", "ensemble", "running is of heads that match tokens"),
         ("distill: {match_epochs: 2}", "match_epochs", "is of hidden states and attention"),
         ("scst: {draw: beams, temperature: 0.5}", "temperature", "is of captions drawn by chance; draw: beams takes"),
-        ("prune: {macs: 0.5, mb: 3}", "mb", "'prune' needs exactly one target"),
+        ("prune: {macs: null, steps: 2}", "macs", "'prune' needs a target"),
         ("prune: {macs: 0.5, layers: 1, parts: [encoder]}", "layers", "are of the fusion; add fusion to 'parts'"),
         ("quantize: {trials: 2}", "trials", "there is nothing to try for without 'max_drop_cider'"),
         ("quantize: {tune_learning_rate: 0.1}", "tune_learning_rate", "nothing is tuned without 'tune_epochs'"),

@@ -192,16 +192,29 @@ def settings(**changes) -> Prune:
     return Prune(**changes)
 
 
-@pytest.mark.parametrize("wanted", [{"macs": 0.7}, {"params": 0.8}, {"mb": 1.6}])
+@pytest.mark.parametrize("wanted", [{"macs": 0.7}, {"params": 0.8}, {"mb": 1.6}, {"macs": 0.8, "mb": 1.4}])
 def test_the_target_is_reached_and_not_overshot(wanted):
     model = build()
-    aim = target.Target.of(settings(**wanted), model)
+    goal = target.Target.of(settings(**wanted), model)
     order = ranked(model)
-    count = target.choose(model, order, aim.wanted, aim)
-    assert aim.measure(channels.remove(model, order[:count])) <= aim.wanted < aim.measure(channels.remove(model, order[: count - 1]))
-    [(name, value)] = wanted.items()
-    assert aim.wanted == pytest.approx(value if name == "mb" else value * aim.before)
-    assert aim.at(0.5) == pytest.approx((aim.before + aim.wanted) / 2) and aim.at(1.0) == pytest.approx(aim.wanted)
+    count = target.choose(model, order, goal)
+    enough, fewer = (channels.remove(model, order[:blocks]) for blocks in (count, count - 1))
+    assert [aim.name for aim in goal.aims] == list(wanted)
+    assert all(aim.measure(enough) <= aim.wanted for aim in goal.aims) and any(aim.measure(fewer) > aim.wanted for aim in goal.aims)
+    for aim in goal.aims:
+        assert aim.wanted == pytest.approx(wanted[aim.name] if aim.name == "mb" else wanted[aim.name] * aim.before)
+        assert aim.at(0.5) == pytest.approx((aim.before + aim.wanted) / 2) and aim.at(1.0) == pytest.approx(aim.wanted)
+
+
+def test_of_two_aims_each_counts_by_what_is_missing():
+    """Shares of what is to go: a channel's saving in MACs over those that shall go, and in parameters over those."""
+    model = build()
+    wanted = {"macs": 0.5, "params": 0.9}, {"macs": 0.5}, {"params": 0.9}
+    both, one, other = (target.Target.of(settings(**aims), model) for aims in wanted)
+    unit = channels.units(model, ("encoder",))[2]
+    key = unit.kind, unit.name
+    assert one.savings[key] == pytest.approx(target.savings(model, True)[key] / (0.5 * target.macs(model)))
+    assert both.savings[key] == pytest.approx(one.savings[key] + other.savings[key])
 
 
 def test_megabytes_are_those_on_disk(tmp_path):
@@ -230,9 +243,9 @@ def test_savings_are_what_a_channel_costs():
 
 def test_impossible_targets_are_one_line():
     model = build()
-    aim = target.Target.of(settings(macs=0.01), model)
+    goal = target.Target.of(settings(params=0.9, macs=0.01), model)
     with pytest.raises(StageError, match="prune: macs .* cannot be reached; with every removable block gone it is") as raised:
-        target.choose(model, ranked(model), aim.wanted, aim)
+        target.choose(model, ranked(model), goal)
     assert "\n" not in str(raised.value) and raised.value.exit_code == 1
     with pytest.raises(StageError, match="prune to mb: 99 is not below the parent's"):
         target.Target.of(settings(mb=99.0), model)
@@ -412,15 +425,15 @@ def test_what_the_target_did_not_need_comes_back():
     """A last block that saves far more than what was missing lets earlier ones return, and the target still holds."""
     model = build()
     order = ranked(model)
-    aim = target.Target.of(settings(macs=0.7), model)
-    chosen = order[: target.choose(model, order, aim.wanted, aim)]
-    kept = target.give_back(model, chosen, aim.wanted, aim)
-    assert set(kept) <= set(chosen) and aim.measure(channels.remove(model, kept)) <= aim.wanted
+    goal = target.Target.of(settings(macs=0.7), model)
+    chosen = order[: target.choose(model, order, goal)]
+    kept = target.give_back(model, chosen, goal)
+    assert set(kept) <= set(chosen) and not goal.missed(channels.remove(model, kept), 1.0)
     for block in kept:
         last_of_unit = [other for other in kept if other.unit == block.unit][-1] == block
         if last_of_unit and len(kept) <= target.RETURNS:
             rest = [other for other in kept if other != block]
-            assert aim.measure(channels.remove(model, rest)) > aim.wanted
+            assert goal.missed(channels.remove(model, rest), 1.0)
 
 
 # ---- what is measured in the loss itself

@@ -1,4 +1,4 @@
-"""Structured pruning to a target in MACs, parameters, megabytes or milliseconds, recovered by distilling from the unpruned parent.
+"""Structured pruning to targets in MACs, parameters, megabytes or milliseconds, recovered by distilling from the unpruned parent.
 
 Whole layers leave first, where some shall. Each step: importance by gate derivatives on training captions, the cheapest blocks leave until
 the step's share of the target is met, the encoder learns to give its old grid again, its features are computed anew, and the fusion is
@@ -57,7 +57,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         if factors is not None:
             scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
         order = blocks(scores, config.round_to, target.savings)
-        model = remove(model, leaving(model, order, target, target.at(step / config.steps), context.work / f"leaving-{step}.json"))
+        model = remove(model, leaving(model, order, target, step / config.steps, context.work / f"leaving-{step}.json"))
         context.progress.log(f"{label}: {target.describe(model)}")
         if "encoder" in config.parts:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
@@ -78,7 +78,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
             context.progress.log(f"{label}: CIDEr {-drop:+.2f}, max_drop_cider {config.max_drop_cider:g}")
             if drop > config.max_drop_cider:
                 if good is not None:
-                    context.progress.log(f"{label}: taken back, {target.name} {target.wanted:.4g} is not reached")
+                    context.progress.log(f"{label}: taken back, so the target is not reached")
                     model, _, _ = read_captioner(good.path)
                 break
             good = made
@@ -87,16 +87,16 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         write_json(context.output / SENSITIVITY, rises)
 
 
-def leaving(model: LightCap, order: Sequence[Block], target: Target, wanted: float, note: Path) -> Sequence[Block]:
-    """The blocks that leave so that the measure comes to `wanted`. How many were found by time is kept in `note`: asked again after a stop,
-    the clock would say another number."""
+def leaving(model: LightCap, order: Sequence[Block], target: Target, share: float, note: Path) -> Sequence[Block]:
+    """The blocks that leave so that the target is met after `share` of the way. How many were found by time is kept in `note`: asked again
+    after a stop, the clock would say another number."""
     if target.exact:
-        if target.measure(model) <= wanted:  # the layers that left were enough
+        if not target.missed(model, share):  # the layers that left were enough
             return []
-        return give_back(model, order[: choose(model, order, wanted, target)], wanted, target)
+        return give_back(model, order[: choose(model, order, target, share)], target, share)
     if not note.exists():
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"blocks": choose(model, order, wanted, target)})
+        write_json(note, {"blocks": choose(model, order, target, share)})
     return order[: json.loads(note.read_text())["blocks"]]
 
 

@@ -1,4 +1,4 @@
-"""The target of pruning, in the user's measure, and the number of blocks that reach it."""
+"""The target of pruning, in the user's measures, and the number of blocks that reach it."""
 
 from __future__ import annotations
 
@@ -23,39 +23,26 @@ TIMED = 15  # captions that a time is the median of
 
 
 @dataclass(frozen=True)
-class Target:
+class Aim:
     """`wanted` of what `measure` gives, which was `before` for the parent."""
 
     name: str
     measure: Callable[[LightCap], float]
     before: float
     wanted: float
-    savings: dict[tuple[str, str], float]
 
     @staticmethod
-    def of(config: Prune, model: LightCap) -> Target:
-        """StageError where the target is not below what the parent already has."""
-        name = next(key for key in ("macs", "params", "mb", "ms") if getattr(config, key) is not None)
-        measure: Callable[[LightCap], float] = (
-            Clock.beside(model) if name == "ms" else {"macs": macs, "params": parameters, "mb": megabytes}[name]
-        )
+    def of(name: str, config: Prune, model: LightCap) -> Aim:
+        """StageError where it is not below what the parent already has."""
+        measure = Clock.beside(model) if name == "ms" else COUNTS[name]
         before = measure(model)
         wanted = getattr(config, name) * (1 if name in ("mb", "ms") else before)
         if wanted >= before:
             raise StageError(f"prune to {name}: {wanted:.4g} is not below the parent's {before:.4g}")
-        return Target(name, measure, before, wanted, {}).of_what_is_left(model)
-
-    def of_what_is_left(self, model: LightCap) -> Target:
-        """The same target, with what channels of `model` save."""
-        return dataclasses.replace(self, savings=savings(model, self.name in ("macs", "ms")))
-
-    @property
-    def exact(self) -> bool:
-        """Whether the measure is a count, and not a time that is another one when it is asked again."""
-        return self.name != "ms"
+        return Aim(name, measure, before, wanted)
 
     def at(self, share: float) -> float:
-        """The value to reach after this share of the steps."""
+        """The value to reach after this share of the way."""
         return self.before + (self.wanted - self.before) * share
 
     def describe(self, model: LightCap) -> str:
@@ -63,22 +50,61 @@ class Target:
         return f"{self.name} {now:.4g}, {now / self.before:.3f} of the parent's {self.before:.4g}"
 
 
-def choose(model: LightCap, order: Sequence[Block], wanted: float, target: Target) -> int:
-    """The least number of leading blocks whose removal brings the measure to `wanted`, by bisection over exact counts."""
-    if (least := target.measure(remove(model, order))) > wanted:
-        raise TargetError(f"prune: {target.name} {wanted:.4g} cannot be reached; with every removable block gone it is {least:.4g}; ask "
-                          "for less, or allow more parts")
+@dataclass(frozen=True)
+class Target:
+    """One aim or several, of which all are to be met. `savings`: what one channel of each unit saves, as a share of what is to go; of
+    several aims, their sum."""
+
+    aims: tuple[Aim, ...]
+    savings: dict[tuple[str, str], float]
+
+    @staticmethod
+    def of(config: Prune, model: LightCap) -> Target:
+        aims = tuple(Aim.of(name, config, model) for name in (*COUNTS, "ms") if getattr(config, name) is not None)
+        return Target(aims, {}).of_what_is_left(model)
+
+    def of_what_is_left(self, model: LightCap) -> Target:
+        """The same target, with what channels of `model` save."""
+        found: dict[tuple[str, str], float] = {}
+        for aim in self.aims:
+            as_macs = aim.name in ("macs", "ms")
+            goes = (macs(model) if as_macs else parameters(model)) * (1 - aim.wanted / aim.before)
+            for unit, saving in savings(model, as_macs).items():
+                found[unit] = found.get(unit, 0.0) + saving / goes
+        return dataclasses.replace(self, savings=found)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all measures are counts, and none a time that is another one when it is asked again."""
+        return all(aim.name != "ms" for aim in self.aims)
+
+    def missed(self, model: LightCap, share: float) -> Aim | None:
+        """The first aim that `model` does not reach after `share` of the way."""
+        return next((aim for aim in self.aims if aim.measure(model) > aim.at(share)), None)
+
+    def describe(self, model: LightCap) -> str:
+        return "; ".join(aim.describe(model) for aim in self.aims)
+
+
+def choose(model: LightCap, order: Sequence[Block], target: Target, share: float = 1.0) -> int:
+    """The least number of leading blocks without which the target is met after `share` of the way, by bisection over exact counts."""
+    least = remove(model, order)
+    if (aim := target.missed(least, share)) is not None:
+        raise TargetError(
+            f"prune: {aim.name} {aim.at(share):.4g} cannot be reached; with every removable block gone it is {aim.measure(least):.4g}; "
+            "ask for less, or allow more parts"
+        )
     low, high = 0, len(order)
     while high - low > 1:
         middle = (low + high) // 2
-        if target.measure(remove(model, order[:middle])) > wanted:
+        if target.missed(remove(model, order[:middle]), share):
             low = middle
         else:
             high = middle
     return high
 
 
-def give_back(model: LightCap, chosen: Sequence[Block], wanted: float, target: Target) -> list[Block]:
+def give_back(model: LightCap, chosen: Sequence[Block], target: Target, share: float = 1.0) -> list[Block]:
     """`chosen` without those blocks that the target did not need: the last block may save far more than what was still missing. A unit's
     last block alone may return, the most important first; RETURNS are tried, since each is an exact count."""
     kept, tried = list(chosen), 0
@@ -89,7 +115,7 @@ def give_back(model: LightCap, chosen: Sequence[Block], wanted: float, target: T
             continue
         tried += 1
         rest = kept[:index] + kept[index + 1 :]
-        if target.measure(remove(model, rest)) <= wanted:
+        if not target.missed(remove(model, rest), share):
             kept = rest
     return kept
 
@@ -132,6 +158,9 @@ def parameters(model: LightCap) -> float:
 def megabytes(model: LightCap) -> float:
     """Float32 weights and buffers on disk, x 1e-6."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
+
+
+COUNTS: dict[str, Callable[[LightCap], float]] = {"macs": macs, "params": parameters, "mb": megabytes}
 
 
 def savings(model: LightCap, as_macs: bool) -> dict[tuple[str, str], float]:
