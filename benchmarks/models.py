@@ -39,6 +39,7 @@ SEED = 17
 BERT_PIECES = 30522
 COCO_PIECES = 10000  # what `vocabulary` leaves on COCO: the pieces of its training captions
 SYLLABLES = "ba ten ri lo mar ket sun dro ve pol li gra ser ton wick mal ow en der fa".split()
+HALF = Prune(macs=0.5, params=0.6)
 SETTLING = 16  # pictures whose statistics the batch norms take
 
 
@@ -156,7 +157,7 @@ def build(name: str, folder: Path, images: int, with_concepts: bool = True) -> A
     `small` (10,000 pieces), `int8`, `pruned` (half of the MACs and 0.6 of the parameters of `small`), `pruned-int8`, and `int8-export`.
     `images`: how many generated scenes calibrate, and say which channels matter. Its folder is named by all three, so that no other is
     taken for it."""
-    progress, data, half = Progress(), scenes(images), Prune(macs=0.5, params=0.6)
+    progress, data = Progress(), scenes(images)
 
     def parent(name: str) -> Artifact:
         return build(name, folder, images, with_concepts)
@@ -169,7 +170,7 @@ def build(name: str, folder: Path, images: int, with_concepts: bool = True) -> A
         "onnx": lambda out: export(parent("eager"), out),
         "small": lambda out: narrow(parent("eager"), out),
         "int8": lambda out: integer("small", out),
-        "pruned": lambda out: pruned(parent("small"), out, removable(parent("small"), data, half, progress), half),
+        "pruned": lambda out: pruned(parent("small"), out, removable(parent("small"), data, HALF, progress), HALF),
         "pruned-int8": lambda out: integer("pruned", out),
         "int8-export": lambda out: export(parent("int8"), out),
     }

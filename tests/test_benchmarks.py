@@ -21,6 +21,7 @@ import neighbours  # noqa: E402
 import prune  # noqa: E402
 
 from compress.artifact import Artifact  # noqa: E402
+from compress.config import Prune  # noqa: E402
 from compress.cost import TOKENS  # noqa: E402
 from students.lightcap import preset  # noqa: E402
 
@@ -131,6 +132,7 @@ def tiny_models(monkeypatch):
     blip = BlipConfig(text_config=size | {"encoder_hidden_size": 32}, vision_config=size | {"image_size": 384, "patch_size": 64})
     git = GitConfig(**size, vision_config=size | {"image_size": 224, "patch_size": 32})
     monkeypatch.setattr(models, "preset", small)
+    monkeypatch.setattr(models, "HALF", Prune(macs=0.5))  # most parameters are its word pieces'
     monkeypatch.setattr(neighbours, "blip_base", lambda: BlipForConditionalGeneration(blip).eval())
     monkeypatch.setattr(neighbours, "git_base", lambda: GitForCausalLM(git).eval())
 
@@ -171,6 +173,14 @@ def test_prune_measures_each_share_in_both_precisions(tiny_models, capsys, monke
     macs = [row["gmacs_caption"] for row in found["rows"][::2]]
     assert all(cut <= share * macs[0] + 0.001 for share, cut in zip((0.8, 0.8, 0.6, 0.6), macs[1:], strict=True))
     assert len(found["ratios"]) == 2 * 2 * 2 * 2
+
+
+@pytest.mark.slow
+def test_lightcap_40m_pruned_to_half_its_macs_keeps_the_promised_bytes(tmp_path):
+    """In INT8: 20 MB of files without the concept extractor, and 25 MB with it."""
+    small, half = (models.row(models.build(name, tmp_path, images=8)) for name in ("small", "pruned-int8"))
+    assert half["gmacs_caption"] <= 0.5 * small["gmacs_caption"] + 1e-6 and half["params"] <= 0.6 * small["params"]
+    assert half["bytes"] <= 25e6 and half["bytes_without_concepts"] <= 20e6 and half["word_pieces"] == models.COCO_PIECES
 
 
 @pytest.mark.slow
