@@ -45,18 +45,37 @@ def test_prefix_and_steps_of_one_graph_give_pytorchs_keys_and_logits_with_a_prun
             np.testing.assert_allclose(got, logits.numpy(), atol=1e-4)
 
 
-def test_an_unpruned_model_of_another_image_size_exports_too(tmp_path):
+def test_a_model_of_one_layer_and_one_head_and_another_image_size_exports_too(tmp_path):
     torch.manual_seed(1)
-    model = tiny.LightCap(tiny.preset("tiny", vocabulary=tiny.tokenizer().get_vocab_size(), image_size=48)).eval()
+    sizes = {"vocabulary": tiny.tokenizer().get_vocab_size(), "image_size": 48, "layers": 1, "heads": 1}
+    model = tiny.LightCap(tiny.preset("tiny", **sizes)).eval()
     graph = export.decoder_graph(model)
     assert {tensor.name: list(tensor.dims) for tensor in graph.graph.initializer}["prefix_places"] == [9, 32]
     graphs.write(graphs.clean(graph), tmp_path / "decoder.onnx")
     session = runtime.open_session(tmp_path / "decoder.onnx", 1)
     grid, none = np.random.default_rng(0).normal(size=(1, 9, 128)).astype(np.float32), np.zeros((1, 0), np.int64)
     past = {item.name: np.zeros((1, 2, 0, 16), np.float32) for item in session.get_inputs()[3:]}
-    keys = session.run(None, {"grid": grid, "tokens": none, "positions": none, **past})[1]
+    _, *seen = session.run(None, {"grid": grid, "tokens": none, "positions": none, **past})
+    token, past = np.array([[7]]), dict(zip(past, seen, strict=True))
+    logits = session.run(None, {"grid": grid[:, :0], "tokens": token, "positions": np.zeros_like(token), **past})[0][:, -1]
     with torch.no_grad():
-        np.testing.assert_allclose(keys, model.prefill(torch.from_numpy(grid))[0][0].numpy(), atol=1e-4)
+        prefix = model.prefill(torch.from_numpy(grid))
+        np.testing.assert_allclose(seen[0], prefix[0].keys.numpy(), atol=1e-4)
+        np.testing.assert_allclose(logits, model.step(torch.from_numpy(token), 0, prefix)[0].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(("text", "products"), [(16, 1), (8, 2)])
+def test_concepts_are_matched_in_as_few_weights_as_can_be(text, products):
+    """Behind the ReLU 32 x 24 weights, or 32 x text + text x 24: the same scores as the model's."""
+    model = tiny.build()
+    model.start_concepts(torch.randn(24, text), torch.arange(10, 34).unsqueeze(1), torch.randn(24), 32, 6)
+    grid = torch.randn(2, 25, 128)
+    scores = export.ConceptScores(model)
+    with torch.no_grad():
+        torch.testing.assert_close(scores(grid), model.concept_scores(grid), atol=1e-5, rtol=1e-5)
+    assert len(scores.matching) == products
+    kinds = [node.op_type for node in export.concepts_graph(model).graph.node]
+    assert kinds.count("MatMul") == 2 + products  # the windows' is one
 
 
 def test_no_weight_is_stored_twice(model, folder):

@@ -116,7 +116,7 @@ def silence(model: LightCap, chosen: list[channels.Block]) -> None:
 def ranked(model: LightCap, round_to: int = 8, parts=("encoder", "fusion"), seed: int = 5) -> list[channels.Block]:
     source = torch.Generator().manual_seed(seed)
     scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, parts)}
-    return channels.blocks(scores, round_to, target.savings(model, True))
+    return channels.blocks(scores, round_to, target.savings(model, target.PRICES["macs"]))
 
 
 @pytest.mark.parametrize("encoder", ENCODER_UNITS)
@@ -206,15 +206,19 @@ def test_the_target_is_reached_and_not_overshot(wanted):
         assert aim.at(0.5) == pytest.approx((aim.before + aim.wanted) / 2) and aim.at(1.0) == pytest.approx(aim.wanted)
 
 
-def test_of_two_aims_each_counts_by_what_is_missing():
-    """Shares of what is to go: a channel's saving in MACs over those that shall go, and in parameters over those."""
+def test_of_two_aims_each_counts_by_its_share_of_the_way_until_it_is_met():
+    """A channel's saving in MACs over those that shall go, and in parameters over those; one that layers have met counts no more."""
     model = build()
-    wanted = {"macs": 0.5, "params": 0.9}, {"macs": 0.5}, {"params": 0.9}
+    wanted = {"macs": 0.5, "params": 0.985}, {"macs": 0.5}, {"params": 0.985}
     both, one, other = (target.Target.of(settings(**aims), model) for aims in wanted)
     unit = channels.units(model, ("encoder",))[2]
     key = unit.kind, unit.name
-    assert one.savings[key] == pytest.approx(target.savings(model, True)[key] / (0.5 * target.macs(model)))
+    assert one.savings[key] == pytest.approx(target.savings(model, target.PRICES["macs"])[key] / (0.5 * target.macs(model)))
     assert both.savings[key] == pytest.approx(one.savings[key] + other.savings[key])
+    shorter = sensitivity.with_layers(model, [0])
+    assert target.parameters(shorter) < 0.985 * target.parameters(model) and target.macs(shorter) > 0.5 * target.macs(model)
+    assert both.of_what_is_left(shorter).savings == one.of_what_is_left(shorter).savings
+    assert target.Target.of(settings(macs=0.5, mb=99.0), model).savings == one.savings
 
 
 def test_megabytes_are_those_on_disk(tmp_path):
@@ -233,15 +237,15 @@ def test_savings_are_what_a_channel_costs():
     """One channel of each unit removed: the exact counts fall by what `savings` says."""
     model = build()
 
-    for as_macs, measure in ((True, target.macs), (False, target.parameters)):
-        said, whole = target.savings(model, as_macs), measure(model)
+    for name, measure in target.COUNTS.items():
+        said, whole = target.savings(model, target.PRICES[name]), measure(model)
         units = channels.units(model, ("encoder", "fusion"))
-        for unit in units if not as_macs else [units[1], units[3], units[5], units[6], units[-1]]:
+        for unit in units if name != "macs" else [units[1], units[3], units[5], units[6], units[-1]]:
             fell = whole - measure(channels.remove(model, [channels.Block(unit, (0,), 0.0)]))
-            assert fell == pytest.approx(said[unit.kind, unit.name], rel=0.05), (as_macs, unit)
+            assert fell == pytest.approx(said[unit.kind, unit.name], rel=0.05), (name, unit)
 
 
-def test_impossible_targets_are_one_line():
+def test_impossible_targets_are_one_line(monkeypatch):
     model = build()
     goal = target.Target.of(settings(params=0.9, macs=0.01), model)
     with pytest.raises(StageError, match="prune: macs .* cannot be reached; with every removable block gone it is") as raised:
@@ -249,6 +253,9 @@ def test_impossible_targets_are_one_line():
     assert "\n" not in str(raised.value) and raised.value.exit_code == 1
     with pytest.raises(StageError, match="prune to mb: 99 is not below the parent's"):
         target.Target.of(settings(mb=99.0), model)
+    with pytest.raises(StageError, match="prune to mb: 99 is not below the parent's .* and ms: 9000 is not below"):
+        monkeypatch.setattr(target, "times_by_part", lambda model: (5.0, 2.0, 10.0))
+        target.Target.of(settings(mb=99.0, ms=9000.0), model)
 
 
 # ---- importance and the whole stage
@@ -379,7 +386,8 @@ def test_magnitude_is_of_folded_weights(world):
     wanted = channels.units(model, ("encoder", "fusion"))
     config, here = Prune(macs=0.7, importance="magnitude"), context("a")
     before = importance.importance(model, tokenizer, preprocessing, wanted, config, 17, here)
-    assert all(score.shape == (unit.width,) and float(score.mean()) == pytest.approx(1) for unit, score in before.items())
+    assert all(score.shape == (unit.width,) for unit, score in before.items())
+    assert all(float(score.mean()) == pytest.approx(max(1, len(unit.writers))) for unit, score in before.items())
     conv = next(unit for unit in wanted if unit.kind == "conv")
     norm = importance.norms_behind(model)[conv.name]
     layer = model.fusion.layers[0]
@@ -392,6 +400,14 @@ def test_magnitude_is_of_folded_weights(world):
     ffn = next(unit for unit in wanted if unit.kind == "ffn" and unit.name == "fusion.layers.0")
     ratio = after[ffn] / before[ffn]
     assert float(ratio[3] / ratio[0]) == pytest.approx(7, rel=1e-4)
+
+    between = next(unit for unit in wanted if len(unit.writers) == 2)
+    sizes = []
+    for name in between.writers:
+        norm = importance.norms_behind(model)[name]
+        folded = model.get_submodule(name).weight.flatten(1) * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None]
+        sizes.append(folded.norm(dim=1) / folded.norm(dim=1).mean())
+    torch.testing.assert_close(after[between], sum(sizes).detach())
 
 
 def test_the_stage_meets_its_target_and_is_the_same_twice(world, monkeypatch):
@@ -483,7 +499,7 @@ def test_a_unit_s_rise_is_that_of_the_caption_loss(world):
     assert loss(narrow) == pytest.approx(by_hand(narrow), rel=1e-5)
     source = torch.Generator().manual_seed(2)
     scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, ("encoder", "fusion"))}
-    savings = target.savings(model, True)
+    savings = target.savings(model, target.PRICES["macs"])
     rises, factors = sensitivity.sensitivities(narrow, loss, scores, 8, savings)
     for unit in (unit for unit in scores if (unit.kind, unit.name) in factors):
         order = channels.blocks({unit: scores[unit]}, 8, savings)
@@ -549,19 +565,25 @@ def test_a_time_is_the_models_own_beside_its_parents(monkeypatch):
 
     monkeypatch.setattr(cost, "interleaved", interleaved)
     monkeypatch.setattr(target.copy, "deepcopy", lambda model: model)
+    monkeypatch.setattr(target, "times_by_part", lambda model: (5.0, 2.0, 10.0))
     names |= {id(parent): "parent", id(small): "small"}
     clock = target.Clock.beside(parent)
+    counted = cost.count_macs(parent.config)
+    spent = (clock.price.encoder * counted.encoder, clock.price.prefix * counted.prefix, clock.price.step * counted.steps)
+    assert spent == pytest.approx((5.0, 2.0, 3.0)) and clock.price.weight == 0
     assert (clock(parent), clock(small)) == (10.0, 5.0)
     speed.update(parent=15.0, small=7.5)
     assert (clock(parent), clock(small)) == (10.0, 5.0)
 
 
 def test_a_target_in_milliseconds_takes_blocks_until_the_clock_says_so(world, monkeypatch):
-    """With a clock that counts MACs, the stage ends where the target in MACs does; after a stop the clock is not asked again."""
+    """With a clock that counts MACs, the stage ends where the target in MACs does, in the order of its prices; after a stop the clock is
+    not asked again, and other prices change nothing."""
     model, _, _, parent, context = world
     monkeypatch.setattr(importance, "BATCHES", 1)
     before = target.macs(model)
-    monkeypatch.setattr(target.Clock, "beside", lambda parent: target.Clock(parent, 20.0))
+    price = target.Price(1e-9, 1e-9, 50e-9)
+    monkeypatch.setattr(target.Clock, "beside", lambda parent: target.Clock(parent, 20.0, price))
     monkeypatch.setattr(target.Clock, "__call__", lambda self, timed: 20.0 * target.macs(timed) / before)
     given = {"round_to": 4, "recover_epochs": 0.0, "recover_encoder_epochs": 0.0}
     here = context("a")
@@ -571,6 +593,7 @@ def test_a_target_in_milliseconds_takes_blocks_until_the_clock_says_so(world, mo
 
     again = dataclasses.replace(here, output=here.output.parent / "again")
     monkeypatch.setattr(prune, "choose", None)
+    monkeypatch.setattr(target.Clock, "beside", lambda parent: target.Clock(parent, 20.0, target.Price(50e-9, 1e-9, 1e-9)))
     prune.run(parent, Prune(ms=20 * 0.9, **given), again)
     assert Artifact(again.output).digest() == Artifact(here.output).digest()
     with pytest.raises(StageError, match="prune to ms: 30 is not below the parent's 20"):

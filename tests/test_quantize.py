@@ -126,7 +126,7 @@ def test_every_product_against_a_weight_of_the_decoder_is_an_integer_kernel(mode
 
 def test_the_summary_counts_what_onnx_runtime_runs(folder):
     encoding, decoding = (graphs.kernels(folder / name) for name in ("encoder.onnx", "decoder.onnx"))
-    assert quantize.summary(encoding, decoding) == "int8 kernels: 14 of 14 convolutions, 12 of 12 linear layers"  # three of them poolings
+    assert quantize.summary(encoding, decoding) == "int8 kernels: 14 of 14 convolutions, 12 of 12 matrix products"  # three of them poolings
     assert quantize.summary(encoding + collections.Counter(FusedConv=2), decoding).startswith("int8 kernels: 14 of 16 convolutions")
 
 

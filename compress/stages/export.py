@@ -59,13 +59,17 @@ class Product(nn.Module):
         return (x if self.inverse is None else x * self.inverse) @ self.weight + self.bias
 
 
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        made.bias.copy_(bias)
+    return made
+
+
 def stacked(*linears: nn.Linear) -> nn.Linear:
     """One Linear that gives what `linears`, which read the same, give one after the other."""
-    whole = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears))
-    with torch.no_grad():
-        whole.weight.copy_(torch.cat([linear.weight for linear in linears]))
-        whole.bias.copy_(torch.cat([linear.bias for linear in linears]))
-    return whole
+    return linear(torch.cat([one.weight for one in linears]), torch.cat([one.bias for one in linears]))
 
 
 class DecoderLayer(nn.Module):
@@ -103,16 +107,17 @@ class DecoderLayer(nn.Module):
 
 
 class ConceptScores(nn.Module):
-    """`LightCap.concept_scores` in two layers. What is linear behind the ReLU is one: text embeddings @ second layer. And the logarithm of
-    the sum of exponentials is spelled out: ONNX Runtime's own takes four times as long over an axis that is not the last."""
+    """`LightCap.concept_scores`. What is linear behind the ReLU is one product, of text embeddings @ second layer, where that has fewer
+    weights. The logarithm of the sum of exponentials is spelled out: ONNX Runtime's own takes longer over an axis that is not the last."""
 
     def __init__(self, model: LightCap) -> None:
         super().__init__()
-        second, matrix = model.alignment.second, model.concepts.matrix.double()
-        self.first, self.matching = model.alignment.first, nn.Linear(second.in_features, len(matrix))
-        with torch.no_grad():
-            self.matching.weight.copy_(matrix @ second.weight.double())
-            self.matching.bias.copy_(matrix @ second.bias.double())
+        second, matrix = model.alignment.second, model.concepts.matrix
+        layers = [second, linear(matrix, torch.zeros(len(matrix)))]
+        if len(matrix) * second.in_features < sum(layer.weight.numel() for layer in layers):
+            weight, bias = (matrix.double() @ tensor.detach().double() for tensor in (second.weight, second.bias))
+            layers = [linear(weight.float(), bias.float())]
+        self.first, self.matching = model.alignment.first, nn.Sequential(*layers)
         self.register_buffer("windows", model.windows)
         self.register_buffer("prior", model.concepts.prior - torch.tensor(float(len(model.windows))).log())
 
@@ -129,7 +134,8 @@ class Extractor(nn.Module):
     def __init__(self, model: LightCap) -> None:
         super().__init__()
         self.scores, self.known, self.most = ConceptScores(model), model.concepts, model.config.concepts
-        self.scores.first, self.scores.matching = Product(self.scores.first), Product(self.scores.matching)
+        self.scores.first = Product(self.scores.first)
+        self.scores.matching = nn.Sequential(*map(Product, self.scores.matching))
 
     def forward(self, grid: Tensor) -> Tensor:
         return self.known.choose(self.scores(grid), self.most)

@@ -88,16 +88,17 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
 
 
 def leaving(model: LightCap, order: Sequence[Block], target: Target, share: float, note: Path) -> Sequence[Block]:
-    """The blocks that leave so that the target is met after `share` of the way. How many were found by time is kept in `note`: asked again
-    after a stop, the clock would say another number."""
+    """The blocks that leave so that the target is met after `share` of the way; none where it is met already. Those that a time chose are
+    kept in `note`: asked again after a stop, the clock would choose others."""
+    if note.exists():
+        known = {(block.unit.kind, block.unit.name): block.unit for block in order}
+        return [Block(known[kind, name], tuple(gone), 0.0) for kind, name, gone in json.loads(note.read_text())]
+    chosen = order[: choose(model, order, target, share)] if target.missed(model, share) else []
     if target.exact:
-        if not target.missed(model, share):  # the layers that left were enough
-            return []
-        return give_back(model, order[: choose(model, order, target, share)], target, share)
-    if not note.exists():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"blocks": choose(model, order, target, share)})
-    return order[: json.loads(note.read_text())["blocks"]]
+        return give_back(model, chosen, target, share)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, [[block.unit.kind, block.unit.name, block.channels] for block in chosen])
+    return chosen
 
 
 def written(folder: Path, model: LightCap, tokenizer: Tokenizer, settings: dict) -> Artifact:

@@ -48,7 +48,7 @@ def units(model: LightCap, parts: Sequence[str]) -> list[Unit]:
         last = list(convolutions)[-1]
         for group in graph.get_all_groups(ignored_layers=[last], root_module_types=[nn.Conv2d]):
             writing = {d.target.module for d, _ in group if d.handler == tp.prune_conv_out_channels}
-            if last not in writing:
+            if writing:
                 names = tuple(f"encoder.{name}" for module, name in convolutions.items() if module in writing)
                 found.append(Unit("conv", names[0], model.get_submodule(names[0]).out_channels, names))
     if "fusion" in parts:

@@ -3,7 +3,8 @@
 `caption`: how much the caption loss would change without it, by the derivative at a gate on it (Molchanov et al., 2019), in absolute value.
 `distillation`: how far the model would move from itself without it. Its own KL divergence has no slope where it stands; its curvature there
 is the mean square of the gate's derivative over pieces drawn from the model (the Fisher information).
-`magnitude`: the norm of what writes it, batch norm folded in, times the norm of what reads it; over the mean of its unit.
+`magnitude`: norms of weights over their mean: of a convolution's channel of what writes it, batch norm folded in, summed over all
+convolutions that do; of others, the norm of what writes them times the norm of what reads them.
 
 A gate on a convolution's channel sits behind its batch norm, where the derivative is weight * d weight + bias * d bias (that of a channel
 which a residual sum makes of several convolutions' is the sum of theirs); one on a feed-forward channel, or on a head, sits before the
@@ -84,11 +85,11 @@ def gate(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> Tenso
 
 @torch.no_grad()
 def magnitude(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> Tensor:
-    """(width,), of mean 1."""
+    """(width,), of mean 1 for each convolution that writes it."""
     module = model.get_submodule(unit.name)
     if unit.kind == "conv":
-        size = torch.stack([written(model.get_submodule(name), norms[name]) for name in unit.writers]).norm(dim=0)
-    elif unit.kind == "ffn":
+        return sum(size / size.mean() for size in (written(model.get_submodule(name), norms[name]) for name in unit.writers))
+    if unit.kind == "ffn":
         size = module.up.weight.norm(dim=1) * module.down.weight.norm(dim=0)
     else:
         values = module.value.weight.view(unit.width, -1).norm(dim=1)

@@ -33,13 +33,14 @@ class Aim:
 
     @staticmethod
     def of(name: str, config: Prune, model: LightCap) -> Aim:
-        """StageError where it is not below what the parent already has."""
         measure = Clock.beside(model) if name == "ms" else COUNTS[name]
         before = measure(model)
-        wanted = getattr(config, name) * (1 if name in ("mb", "ms") else before)
-        if wanted >= before:
-            raise StageError(f"prune to {name}: {wanted:.4g} is not below the parent's {before:.4g}")
-        return Aim(name, measure, before, wanted)
+        return Aim(name, measure, before, getattr(config, name) * (1 if name in ("mb", "ms") else before))
+
+    @property
+    def price(self) -> Price:
+        """Of what a channel is made of, in this aim's unit."""
+        return self.measure.price if isinstance(self.measure, Clock) else PRICES[self.name]
 
     def at(self, share: float) -> float:
         """The value to reach after this share of the way."""
@@ -52,25 +53,28 @@ class Aim:
 
 @dataclass(frozen=True)
 class Target:
-    """One aim or several, of which all are to be met. `savings`: what one channel of each unit saves, as a share of what is to go; of
-    several aims, their sum."""
+    """One aim or several, of which all are to be met. `savings`: what one channel of each unit saves, as a share of the way from the parent
+    to the aim; of several aims, the sum over those that are not met yet."""
 
     aims: tuple[Aim, ...]
     savings: dict[tuple[str, str], float]
 
     @staticmethod
     def of(config: Prune, model: LightCap) -> Target:
-        aims = tuple(Aim.of(name, config, model) for name in (*COUNTS, "ms") if getattr(config, name) is not None)
-        return Target(aims, {}).of_what_is_left(model)
+        """StageError where the parent has all that is wanted."""
+        aims = [Aim.of(name, config, model) for name in (*COUNTS, "ms") if getattr(config, name) is not None]
+        left = tuple(aim for aim in aims if aim.wanted < aim.before)
+        if not left:
+            met = " and ".join(f"{aim.name}: {aim.wanted:.4g} is not below the parent's {aim.before:.4g}" for aim in aims)
+            raise StageError(f"prune to {met}")
+        return Target(left, {}).of_what_is_left(model)
 
     def of_what_is_left(self, model: LightCap) -> Target:
         """The same target, with what channels of `model` save."""
         found: dict[tuple[str, str], float] = {}
-        for aim in self.aims:
-            as_macs = aim.name in ("macs", "ms")
-            goes = (macs(model) if as_macs else parameters(model)) * (1 - aim.wanted / aim.before)
-            for unit, saving in savings(model, as_macs).items():
-                found[unit] = found.get(unit, 0.0) + saving / goes
+        for aim in [aim for aim in self.aims if aim.measure(model) > aim.wanted] or self.aims:  # where all are met, nothing will leave
+            for unit, saving in savings(model, aim.price).items():
+                found[unit] = found.get(unit, 0.0) + saving / (aim.before - aim.wanted)
         return dataclasses.replace(self, savings=found)
 
     @property
@@ -78,9 +82,10 @@ class Target:
         """Whether all measures are counts, and none a time that is another one when it is asked again."""
         return all(aim.name != "ms" for aim in self.aims)
 
-    def missed(self, model: LightCap, share: float) -> Aim | None:
-        """The first aim that `model` does not reach after `share` of the way."""
-        return next((aim for aim in self.aims if aim.measure(model) > aim.at(share)), None)
+    def missed(self, model: LightCap, share: float) -> tuple[Aim, float] | None:
+        """The first aim that `model` does not reach after `share` of the way, and what it measures there."""
+        measured = ((aim, aim.measure(model)) for aim in self.aims)
+        return next(((aim, value) for aim, value in measured if value > aim.at(share)), None)
 
     def describe(self, model: LightCap) -> str:
         return "; ".join(aim.describe(model) for aim in self.aims)
@@ -88,12 +93,10 @@ class Target:
 
 def choose(model: LightCap, order: Sequence[Block], target: Target, share: float = 1.0) -> int:
     """The least number of leading blocks without which the target is met after `share` of the way, by bisection over exact counts."""
-    least = remove(model, order)
-    if (aim := target.missed(least, share)) is not None:
-        raise TargetError(
-            f"prune: {aim.name} {aim.at(share):.4g} cannot be reached; with every removable block gone it is {aim.measure(least):.4g}; "
-            "ask for less, or allow more parts"
-        )
+    if (missed := target.missed(remove(model, order), share)) is not None:
+        aim, least = missed
+        raise TargetError(f"prune: {aim.name} {aim.at(share):.4g} cannot be reached; with every removable block gone it is {least:.4g}; "
+                          "ask for less, or allow more parts")
     low, high = 0, len(order)
     while high - low > 1:
         middle = (low + high) // 2
@@ -128,11 +131,17 @@ class Clock:
 
     parent: LightCap
     reference: float
+    price: Price
 
     @staticmethod
     def beside(parent: LightCap) -> Clock:
+        """Prices are the parent's times by part over its MACs there: a step reads every weight for one token, so that its MACs take many
+        times as long as the encoder's."""
         parent = copy.deepcopy(parent).eval()
-        return Clock(parent, Clock(parent, 1.0).times(parent)[0])
+        encoder, prefix, caption = times_by_part(parent)
+        counted, steps = counted_macs(parent), max(caption - encoder - prefix, 0.0)
+        price = Price(encoder / counted.encoder, prefix / (counted.concepts + counted.prefix), steps / counted.steps)
+        return Clock(parent, caption, price)
 
     def times(self, model: LightCap) -> tuple[float, float]:
         """Milliseconds of `model` and of the parent."""
@@ -147,8 +156,23 @@ class Clock:
         return mine * self.reference / theirs
 
 
+@torch.inference_mode()
+def times_by_part(model: LightCap) -> tuple[float, float, float]:
+    """Milliseconds of the encoder, of the prefix (concepts included), and of the whole caption."""
+    pixels = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
+    grid = model.encode(pixels)
+    works = [lambda _: model.encode(pixels), lambda _: model.prefill(grid), lambda _: cost.generate(model, pixels, 0)]
+    with cost.one_thread():
+        encoder, prefix, caption = (cost.quantiles(times)["p50"] for times in cost.interleaved(works, TIMED))
+    return encoder, prefix, caption
+
+
+def counted_macs(model: LightCap) -> cost.Macs:
+    return cost.count_macs(dataclasses.replace(model.config, shapes=shapes_of(model)))
+
+
 def macs(model: LightCap) -> float:
-    return float(cost.count_macs(dataclasses.replace(model.config, shapes=shapes_of(model))).caption)
+    return float(counted_macs(model).caption)
 
 
 def parameters(model: LightCap) -> float:
@@ -160,13 +184,24 @@ def megabytes(model: LightCap) -> float:
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
 
 
+@dataclass(frozen=True)
+class Price:
+    """What a multiply-accumulate takes in the encoder, in the prefix, and in a step; or else, what a weight takes, wherever it is."""
+
+    encoder: float = 0.0
+    prefix: float = 0.0
+    step: float = 0.0
+    weight: float = 0.0
+
+
 COUNTS: dict[str, Callable[[LightCap], float]] = {"macs": macs, "params": parameters, "mb": megabytes}
+PRICES = {"macs": Price(1.0, 1.0, 1.0), "params": Price(weight=1.0), "mb": Price(weight=4e-6)}
 
 
-def savings(model: LightCap, as_macs: bool) -> dict[tuple[str, str], float]:
-    """What one channel of each unit costs where it is written, transformed and read. With `as_macs`, times the places it is computed at:
-    pixels of the map, or the tokens of prefix and caption (in the last layer the prefix has keys and values alone); a head's include its
-    attention's own products."""
+def savings(model: LightCap, price: Price) -> dict[tuple[str, str], float]:
+    """What one channel of each unit costs where it is written, transformed and read: its weights, and their products at all places that
+    they are computed at: pixels of the map, or the tokens of prefix and caption (in the last layer the prefix has keys and values alone);
+    a head's include its attention's own products."""
     found: dict[tuple[str, str], float] = {}
     places: dict[nn.Module, float] = {}
     hooks = [
@@ -186,15 +221,17 @@ def savings(model: LightCap, as_macs: bool) -> dict[tuple[str, str], float]:
         group = graph.get_pruning_group(module, tp.prune_conv_out_channels, [0])
         for conv, handler in dict.fromkeys((d.target.module, d.handler) for d, _ in group):
             if isinstance(conv, nn.Conv2d):
-                weights = conv.weight.numel() * (places[conv] if as_macs else 1)
-                total += weights / (conv.in_channels if handler == tp.prune_conv_in_channels else conv.out_channels)
+                weights = conv.weight.numel() / (conv.in_channels if handler == tp.prune_conv_in_channels else conv.out_channels)
+                total += weights * (price.encoder * places[conv] + price.weight)
         found["conv", f"encoder.{name}"] = total
     hidden, prefix = model.config.hidden, model.config.prefix
+    steps = price.step * cost.TOKENS + price.weight
+    pairs = price.step * sum(prefix + t for t in range(1, cost.TOKENS + 1))
     for index, layer in enumerate(model.fusion.layers):
         last = index + 1 == len(model.fusion.layers)
-        asked = cost.TOKENS + (0 if last else prefix) if as_macs else 1
-        seen = cost.TOKENS + prefix if as_macs else 1
+        before = price.prefix * prefix
+        asked = steps + (0 if last else before)
+        among = pairs + (0 if last else before * prefix)
         found["ffn", f"fusion.layers.{index}"] = 2.0 * hidden * asked
-        pairs = (0 if last else prefix**2) + sum(prefix + t for t in range(1, cost.TOKENS + 1)) if as_macs else 0
-        found["head", f"fusion.layers.{index}"] = 2.0 * layer.head_dim * (hidden * (asked + seen) + pairs)
+        found["head", f"fusion.layers.{index}"] = 2.0 * layer.head_dim * (hidden * (asked + steps + before) + among)
     return found

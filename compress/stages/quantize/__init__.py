@@ -172,11 +172,11 @@ def summary(encoder: Counter[str], decoder: Counter[str]) -> str:
     """What ONNX Runtime runs as integers: a pattern that its fusions miss costs tens of times, and shows nowhere else."""
     whole = encoder["QLinearConv"] + encoder["Conv"] + encoder["FusedConv"]
     products = decoder["MatMulInteger"] + decoder["MatMulIntegerToFloat"]
-    return f"int8 kernels: {encoder['QLinearConv']} of {whole} convolutions, {products} of {products + decoder['Gemm']} linear layers"
+    return f"int8 kernels: {encoder['QLinearConv']} of {whole} convolutions, {products} of {products + decoder['Gemm']} matrix products"
 
 
 def float_bytes(model) -> int:
-    """Bytes of the same weights in fp32."""
+    """Bytes of the float model's weights."""
     return 4 * (sum(p.numel() for p in model.parameters()) + (0 if model.concepts is None else model.concepts.matrix.numel()))
 
 

@@ -39,14 +39,17 @@ def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collecti
         if float_weights.issuperset(parts):
             float_weights.add(name)
         elif scales.keys() >= set(parts):
-            scales[name] = stacked([scales[part] for part in parts])
+            scales[name] = stacked(name, [scales[part] for part in parts])
     make_integer(proto.graph, scales, float_weights)
     return proto
 
 
-def stacked(scales: Sequence[Scales]) -> Scales:
-    """Of Linears that read the same, as one that gives what they give one after the other."""
-    weight, integers = (np.concatenate([getattr(one, name) for one in scales]) for name in ("weight", "integers"))
+def stacked(name: str, scales: Sequence[Scales]) -> Scales:
+    """Of Linears that read the same, as one that gives what they give one after the other. StageError where what they read has several
+    scales."""
+    if len({(one.scale, one.zero_point) for one in scales}) > 1:
+        raise StageError(f"calibration gave several scales for what {name} reads")
+    weight, integers = (np.concatenate([getattr(one, part) for one in scales]) for part in ("weight", "integers"))
     return Scales(scales[0].scale, scales[0].zero_point, weight, integers)
 
 
