@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -109,6 +109,17 @@ def pixels(image, settings: dict) -> np.ndarray:
     return planes
 
 
+class Past(NamedTuple):
+    """Keys and values, layer by layer, a row for each caption, each (N, heads, length, head width): of its prefix, and of itself so far."""
+
+    prefix: list[np.ndarray]
+    own: list[np.ndarray]
+
+    def rows(self, captions: list[int], same_images: bool) -> Past:
+        """Those `captions` alone, in their order. Where they are of the same images as before, no prefix is copied."""
+        return Past(self.prefix if same_images else [array[captions] for array in self.prefix], [array[captions] for array in self.own])
+
+
 class Captioner:
     """The captioner in `folder`. `threads` per graph; None: as many as this process may use.
 
@@ -137,9 +148,12 @@ class Captioner:
         self.decoder = open_session(folder / "decoder.onnx", self.threads)
         self.channels = self.decoder.get_inputs()[0].shape[2]
         self.extractor = open_session(folder / "concepts.onnx", self.threads) if reads_concepts else None
-        pasts = [item for item in self.decoder.get_inputs() if item.name.startswith("past_")]
+        pasts = [item for item in self.decoder.get_inputs() if item.name.startswith(("prefix_", "past_"))]
         self.past_names = [item.name for item in pasts]
-        self.empty = [(item.shape[1], item.shape[3]) for item in pasts]  # heads and their width, which differ by layer when pruned
+        # Heads and their width, which differ by layer when pruned.
+        self.sizes = [(item.shape[1], item.shape[3]) for item in pasts if item.name.startswith("past_")]
+        if len(pasts) != 2 * len(self.sizes):
+            raise ValueError(f"{folder / 'decoder.onnx'}: of an earlier lightcap; export it again")
 
     def open(self, path: str | Path) -> Image.Image:
         """A photo's file, with no more pixels than are needed to squash it. ValueError, one line, where it is no whole image."""
@@ -154,33 +168,34 @@ class Captioner:
         """Pixels (B, 3, S, S) -> grid (B, G, channels)."""
         return self.encoder.run(None, {"pixels": np.ascontiguousarray(batch, np.float32)})[0]
 
-    def prefill(self, grid: np.ndarray) -> list[np.ndarray]:
-        """grid (B, G, channels) -> the prefix's keys and values, layer by layer, each (B, heads, G, head width)."""
-        images = len(grid)
+    def prefill(self, grid: np.ndarray) -> Past:
+        """grid (B, G, channels) -> the prefix's keys and values."""
         grid = np.ascontiguousarray(grid, np.float32)
         concepts = self.extractor.run(None, {"grid": grid})[0] if self.extractor else None
-        none = np.zeros((images, 0), np.int64)
-        past = [np.zeros((images, heads, 0, width), np.float32) for heads, width in self.empty]
-        return self.run_decoder(grid, none, none, past, concepts)[1:]
+        none, nothing = np.zeros((len(grid), 0), np.int64), self.nothing(len(grid))
+        return Past(self.run_decoder(grid, none, none, Past(nothing, nothing), concepts)[1:], nothing)
 
-    def step(self, tokens: np.ndarray, position: int, past: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def nothing(self, captions: int) -> list[np.ndarray]:
+        return [np.zeros((captions, heads, 0, width), np.float32) for heads, width in self.sizes]
+
+    def step(self, tokens: np.ndarray, position: int, past: Past) -> tuple[np.ndarray, Past]:
         """tokens (N,) at `position` -> logits (N, V), and keys and values with this token's own."""
         n = len(tokens)
-        nothing = np.zeros((n, 0, self.channels), np.float32)
+        no_grid = np.zeros((n, 0, self.channels), np.float32)
         tokens = np.asarray(tokens, np.int64)[:, None]
         places = np.full_like(tokens, position)
         if self.mask_piece is not None:  # the model predicts the piece under a [MASK] behind the token
             tokens = np.concatenate([tokens, np.full_like(tokens, self.mask_piece)], 1)
             places = np.concatenate([places, places + 1], 1)
-        logits, *present = self.run_decoder(nothing, tokens, places, past, tokens[:, :0])
+        logits, *own = self.run_decoder(no_grid, tokens, places, past, tokens[:, :0])
         if self.mask_piece is not None:
-            present = [array[:, :, :-1] for array in present]
-        return logits[:, -1], present
+            own = [array[:, :, :-1] for array in own]
+        return logits[:, -1], Past(past.prefix, own)
 
     def run_decoder(
-        self, grid: np.ndarray, tokens: np.ndarray, positions: np.ndarray, past: list[np.ndarray], concepts: np.ndarray | None
+        self, grid: np.ndarray, tokens: np.ndarray, positions: np.ndarray, past: Past, concepts: np.ndarray | None
     ) -> list[np.ndarray]:
-        feeds = {"grid": grid, "tokens": tokens, "positions": positions, **dict(zip(self.past_names, past, strict=True))}
+        feeds = {"grid": grid, "tokens": tokens, "positions": positions, **dict(zip(self.past_names, past.prefix + past.own, strict=True))}
         if self.extractor:
             feeds["concepts"] = concepts
         return self.decoder.run(None, feeds)
@@ -221,11 +236,12 @@ class Captioner:
                 if len(finished[image]) < beam:
                     sources += [row for row, _ in kept[:beam]]
                     following += [item for _, item in kept[:beam]]
+            images = [image for image, _, _ in live]
             live = following
             if not live:
                 break
-            if sources != list(range(len(past[0]))):
-                past = [array[sources] for array in past]
+            if sources != list(range(len(images))):
+                past = past.rows(sources, [images[row] for row in sources] == images)
         for image, score, ids in live:
             finished[image].append((score / max_tokens, score, ids))
         chosen = [max(found, key=lambda item: item[0]) for found in finished]

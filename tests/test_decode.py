@@ -221,14 +221,18 @@ def test_sampling_is_reproducible():
 def device_search(model: Tables, images: int, beam: int, most: int) -> list[tuple[list[int], float]]:
     """`compress.runtime`'s search over the same logits."""
     captioner = types.SimpleNamespace(start=START, end=END, never=list(SPECIAL.never))
-    captioner.prefill = lambda grid: [array.numpy() for array in model.prefill(torch.from_numpy(grid))[0][:2]]
+
+    def prefill(grid):
+        number = model.prefill(torch.from_numpy(grid))[0].keys.numpy()
+        return runtime.Past([number], [number[:, :, :0]])
 
     def step(tokens, position, past):
-        number, own = torch.from_numpy(past[0]).split([1, past[0].shape[2] - 1], 2)
+        number, own = torch.from_numpy(past.prefix[0]), torch.from_numpy(past.own[0])
         seen = Seen(number, number, own, own) if own.shape[2] else Seen(number, number)
         logits, [present] = model.step(torch.tensor(tokens)[:, None], position, [seen])
-        whole = torch.cat([number, present.own_keys], 2).numpy()
-        return logits.numpy(), [whole, whole]
+        return logits.numpy(), runtime.Past(past.prefix, [present.own_keys.numpy()])
+
+    captioner.prefill = prefill
 
     captioner.step = step
     return runtime.Captioner.search(captioner, grid(images).numpy(), beam, most)

@@ -34,9 +34,9 @@ def test_prefix_and_steps_of_one_graph_give_pytorchs_keys_and_logits_with_a_prun
     with torch.no_grad():
         past = model.prefill(grid)
         mine = captioner.prefill(grid.numpy())
-        for expected, got in zip([tensor for seen in past for tensor in (seen.keys, seen.values)], mine, strict=True):
+        for expected, got in zip([tensor for seen in past for tensor in (seen.keys, seen.values)], mine.prefix, strict=True):
             np.testing.assert_allclose(got, expected.numpy(), atol=1e-4)
-        assert mine[0].shape == (3, 1, 25, 16) and mine[2].shape == (3, 2, 25, 16)
+        assert mine.prefix[0].shape == (3, 1, 25, 16) and mine.prefix[2].shape == (3, 2, 25, 16)
         for position in range(6):
             tokens = torch.randint(5, 100, (3,))
             logits, past = model.step(tokens[:, None], position, past)
@@ -55,8 +55,9 @@ def test_a_model_of_one_layer_and_one_head_and_another_image_size_exports_too(tm
     session = runtime.open_session(tmp_path / "decoder.onnx", 1)
     grid, none = np.random.default_rng(0).normal(size=(1, 9, 128)).astype(np.float32), np.zeros((1, 0), np.int64)
     past = {item.name: np.zeros((1, 2, 0, 16), np.float32) for item in session.get_inputs()[3:]}
+    assert list(past) == ["prefix_key_0", "prefix_value_0", "past_key_0", "past_value_0"]
     _, *seen = session.run(None, {"grid": grid, "tokens": none, "positions": none, **past})
-    token, past = np.array([[7]]), dict(zip(past, seen, strict=True))
+    token, past = np.array([[7]]), past | dict(zip(past, seen, strict=False))
     logits = session.run(None, {"grid": grid[:, :0], "tokens": token, "positions": np.zeros_like(token), **past})[0][:, -1]
     with torch.no_grad():
         prefix = model.prefill(torch.from_numpy(grid))

@@ -97,7 +97,7 @@ def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, tmp_path):
         forced = simulate.simulated(decoding)
         for image in range(4):
             logits = forced(*decoder.teacher_forced(model, grid[image : image + 1], captions[image]))[0]
-            row = [array[image : image + 1] for array in past]
+            row = past.rows([image], same_images=False)
             for position, piece in enumerate(captions[image][0][:-1]):
                 got, row = captioner.step(np.array([piece]), position, row)
                 np.testing.assert_allclose(got[0], logits[position].numpy(), atol=1e-4)

@@ -137,7 +137,7 @@ class Table(runtime.Captioner):
         self.logits, self.start, self.end, self.never = logits, 1, 2, [0, 1]
 
     def prefill(self, grid):
-        return [grid]
+        return runtime.Past([grid], [grid])
 
     def step(self, tokens, position, past):
         return self.logits[position, tokens], past
@@ -157,6 +157,27 @@ def test_a_wide_beam_finds_the_best_of_all_captions():
         ((found, logprob),) = Table(logits).search(np.zeros((1, 1)), beam=100, max_tokens=3)
         assert found == words
         assert logprob == pytest.approx(total, abs=1e-5)
+
+
+def test_prefixes_are_copied_only_where_captions_of_other_images_go_on():
+    """Two images, beam 2: from one caption each to two; while both go on only what captions hold of their own moves; one ends."""
+    logits = np.zeros((3, 6, 6), np.float32)
+    logits[:, :, 2] = -9.0
+    logits[1, 3, 2] = logits[1, 4, 2] = 9.0  # where the first piece is 3 or 4, the second is [SEP]
+    logits[2, 5, 4] = 6.0  # and of the two that go on then, one has both of the best that follow
+    moved = []
+
+    class Watched(runtime.Past):
+        def rows(self, captions, same_images):
+            moved.append((list(captions), same_images))
+            return Watched(*super().rows(captions, same_images))
+
+    table = Table(logits)
+    table.prefill = lambda grid: Watched([grid], [grid])
+    table.step = lambda tokens, position, past: (logits[position, tokens] + past.prefix[0], past)
+    shown = np.array([[0.0] * 3 + [5.0, 4.0, 0.0], [0.0] * 5 + [5.0]], np.float32)  # pieces 3 and 4 in the first, 5 in the second
+    table.search(shown, beam=2, max_tokens=3)
+    assert moved == [([0, 0, 1, 1], False), ([2, 2], False), ([0, 0], True)]
 
 
 def test_equal_scores_go_to_the_lower_piece():

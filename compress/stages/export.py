@@ -2,7 +2,7 @@
 
 `encoder.onnx`: pixels (B, 3, S, S) -> grid (B, G, C). `concepts.onnx`, where the model reads concepts: grid -> their word pieces (B, K).
 `decoder.onnx` is prefix and step in one graph, so that no weight is stored twice:
-over no past and no token it gives the grid's keys and values, over an empty grid it takes one token further.
+over a grid and no token it gives the prefix's keys and values, over those and an empty grid it takes one token further.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -90,18 +91,21 @@ class DecoderLayer(nn.Module):
         return x.unflatten(2, (parts * self.heads, self.head_dim)).transpose(1, 2).chunk(parts, 1)
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, first: int | None, unseen: Tensor | None
+        self, x: Tensor, prefix: Sequence[Tensor], past: Sequence[Tensor], first: int | None, unseen: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, S, hidden) and what came before it (N, heads, P, head width); queries for x[:, first:] alone. `unseen` (S, P + S) is added
-        to the scores."""
+        """x (N, S, hidden), and keys and values of the prefix and of what came after it, each (N, heads, length, head width); queries for
+        x[:, first:] alone. `unseen` (S, past + S) is added to the scores of what is no prefix. Returns states, and the keys and values of
+        past and x."""
         *queries, key, value = self.split(self.attention(x), 3 if self.query is None else 2)
-        keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         x = x if first is None else x[:, first:]
         [query] = queries or self.split(self.query(x), 1)
-        scores = query @ keys.transpose(2, 3) * self.head_dim**-0.5
+        before, own = (query @ seen.transpose(2, 3) * self.head_dim**-0.5 for seen in (prefix[0], keys))
         if unseen is not None:
-            scores = scores + (unseen if first is None else unseen[first:])
-        mixed = scores.softmax(-1) @ values
+            own = own + (unseen if first is None else unseen[first:])
+        length = prefix[0].shape[2]
+        weights = torch.cat([before, own], 3).softmax(-1)
+        mixed = weights[..., :length] @ prefix[1] + weights[..., length:] @ values
         x = self.norm1(x + self.output(mixed.transpose(1, 2).flatten(2)))
         return self.norm2(x + self.down(F.gelu(self.up(x)))), keys, values
 
@@ -195,27 +199,30 @@ class Decoder(nn.Module):
         return columns.T.view(*tokens.shape, len(self.vocabulary))
 
     def forward(
-        self, grid: Tensor, tokens: Tensor, positions: Tensor, past: list[Tensor], concepts: Tensor | None = None
+        self, grid: Tensor, tokens: Tensor, positions: Tensor, prefix: list[Tensor], past: list[Tensor], concepts: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """grid (N, G, C); tokens, positions (N, T) with T at most 1 (2 for a model of masked pieces: the token and [MASK]); past keys and
-        values, layer by layer, each (N, heads, P, width); concepts (N, K) word pieces, for a model that reads them.
+        """grid (N, G, C); tokens, positions (N, T) with T at most 1 (2 for a model of masked pieces: the token and [MASK]); keys and values
+        of the prefix, and of the caption so far, layer by layer, each (N, heads, length, width); concepts (N, K) word pieces, for a model
+        that reads them.
 
-        Returns logits (N, T, V), then all keys and values (N, heads, P + K + G + T, width). Every position sees every other, but none a
-        later token: so a pass holds either the prefix or tokens."""
+        Returns logits (N, T, V), then the keys and values of past and of what was read here: the prefix's own where a grid was, which later
+        passes take as `prefix`, so that none copies them. Every position sees every other, but none a later token: so a pass holds either
+        the prefix or tokens."""
         if concepts is None:
-            prefix = self.grid(grid)
+            shown = self.grid(grid)
         else:
             words = self.lookup(concepts)
-            prefix = torch.cat([words, self.grid(grid if self.modulator is None else self.modulator(grid, words))], 1)
-        first = prefix.shape[1]
-        prefix = prefix + self.prefix_places[:first]
-        x = self.norm(torch.cat([prefix, self.lookup(tokens) + F.embedding(positions, self.places)], 1))
+            shown = torch.cat([words, self.grid(grid if self.modulator is None else self.modulator(grid, words))], 1)
+        first = shown.shape[1]
+        shown = shown + self.prefix_places[:first]
+        x = self.norm(torch.cat([shown, self.lookup(tokens) + F.embedding(positions, self.places)], 1))
         unseen = later_tokens(first, tokens.shape[1], past[0].shape[2], x) if self.masked else None
         present: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)
-            x, *pair = layer(x, *past[2 * index : 2 * index + 2], first if last else None, unseen)
-            present += pair
+            pair = slice(2 * index, 2 * index + 2)
+            x, *seen = layer(x, prefix[pair], past[pair], first if last else None, unseen)
+            present += seen
         return self.branches(x) @ self.vocabulary + self.bias, *present
 
 
@@ -237,19 +244,17 @@ def later_tokens(prefix: int, tokens: int, past: int, like: Tensor) -> Tensor:
 
 
 def past_names(model: LightCap, kind: str) -> list[str]:
-    """`past_key_0`, `past_value_0`, ... (kind `present` names the outputs)."""
+    """`past_key_0`, `past_value_0`, ...; kind `prefix` names those of the prefix, `present` the outputs."""
     return [f"{kind}_{part}_{layer}" for layer in range(len(model.fusion.layers)) for part in ("key", "value")]
 
 
 def example(model: LightCap) -> tuple[Tensor, ...]:
     """Decoder inputs of odd and unequal lengths, so that no two dynamic sizes look alike."""
-    n, grid, tokens, past = 2, 7, 3, 5
-    keys = []
-    for layer in model.fusion.layers:
-        heads = layer.query.out_features // layer.head_dim
-        keys += [torch.randn(n, heads, past, layer.head_dim) for _ in range(2)]
+    n, grid, tokens, prefix, past = 2, 7, 3, 6, 5
+    sizes = [(layer.query.out_features // layer.head_dim, layer.head_dim) for layer in model.fusion.layers for _ in range(2)]
+    keys = [[torch.randn(n, heads, length, width) for heads, width in sizes] for length in (prefix, past)]
     places = torch.arange(tokens).expand(n, tokens).contiguous()
-    inputs = torch.randn(n, grid, model.config.channels), torch.ones(n, tokens, dtype=torch.int64), places, keys
+    inputs = torch.randn(n, grid, model.config.channels), torch.ones(n, tokens, dtype=torch.int64), places, *keys
     return (*inputs, torch.ones(n, 4, dtype=torch.int64)) if model.config.concepts else inputs
 
 
@@ -295,10 +300,10 @@ def concepts_graph(model: LightCap) -> ModelProto:
 
 def decoder_graph(model: LightCap) -> ModelProto:
     """The float decoder, its initializers still named as the parameters of `Decoder` (`graphs.clean` renames them)."""
-    n, grid, tokens, past = (Dim(name) for name in ("n", "grid_length", "token_length", "past_length"))
+    n, grid, tokens, prefix, past = (Dim(name) for name in ("n", "grid_length", "token_length", "prefix_length", "past_length"))
     inputs = example(model)
-    dynamic = ({0: n, 1: grid}, {0: n, 1: tokens}, {0: n, 1: tokens}, [{0: n, 2: past} for _ in inputs[3]])
-    names = ["grid", "tokens", "positions", *past_names(model, "past")]
+    dynamic = ({0: n, 1: grid}, *[{0: n, 1: tokens}] * 2, *([{0: n, 2: length} for _ in inputs[3]] for length in (prefix, past)))
+    names = ["grid", "tokens", "positions", *past_names(model, "prefix"), *past_names(model, "past")]
     if model.config.concepts:
         dynamic, names = (*dynamic, {0: n, 1: Dim("concept_length")}), [*names, "concepts"]
     proto = to_onnx(Decoder(model).eval(), inputs, names, ["logits", *past_names(model, "present")], dynamic)
