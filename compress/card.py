@@ -14,6 +14,7 @@ MADE = {
     "train": "trained with cross-entropy on captions",
     "distill": "distilled from its teachers",
     "scst": "tuned for CIDEr",
+    "average": "the mean of several captioners' weights",
     "vocabulary": "its parent with the word pieces that training captions use",
     "prune": "its parent with channels removed, then recovered",
     "quantize": "its parent as static INT8 ONNX graphs",

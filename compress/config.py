@@ -127,6 +127,13 @@ class Scst(Optimisation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Average:
+    """The mean of the weights of the stage that it works on and of `others`, ends of one training."""
+
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """Keeps the word pieces that training captions use, and every single character."""
 
@@ -191,6 +198,7 @@ STAGES = {
     "train": Train,
     "distill": Distill,
     "scst": Scst,
+    "average": Average,
     "vocabulary": Vocabulary,
     "prune": Prune,
     "quantize": Quantize,
@@ -282,7 +290,7 @@ RANGES = {
 def references(config) -> tuple[str, ...]:
     """The earlier stages that a stage's settings name, beside the one it works on."""
     extractor = getattr(config, "extractor", None)
-    return (*getattr(config, "teachers", ()), *((extractor,) if extractor else ()))
+    return (*getattr(config, "teachers", ()), *getattr(config, "others", ()), *((extractor,) if extractor else ()))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compress.config import Concepts, Distill, Prune, Quantize, Scst, Train
+from compress.config import Average, Concepts, Distill, Prune, Quantize, Scst, Train
 
 TARGETS = ("macs", "params", "mb", "ms")
 
@@ -60,6 +60,11 @@ def _scst(config: Scst, parent: str | None) -> Iterator[tuple[str, str]]:
         yield "temperature", "is of captions drawn by chance; draw: beams takes the best, so leave it out"
 
 
+def _average(config: Average, parent: str | None) -> Iterator[tuple[str, str]]:
+    if not config.others:
+        yield "others", "'average' needs other stages, to be averaged with the one that it works on (others: [NAME, ...])"
+
+
 def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
     if all(getattr(config, key) is None for key in TARGETS):
         yield TARGETS[0], "'prune' needs a target: macs, params (shares of its parent), mb or ms"
@@ -74,4 +79,4 @@ def _quantize(config: Quantize, parent: str | None) -> Iterator[tuple[str, str]]
         yield "tune_learning_rate", "nothing is tuned without 'tune_epochs'"
 
 
-FINDERS = {Concepts: _concepts, Train: _train, Distill: _distill, Scst: _scst, Prune: _prune, Quantize: _quantize}
+FINDERS = {Concepts: _concepts, Train: _train, Distill: _distill, Scst: _scst, Average: _average, Prune: _prune, Quantize: _quantize}

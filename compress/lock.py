@@ -53,7 +53,7 @@ def parts(
     whole = resolved(recipe)
     settings = next(dict(entry[stage.kind]) for entry in whole["stages"] if _is(entry, stage))
     chooses = settings.get("max_drop_cider") is not None and (settings.get("steps", 1) > 1 or settings.get("trials", 0) > 0)
-    for key in ("as", "from", "against", "teachers", "extractor", *(() if chooses else ("max_drop_cider",))):
+    for key in ("as", "from", "against", "teachers", "others", "extractor", *(() if chooses else ("max_drop_cider",))):
         settings.pop(key, None)  # a gate judges an artifact, it does not make it, but where the stage itself looks at val
     modules = (f"compress.stages.{stage.kind}", *(("compress.evaluate",) if chooses else ()))
     sources, libraries = imported(modules, root)

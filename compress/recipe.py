@@ -262,6 +262,8 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
                 raise RecipeError(f"{start.place}keys 'from' and 'extractor' exclude each other: an extractor starts a new captioner")
         if kind == "distill":
             config = _with_teachers(config, settings, before, place, student, earlier)
+        for other in getattr(config, "others", ()):
+            earlier(other, settings["others"], "others")
         for key, what in conflicts(config, parent):
             raise RecipeError(f"{settings[key].place}key '{key}': {what}" if key in settings else f"{place}{what}")
         against = _compared(parent, config)

@@ -1,0 +1,27 @@
+"""One captioner whose weights are the mean of several's: ends of one training lie in one valley of the loss, and their mean nearer to its
+floor than any of them ("model soups", Wortsman et al., ICML 2022)."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.artifact import Artifact
+from compress.config import Average
+from compress.context import Context
+from compress.errors import StageError
+from compress.training.start import read_captioner, write_captioner
+
+
+def run(parent: Artifact, config: Average, context: Context) -> None:
+    """Writes the mean of `parent` and of the stages `config.others`. StageError where one has other tensors, or other concepts."""
+    model, tokenizer, settings = read_captioner(parent.path)
+    mean = model.state_dict()
+    for count, name in enumerate(config.others, start=2):
+        other = read_captioner(context.artifacts[name].path)[0].state_dict()
+        same = {key: tensor.shape for key, tensor in other.items()} == {key: tensor.shape for key, tensor in mean.items()}
+        if not same or any(not torch.equal(mean[key], tensor) for key, tensor in other.items() if not tensor.is_floating_point()):
+            raise StageError(f"average: '{name}' is not built as '{context.stage.parent}' is: a mean of their weights would mean nothing")
+        for key, tensor in other.items():
+            if tensor.is_floating_point():
+                mean[key] += (tensor - mean[key]) / count  # exactly itself where all are equal: an encoder that they share stays shared
+    write_captioner(context.output, model, tokenizer, settings)
