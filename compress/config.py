@@ -216,7 +216,7 @@ CHOICES = {
     ("scst", "baseline"): ("mean", "greedy"),
     ("prune", "importance"): ("caption", "distillation", "magnitude"),
     ("prune", "ratios"): ("importance", "sensitivity"),
-    ("prune", "parts"): ("encoder", "fusion"),
+    ("prune", "parts"): ("encoder", "fusion", "hidden"),
     ("quantize", "scheme"): ("static",),
     ("quantize", "rounding"): ("gptq", "nearest"),
     ("vocabulary", "keep"): ("seen",),

@@ -172,6 +172,39 @@ def test_what_stays(encoder, round_to):
         assert layer.output.out_features == layer.down.out_features == 32
 
 
+HIDDEN = {  # by hand: the axes of each weight, without its layer's or head's number, that hidden channels lie along
+    "fusion.word.weight": [1], "fusion.position.weight": [1], "fusion.segment.weight": [1], "fusion.norm.weight": [0],
+    "fusion.norm.bias": [0], "fusion.grid.weight": [0], "fusion.grid.bias": [0], "fusion.layers.norm1.weight": [0],
+    "fusion.layers.norm1.bias": [0], "fusion.layers.norm2.weight": [0], "fusion.layers.norm2.bias": [0], "fusion.layers.query.weight": [1],
+    "fusion.layers.key.weight": [1], "fusion.layers.value.weight": [1], "fusion.layers.up.weight": [1], "fusion.layers.output.weight": [0],
+    "fusion.layers.output.bias": [0], "fusion.layers.down.weight": [0], "fusion.layers.down.bias": [0],
+    "heads.branches.transform.weight": [0, 1], "heads.branches.transform.bias": [0], "heads.branches.norm.weight": [0],
+    "heads.branches.norm.bias": [0], "modulator.down.weight": [1],
+}  # fmt: skip
+
+
+def test_hidden_channels_leave_all_that_reads_or_writes_them(tmp_path):
+    """The weights of what stays, and no others, at any width of heads and feed-forward layers; it captions, narrows and is read again."""
+    model = build(concepts=3, alignment=(8, 8), modulator=4)
+    model.start_concepts(torch.randn(5, 8), torch.arange(10, 15).unsqueeze(1), torch.zeros(5), 8, 3)
+    unit = channels.units(model, ("hidden",))[0]
+    assert (unit.kind, unit.width) == ("hidden", 32)
+    stay = [index for index in range(32) if index % 4]
+    smaller = channels.remove(model, [channels.Block(unit, tuple(range(0, 32, 4)), 0.0)])
+    for name, tensor in model.state_dict().items():
+        for axis in HIDDEN.get(re.sub(r"\.\d+", "", name) if not name.startswith("encoder") else name, []):
+            tensor = tensor.index_select(axis, torch.tensor(stay))
+        assert torch.equal(smaller.state_dict()[name], tensor), name
+    assert smaller.hidden == 24 and model.hidden == 32
+    smaller.narrow(torch.arange(30))
+    smaller.save_pretrained(tmp_path)
+    again = LightCap.from_pretrained(tmp_path)
+    with torch.no_grad():
+        grid = torch.randn(1, model.config.grid**2, model.config.channels)
+        logits, past = again.step(torch.tensor([[2]]), 0, again.prefill(grid))
+        assert logits.shape == (1, 30) and torch.equal(logits, smaller.eval().step(torch.tensor([[2]]), 0, smaller.prefill(grid))[0])
+
+
 def test_the_least_important_leave_first():
     unit = channels.Unit("ffn", "fusion.layers.0", 20)
     other = channels.Unit("ffn", "fusion.layers.1", 16)
@@ -239,8 +272,8 @@ def test_savings_are_what_a_channel_costs():
 
     for name, measure in target.COUNTS.items():
         said, whole = target.savings(model, target.PRICES[name]), measure(model)
-        units = channels.units(model, ("encoder", "fusion"))
-        for unit in units if name != "macs" else [units[1], units[3], units[5], units[6], units[-1]]:
+        units = channels.units(model, ("encoder", "fusion", "hidden"))
+        for unit in units if name != "macs" else [units[1], units[3], units[5], units[6], *units[-2:]]:
             fell = whole - measure(channels.remove(model, [channels.Block(unit, (0,), 0.0)]))
             assert fell == pytest.approx(said[unit.kind, unit.name], rel=0.05), (name, unit)
 
@@ -290,7 +323,7 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
     model, tokenizer, preprocessing, _, context = world
     monkeypatch.setattr(importance, "BATCHES", 2)
     monkeypatch.setattr(importance, "IMAGES", 4)
-    wanted = channels.units(model, ("encoder", "fusion"))
+    wanted = channels.units(model, ("encoder", "fusion", "hidden"))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     config, here = Prune(macs=0.7), context("a")
     scores = importance.importance(model, tokenizer, preprocessing, wanted, config, 17, here)
@@ -304,6 +337,8 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
     def loss(step: int, unit: channels.Unit, channel: int, gate: float) -> float:
         if unit.kind == "conv":
             modules = norms_behind(model, unit)
+        elif unit.kind == "hidden":
+            modules = [module for module in [*model.fusion.modules(), *model.heads.modules()] if isinstance(module, nn.LayerNorm)]
         else:
             layer = model.get_submodule(unit.name)
             modules = [layer.down if unit.kind == "ffn" else layer.output]
@@ -312,7 +347,7 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
 
         def after(_, inputs, out):
             out = out.clone()
-            out[:, places] *= gate
+            out[(slice(None), places) if unit.kind == "conv" else (..., places)] *= gate
             return out
 
         def before(_, inputs):
@@ -321,7 +356,8 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
             return (x,)
 
         handles = [
-            module.register_forward_hook(after) if unit.kind == "conv" else module.register_forward_pre_hook(before) for module in modules
+            module.register_forward_hook(after) if unit.kind in ("conv", "hidden") else module.register_forward_pre_hook(before)
+            for module in modules
         ]
         batch = batch_of(step)
         with torch.no_grad():
@@ -336,7 +372,7 @@ def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
 
     eps = 0.01
     coupled = next(unit for unit in wanted if len(unit.writers) == 2)
-    for unit in [wanted[0], wanted[3], coupled, wanted[-4], wanted[-1]]:
+    for unit in [wanted[0], wanted[3], coupled, wanted[-5], wanted[-2], wanted[-1]]:
         for channel in {int(scores[unit].argmax()), 0}:
             slopes = [abs(loss(s, unit, channel, 1 + eps) - loss(s, unit, channel, 1 - eps)) / (2 * eps) for s in range(2)]
             assert float(scores[unit][channel]) == pytest.approx(sum(slopes) / 2, rel=0.05, abs=1e-4), unit
@@ -425,6 +461,26 @@ def test_the_stage_meets_its_target_and_is_the_same_twice(world, monkeypatch):
     assert pruned.config.vocabulary == model.config.vocabulary
     assert dataclasses.replace(pruned.config, shapes={}) == model.config
     assert (made[0].path / "tokenizer.json").read_bytes() == (parent.path / "tokenizer.json").read_bytes()
+
+
+def test_hidden_channels_leave_by_the_stage_and_the_export_says_the_same(world, monkeypatch):
+    from compress import runtime
+    from compress.stages.export import export
+
+    model, tokenizer, _, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    here = context("a")
+    prune.run(parent, Prune(params=0.85, parts=("hidden",), recover_encoder_epochs=0.0, batch_images=20), here)
+    pruned = LightCap.from_pretrained(here.output)
+    assert pruned.hidden < model.hidden and pruned.config.hidden == model.config.hidden
+    assert target.parameters(pruned) <= 0.85 * target.parameters(model)
+    export(Artifact(here.output), here.output.parent / "export")
+    captioner = runtime.Captioner(here.output.parent / "export", threads=1)
+    grid = torch.randn(1, model.config.grid**2, model.config.channels)
+    with torch.no_grad():
+        logits, _ = pruned.step(torch.tensor([[tokenizer.token_to_id("[CLS]")]]), 0, pruned.prefill(grid))
+    mine, _ = captioner.step([captioner.start], 0, captioner.prefill(grid.numpy()))
+    torch.testing.assert_close(torch.from_numpy(mine), logits, atol=1e-4, rtol=1e-4)
 
 
 def test_parts_are_left_alone(world, monkeypatch):

@@ -64,7 +64,7 @@ def distil(
     if states:
         teacher.to(where)
         pairs = layer_map(len(model.fusion.layers), teacher.layers)
-        maps.extend(nn.Linear(model.config.hidden, teacher.hidden) for _ in pairs)
+        maps.extend(nn.Linear(model.hidden, teacher.hidden) for _ in pairs)
         for linear in maps:
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)

@@ -37,7 +37,6 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     seed = context.seed if config.seed is None else config.seed
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
-    full = model.word.detach().clone()
     target = Target.of(config, model)
     teacher = load(parent.path)
     if config.layers:
@@ -66,6 +65,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
             teacher.narrow(data.keep)
             taught = teach_from_parent(parent, teacher, tokenizer, settings, data, config, context)
         if config.recover_epochs:
+            full = model.word.detach().clone()
             model.narrow(data.keep)
             goal = Goal(("tokens",), 0.0, config.temperature, config.token_weight, 0.0, 0.0)
             steps = data.steps(config.recover_epochs, config.batch_images)

@@ -1,4 +1,4 @@
-"""What can be removed: channels of the encoder, attention heads, and feed-forward width.
+"""What can be removed: channels of the encoder, attention heads, feed-forward width, and the width of the hidden states.
 
 Encoder channels are removed by torch-pruning's dependency graph: those inside a block, and those that residual sums couple through a whole
 stage, from all of its blocks at once. The grid's own stay.
@@ -25,7 +25,7 @@ class Unit:
     """A set of `width` interchangeable channels (or heads) under the name of the module that writes them: the first, where a residual sum
     makes one channel of what several convolutions (`writers`) give."""
 
-    kind: Literal["conv", "ffn", "head"]
+    kind: Literal["conv", "ffn", "head", "hidden"]
     name: str
     width: int
     writers: tuple[str, ...] = ()
@@ -55,6 +55,8 @@ def units(model: LightCap, parts: Sequence[str]) -> list[Unit]:
         for index, layer in enumerate(model.fusion.layers):
             found.append(Unit("ffn", f"fusion.layers.{index}", layer.up.out_features))
             found.append(Unit("head", f"fusion.layers.{index}", layer.query.out_features // layer.head_dim))
+    if "hidden" in parts:
+        found.append(Unit("hidden", "fusion", model.hidden))
     return found
 
 
@@ -95,6 +97,8 @@ def remove(model: LightCap, chosen: Sequence[Block]) -> LightCap:
         module = model.get_submodule(unit.name)
         if unit.kind == "conv":
             graph.get_pruning_group(module, tp.prune_conv_out_channels, sorted(channels)).prune()
+        elif unit.kind == "hidden":
+            narrow_hidden(model, sorted(channels))
         elif unit.kind == "ffn":
             tp.prune_linear_out_channels(module.up, sorted(channels))
             tp.prune_linear_in_channels(module.down, sorted(channels))
@@ -105,3 +109,27 @@ def remove(model: LightCap, chosen: Sequence[Block]) -> LightCap:
                 tp.prune_linear_out_channels(linear, wide)
             tp.prune_linear_in_channels(module.output, wide)
     return model
+
+
+def narrow_hidden(model: LightCap, gone: list[int]) -> None:
+    """Cuts hidden channels out of everything that reads or writes them. Norms are over what stays, so this is no silencing."""
+    fusion, layers, branches = model.fusion, list(model.fusion.layers), list(model.heads.branches)
+    for embedding in (fusion.word, fusion.position, fusion.segment):
+        tp.prune_embedding_out_channels(embedding, gone)
+    for norm in hidden_norms(model):
+        tp.prune_layernorm_out_channels(norm, gone)
+    for linear in (fusion.grid, *(writer for layer in layers for writer in (layer.output, layer.down))):
+        tp.prune_linear_out_channels(linear, gone)
+    for linear in (reader for layer in layers for reader in (layer.query, layer.key, layer.value, layer.up)):
+        tp.prune_linear_in_channels(linear, gone)
+    for branch in branches:
+        tp.prune_linear_in_channels(branch.transform, gone)
+        tp.prune_linear_out_channels(branch.transform, gone)
+    if model.modulator is not None:
+        tp.prune_linear_in_channels(model.modulator.down, gone)
+
+
+def hidden_norms(model: LightCap) -> list[nn.LayerNorm]:
+    """The norms whose outputs are the hidden states: all that is read of them, and the heads' states."""
+    layers = [norm for layer in model.fusion.layers for norm in (layer.norm1, layer.norm2)]
+    return [model.fusion.norm, *layers, *(branch.norm for branch in model.heads.branches)]

@@ -4,11 +4,11 @@
 `distillation`: how far the model would move from itself without it. Its own KL divergence has no slope where it stands; its curvature there
 is the mean square of the gate's derivative over pieces drawn from the model (the Fisher information).
 `magnitude`: norms of weights over their mean: of a convolution's channel of what writes it, batch norm folded in, summed over all
-convolutions that do; of others, the norm of what writes them times the norm of what reads them.
+convolutions that do; of a hidden channel, of the word embeddings; of others, of what writes them times of what reads them.
 
 A gate on a convolution's channel sits behind its batch norm, where the derivative is weight * d weight + bias * d bias (that of a channel
 which a residual sum makes of several convolutions' is the sum of theirs); one on a feed-forward channel, or on a head, sits before the
-linear layer that reads it, where it is the sum of W * dW over its columns.
+linear layer that reads it, where it is the sum of W * dW over its columns; one on a hidden channel behind all layer norms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress.config import Prune
 from compress.context import Context
-from compress.stages.prune.channels import Unit, dependency_graph
+from compress.stages.prune.channels import Unit, dependency_graph, hidden_norms
 from compress.training.batches import IGNORED
 from compress.training.corpus import corpus
 from compress.training.features import device
@@ -77,6 +77,8 @@ def gate(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> Tenso
     if unit.kind == "conv":
         behind = [norms[name] for name in unit.writers]
         return sum(norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad for norm in behind)
+    if unit.kind == "hidden":
+        return sum(norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad for norm in hidden_norms(model))
     layer = model.get_submodule(unit.name)
     reader = layer.down if unit.kind == "ffn" else layer.output
     columns = (reader.weight.detach() * reader.weight.grad).sum(0)
@@ -89,7 +91,9 @@ def magnitude(model: LightCap, unit: Unit, norms: dict[str, nn.BatchNorm2d]) -> 
     module = model.get_submodule(unit.name)
     if unit.kind == "conv":
         return sum(size / size.mean() for size in (written(model.get_submodule(name), norms[name]) for name in unit.writers))
-    if unit.kind == "ffn":
+    if unit.kind == "hidden":
+        size = model.word.norm(dim=0)
+    elif unit.kind == "ffn":
         size = module.up.weight.norm(dim=1) * module.down.weight.norm(dim=0)
     else:
         values = module.value.weight.view(unit.width, -1).norm(dim=1)

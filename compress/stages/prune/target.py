@@ -224,8 +224,9 @@ def savings(model: LightCap, price: Price) -> dict[tuple[str, str], float]:
                 weights = conv.weight.numel() / (conv.in_channels if handler == tp.prune_conv_in_channels else conv.out_channels)
                 total += weights * (price.encoder * places[conv] + price.weight)
         found["conv", f"encoder.{name}"] = total
-    hidden, prefix = model.config.hidden, model.config.prefix
+    hidden, prefix = model.hidden, model.config.prefix
     steps = price.step * cost.TOKENS + price.weight
+    found["hidden", "fusion"] = outside_layers(model, price, steps)
     pairs = price.step * sum(prefix + t for t in range(1, cost.TOKENS + 1))
     for index, layer in enumerate(model.fusion.layers):
         last = index + 1 == len(model.fusion.layers)
@@ -234,4 +235,14 @@ def savings(model: LightCap, price: Price) -> dict[tuple[str, str], float]:
         among = pairs + (0 if last else before * prefix)
         found["ffn", f"fusion.layers.{index}"] = 2.0 * hidden * asked
         found["head", f"fusion.layers.{index}"] = 2.0 * layer.head_dim * (hidden * (asked + steps + before) + among)
+        found["hidden", "fusion"] += 2 * layer.query.out_features * (asked + steps + before) + 2 * layer.up.out_features * asked
     return found
+
+
+def outside_layers(model: LightCap, price: Price, steps: float) -> float:
+    """What a hidden channel costs in embeddings, grid projection, modulator and heads."""
+    config, fusion = model.config, model.fusion
+    rows = len(model.word) * steps + (len(fusion.position.weight) + len(fusion.segment.weight)) * price.weight
+    grid = fusion.grid.in_features * (price.prefix * config.grid**2 + price.weight)
+    gates = 0 if model.modulator is None else model.modulator.down.out_features * (price.prefix * config.concepts + price.weight)
+    return rows + grid + gates + len(model.heads.branches) * 2 * model.hidden * steps
