@@ -39,7 +39,7 @@ SEED = 17
 BERT_PIECES = 30522
 COCO_PIECES = 10000  # what `vocabulary` leaves on COCO: the pieces of its training captions
 SYLLABLES = "ba ten ri lo mar ket sun dro ve pol li gra ser ton wick mal ow en der fa".split()
-HALF = Prune(macs=0.5, params=0.6)
+HALF = Prune(macs=0.5, params=0.6)  # both are met, so that fewer than half of the MACs may stay
 SETTLING = 16  # pictures whose statistics the batch norms take
 
 
@@ -154,7 +154,7 @@ def pruned(artifact: Artifact, folder: Path, order: list[Block], config: Prune) 
 
 def build(name: str, folder: Path, images: int, with_concepts: bool = True) -> Artifact:
     """The captioner `name`, made in `folder` from those it comes from, or found there: `eager` (30,522 pieces), `onnx` (its fp32 export),
-    `small` (10,000 pieces), `int8`, `pruned` (half of the MACs and 0.6 of the parameters of `small`), `pruned-int8`, and `int8-export`.
+    `small` (10,000 pieces), `int8`, `pruned` (HALF of `small`), `pruned-int8`, and `int8-export`.
     `images`: how many generated scenes calibrate, and say which channels matter. Its folder is named by all three, so that no other is
     taken for it."""
     progress, data = Progress(), scenes(images)
