@@ -27,9 +27,9 @@ from compress.evaluate import costs_of
 from compress.stages import quantize
 from compress.stages.concepts import spelled
 from compress.stages.export import export
-from compress.stages.prune.channels import Block, blocks, remove, units
+from compress.stages.prune.channels import Block, remove, units
 from compress.stages.prune.importance import importance
-from compress.stages.prune.target import Target, choose, give_back
+from compress.stages.prune.target import Target, choose, give_back, ranked
 from compress.training.start import read_captioner, write_captioner
 from students.lightcap import LightCap, LightCapConfig, preset
 from students.lightcap.encoder import preprocessor
@@ -138,11 +138,10 @@ def quantized(artifact: Artifact, folder: Path, data: CaptionSet, progress: Prog
 def removable(artifact: Artifact, data: CaptionSet, config: Prune, progress: Progress) -> list[Block]:
     """What the stage `prune` may remove, in the order in which it would: importance by gate derivatives on `data`."""
     model, words, settings = read_captioner(artifact.path)
-    target = Target.of(config, model)
     with tempfile.TemporaryDirectory() as scratch:
         around = context(data, Path(scratch) / "pruned", "prune", config, progress)
         scores = importance(model, words, settings, units(model, config.parts), config, SEED, around)
-    return blocks(scores, config.round_to, target.savings)
+    return ranked(model, scores, config.round_to, Target.of(config, model))
 
 
 def pruned(artifact: Artifact, folder: Path, order: list[Block], config: Prune) -> Artifact:
@@ -154,9 +153,8 @@ def pruned(artifact: Artifact, folder: Path, order: list[Block], config: Prune) 
 
 def build(name: str, folder: Path, images: int, with_concepts: bool = True) -> Artifact:
     """The captioner `name`, made in `folder` from those it comes from, or found there: `eager` (30,522 pieces), `onnx` (its fp32 export),
-    `small` (10,000 pieces), `int8`, `pruned` (HALF of `small`), `pruned-int8`, and `int8-export`.
-    `images`: how many generated scenes calibrate, and say which channels matter. Its folder is named by all three, so that no other is
-    taken for it."""
+    `small` (10,000 pieces), `int8`, `pruned` (`small` cut to HALF), `pruned-int8`, and `int8-export`. `images`: how many generated
+    scenes calibrate, and say which channels matter. Its folder is named by all three, so that no other is taken for it."""
     progress, data = Progress(), scenes(images)
 
     def parent(name: str) -> Artifact:

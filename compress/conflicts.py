@@ -63,6 +63,10 @@ def _scst(config: Scst, parent: str | None) -> Iterator[tuple[str, str]]:
 def _average(config: Average, parent: str | None) -> Iterator[tuple[str, str]]:
     if not config.others:
         yield "others", "'average' needs other stages, to be averaged with the one that it works on (others: [NAME, ...])"
+    names = [parent, *config.others]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        what = "is the stage that this one works on, and" if twice == parent else "stands there twice, and"
+        yield "others", f"'{twice}' {what} would count twice; name each once"
 
 
 def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:

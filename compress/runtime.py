@@ -153,7 +153,7 @@ class Captioner:
         # Heads and their width, which differ by layer when pruned.
         self.sizes = [(item.shape[1], item.shape[3]) for item in pasts if item.name.startswith("past_")]
         if len(pasts) != 2 * len(self.sizes):
-            raise ValueError(f"{folder / 'decoder.onnx'}: of an earlier lightcap; export it again")
+            raise ValueError(f"{folder / 'decoder.onnx'}: made by an earlier lightcap; make it anew (lightcap run, lightcap export)")
 
     def open(self, path: str | Path) -> Image.Image:
         """A photo's file, with no more pixels than are needed to squash it. ValueError, one line, where it is no whole image."""

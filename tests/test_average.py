@@ -15,7 +15,8 @@ from compress.errors import RecipeError, StageError
 from compress.recipe import read_recipe
 from compress.stages import average
 from compress.training.start import write_captioner
-from students.lightcap import LightCap, preset
+from students.lightcap import LightCap
+from students.lightcap.tokenizer import pieces_of, word_pieces
 
 
 def context(folder, made: dict[str, LightCap], others: tuple[str, ...]) -> Context:
@@ -48,10 +49,25 @@ def test_weights_are_the_mean_of_all_and_the_rest_is_the_parents(tmp_path):
         assert (here.output / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
-def test_captioners_that_are_built_otherwise_have_no_mean(tmp_path):
-    torch.manual_seed(0)
-    config = dataclasses.replace(preset("tiny", vocabulary=tiny.tokenizer().get_vocab_size()), layers=1)
-    here = context(tmp_path, {"first": tiny.build(), "second": LightCap(config)}, ("second",))
+def shorter(model: LightCap, folder) -> None:
+    config = dataclasses.replace(model.config, layers=1)
+    write_captioner(folder, LightCap(config), tiny.tokenizer(), tiny.SETTINGS)
+
+
+def masked(model: LightCap, folder) -> None:
+    model.config = dataclasses.replace(model.config, mask_piece=4)
+    write_captioner(folder, model, tiny.tokenizer(), tiny.SETTINGS)
+
+
+def of_other_pieces(model: LightCap, folder) -> None:
+    pieces = pieces_of(tiny.tokenizer())
+    write_captioner(folder, model, word_pieces([*pieces[:-2], pieces[-1], pieces[-2]]), tiny.SETTINGS)
+
+
+@pytest.mark.parametrize("change", [shorter, masked, of_other_pieces])
+def test_captioners_that_are_built_otherwise_have_no_mean(change, tmp_path):
+    here = context(tmp_path, {"first": tiny.build(), "second": tiny.build(seed=1)}, ("second",))
+    change(tiny.build(seed=1), tmp_path / "second")
     with pytest.raises(StageError, match="average: 'second' is not built as 'first' is: a mean of their weights would mean nothing"):
         average.run(here.artifacts["first"], here.stage.config, here)
     assert not list(here.output.iterdir())
@@ -62,7 +78,9 @@ CHAIN = "stages:\n  - train: {as: a, preset: tiny}\n  - train: {as: b, from: a, 
 
 @pytest.mark.parametrize(
     ("others", "said"),
-    [("[c]", r"x.yaml:4: key 'others': 'c' is not a stage here; earlier stages: a, b"), ("[]", "key 'others': 'average' needs other")],
+    [("[c]", r"x.yaml:4: key 'others': 'c' is not a stage here; earlier stages: a, b"), ("[]", "key 'others': 'average' needs other"),
+     ("[b, a]", r"x.yaml:4: key 'others': 'a' is the stage that this one works on, and would count twice"),
+     ("[b, b]", "key 'others': 'b' stands there twice, and would count twice; name each once")],
 )
 def test_what_is_averaged_is_named(tmp_path, others, said):
     path = tmp_path / "x.yaml"

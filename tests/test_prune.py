@@ -240,18 +240,35 @@ def test_the_target_is_reached_and_not_overshot(wanted):
 
 
 def test_of_two_aims_each_counts_by_its_share_of_the_way_until_it_is_met():
-    """A channel's saving in MACs over those that shall go, and in parameters over those; one that layers have met counts no more."""
+    """A channel's saving in MACs over those that shall go, and in parameters over those; what is met already, or here by layers, is left
+    out, and what is met on the way ranks no block behind it."""
     model = build()
-    wanted = {"macs": 0.5, "params": 0.985}, {"macs": 0.5}, {"params": 0.985}
+    wanted = {"macs": 0.7, "params": 0.5}, {"macs": 0.7}, {"params": 0.5}
     both, one, other = (target.Target.of(settings(**aims), model) for aims in wanted)
-    unit = channels.units(model, ("encoder",))[2]
-    key = unit.kind, unit.name
-    assert one.savings[key] == pytest.approx(target.savings(model, target.PRICES["macs"])[key] / (0.5 * target.macs(model)))
-    assert both.savings[key] == pytest.approx(one.savings[key] + other.savings[key])
+    key = "conv", channels.units(model, ("encoder",))[2].name
+    assert one.savings(model)[key] == pytest.approx(target.savings(model, target.PRICES["macs"])[key] / (0.3 * target.macs(model)))
+    assert both.savings(model)[key] == pytest.approx(one.savings(model)[key] + other.savings(model)[key])
+    assert target.Target.of(settings(macs=0.7, mb=99.0), model).savings(model) == one.savings(model)
+
+    source = torch.Generator().manual_seed(5)
+    scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, ("encoder", "fusion"))}
+
+    def by(aims: target.Target) -> list[tuple]:
+        return [(block.unit, block.channels) for block in channels.blocks(scores, 8, aims.savings(model))]
+
+    order = target.ranked(model, scores, 8, both)
+    named = [(block.unit, block.channels) for block in order]
+    first = next(count for count in range(len(order)) if len(both.missed(channels.remove(model, order[:count]), 1.0)) < 2)
+    [open_aim] = both.missed(channels.remove(model, order[:first]), 1.0)
+    assert first > 0 and named[:first] == by(both)[:first] != by(both) and sorted(map(str, named)) == sorted(map(str, by(both)))
+    assert named[first:] == [name for name in by(target.Target((open_aim,))) if name not in named[:first]] != by(both)[first:]
+    assert target.ranked(model, scores, 8, one) == channels.blocks(scores, 8, one.savings(model))
+
     shorter = sensitivity.with_layers(model, [0])
-    assert target.parameters(shorter) < 0.985 * target.parameters(model) and target.macs(shorter) > 0.5 * target.macs(model)
-    assert both.of_what_is_left(shorter).savings == one.of_what_is_left(shorter).savings
-    assert target.Target.of(settings(macs=0.5, mb=99.0), model).savings == one.savings
+    goal = target.Target.of(settings(macs=0.7, params=0.985), model)
+    assert [aim.name for aim in goal.missed(shorter, 1.0)] == ["macs"]
+    scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(shorter, ("encoder", "fusion"))}
+    assert target.ranked(shorter, scores, 8, goal) == channels.blocks(scores, 8, one.savings(shorter))
 
 
 def test_megabytes_are_those_on_disk(tmp_path):
@@ -317,6 +334,11 @@ def world(scenes, tmp_path):
                        Progress(quiet=True))  # fmt: skip
 
     return model, tokenizer, preprocessing, Artifact(tmp_path / "parent"), context
+
+
+def cut(parent: Artifact, config: Prune, here: Context) -> LightCap:
+    prune.run(parent, config, here)
+    return LightCap.from_pretrained(here.output)
 
 
 def test_importance_is_the_derivative_at_a_gate(world, monkeypatch):
@@ -470,8 +492,7 @@ def test_hidden_channels_leave_by_the_stage_and_the_export_says_the_same(world, 
     model, tokenizer, _, parent, context = world
     monkeypatch.setattr(importance, "BATCHES", 1)
     here = context("a")
-    prune.run(parent, Prune(params=0.85, parts=("hidden",), recover_encoder_epochs=0.0, batch_images=20), here)
-    pruned = LightCap.from_pretrained(here.output)
+    pruned = cut(parent, Prune(params=0.85, parts=("hidden",), recover_encoder_epochs=0.0, batch_images=20), here)
     assert pruned.hidden < model.hidden and pruned.config.hidden == model.config.hidden
     assert target.parameters(pruned) <= 0.85 * target.parameters(model)
     export(Artifact(here.output), here.output.parent / "export")
@@ -487,8 +508,7 @@ def test_parts_are_left_alone(world, monkeypatch):
     model, _, _, parent, context = world
     monkeypatch.setattr(importance, "BATCHES", 1)
     here = context("a")
-    prune.run(parent, Prune(params=0.99, parts=("fusion",), round_to=8, batch_images=40), here)
-    pruned = LightCap.from_pretrained(here.output)
+    pruned = cut(parent, Prune(params=0.99, parts=("fusion",), round_to=8, batch_images=40), here)
     assert all(torch.equal(a, b) for a, b in zip(pruned.encoder.state_dict().values(), model.encoder.state_dict().values(), strict=True))
     assert {name.split(".")[0] for name in pruned.config.shapes} == {"fusion"}
 
@@ -574,8 +594,7 @@ def test_layers_and_ratios_of_the_stage(world, monkeypatch):
     monkeypatch.setattr(importance, "BATCHES", 1)
     config = Prune(macs=0.7, layers=1, ratios="sensitivity", steps=2, batch_images=40, recover_epochs=1, recover_encoder_epochs=0.1)
     here = context("a")
-    prune.run(parent, config, here)
-    pruned = LightCap.from_pretrained(here.output)
+    pruned = cut(parent, config, here)
     assert pruned.config.layers == 1 and target.macs(pruned) / target.macs(model) <= 0.7
     rises = json.loads((here.output / "sensitivity.json").read_text())
     assert {"fusion.layers.0 ffn", "encoder.stem.0 conv"} <= set(rises)
@@ -584,8 +603,7 @@ def test_layers_and_ratios_of_the_stage(world, monkeypatch):
 def test_a_layer_can_be_all_that_leaves(world):
     model, _, _, parent, context = world
     here = context("a")
-    prune.run(parent, Prune(params=0.99, layers=1, parts=("fusion",), recover_epochs=0, batch_images=40), here)
-    pruned = LightCap.from_pretrained(here.output)
+    pruned = cut(parent, Prune(params=0.99, layers=1, parts=("fusion",), recover_epochs=0, batch_images=40), here)
     assert pruned.config.layers == 1 and not pruned.config.shapes
     kept = pruned.fusion.layers[0].state_dict()
     assert any(all(torch.equal(kept[name], value) for name, value in layer.state_dict().items()) for layer in model.fusion.layers)

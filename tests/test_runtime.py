@@ -1,9 +1,11 @@
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import tiny_captioner as tiny
 import torch
@@ -178,6 +180,19 @@ def test_prefixes_are_copied_only_where_captions_of_other_images_go_on():
     shown = np.array([[0.0] * 3 + [5.0, 4.0, 0.0], [0.0] * 5 + [5.0]], np.float32)  # pieces 3 and 4 in the first, 5 in the second
     table.search(shown, beam=2, max_tokens=3)
     assert moved == [([0, 0, 1, 1], False), ([2, 2], False), ([0, 0], True)]
+
+
+def test_a_decoder_of_an_earlier_lightcap_is_one_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "old")
+    graph = onnx.load(tmp_path / "old" / "decoder.onnx")
+    names = {item.name: item.name.replace("prefix_", "before_") for item in graph.graph.input}
+    for item in graph.graph.input:
+        item.name = names[item.name]
+    for node in graph.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    onnx.save(graph, tmp_path / "old" / "decoder.onnx")
+    with pytest.raises(ValueError, match=r"decoder\.onnx: made by an earlier lightcap; make it anew \(lightcap run, lightcap export\)$"):
+        runtime.Captioner(tmp_path / "old")
 
 
 def test_equal_scores_go_to_the_lower_piece():

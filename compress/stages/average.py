@@ -3,6 +3,8 @@ floor than any of them ("model soups", Wortsman et al., ICML 2022)."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from compress.artifact import Artifact
@@ -13,13 +15,14 @@ from compress.training.start import read_captioner, write_captioner
 
 
 def run(parent: Artifact, config: Average, context: Context) -> None:
-    """Writes the mean of `parent` and of the stages `config.others`. StageError where one has other tensors, or other concepts."""
+    """Writes the mean of `parent` and of the stages `config.others`. StageError where one has other sizes, word pieces or concepts."""
     model, tokenizer, settings = read_captioner(parent.path)
     mean = model.state_dict()
     for count, name in enumerate(config.others, start=2):
-        other = read_captioner(context.artifacts[name].path)[0].state_dict()
-        same = {key: tensor.shape for key, tensor in other.items()} == {key: tensor.shape for key, tensor in mean.items()}
-        if not same or any(not torch.equal(mean[key], tensor) for key, tensor in other.items() if not tensor.is_floating_point()):
+        its, pieces, _ = read_captioner(context.artifacts[name].path)
+        other, config_of_it = its.state_dict(), dataclasses.replace(its.config, dropout=model.config.dropout)
+        alike = config_of_it == model.config and pieces.to_str() == tokenizer.to_str()
+        if not alike or any(not torch.equal(mean[key], tensor) for key, tensor in other.items() if not tensor.is_floating_point()):
             raise StageError(f"average: '{name}' is not built as '{context.stage.parent}' is: a mean of their weights would mean nothing")
         for key, tensor in other.items():
             if tensor.is_floating_point():

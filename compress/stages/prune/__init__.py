@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from compress.artifact import Artifact, write_json, writing
 from compress.config import Prune
 from compress.context import Context
-from compress.stages.prune.channels import Block, blocks, remove, units
+from compress.stages.prune.channels import Block, Unit, remove, units
 from compress.stages.prune.importance import importance
 from compress.stages.prune.recover import recover_encoder
 from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
-from compress.stages.prune.target import Target, choose, give_back
+from compress.stages.prune.target import Target, choose, give_back, ranked
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.distillation import Goal, distil, teach
 from compress.training.start import read_captioner, write_captioner
@@ -42,7 +43,6 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     if config.layers:
         stay = least_layers(*measured(model, tokenizer, settings, seed, context), config.layers)
         model = with_layers(model, stay)
-        target = target.of_what_is_left(model)
         context.progress.log(f"{context.stage.name}: layers {', '.join(str(index + 1) for index in stay)} stay; {target.describe(model)}")
     rises = factors = taught = good = before = None
     gated = config.steps > 1 and config.max_drop_cider is not None
@@ -51,12 +51,12 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         scores = importance(model, tokenizer, settings, units(model, config.parts), config, seed, context)
         if config.ratios == "sensitivity" and factors is None:  # measured once, on the unpruned model
             rises, factors = sensitivities(
-                *measured(model, tokenizer, settings, seed, context), scores, config.round_to, target.savings
+                *measured(model, tokenizer, settings, seed, context), scores, config.round_to, target.savings(model)
             )
         if factors is not None:
             scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
-        order = blocks(scores, config.round_to, target.savings)
-        model = remove(model, leaving(model, order, target, step / config.steps, context.work / f"leaving-{step}.json"))
+        note = context.work / f"leaving-{step}.json"
+        model = remove(model, leaving(model, scores, config.round_to, target, step / config.steps, note))
         context.progress.log(f"{label}: {target.describe(model)}")
         if "encoder" in config.parts:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
@@ -87,13 +87,18 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         write_json(context.output / SENSITIVITY, rises)
 
 
-def leaving(model: LightCap, order: Sequence[Block], target: Target, share: float, note: Path) -> Sequence[Block]:
+def leaving(
+    model: LightCap, scores: Mapping[Unit, Tensor], round_to: int, target: Target, share: float, note: Path
+) -> Sequence[Block]:
     """The blocks that leave so that the target is met after `share` of the way; none where it is met already. Those that a time chose are
     kept in `note`: asked again after a stop, the clock would choose others."""
     if note.exists():
-        known = {(block.unit.kind, block.unit.name): block.unit for block in order}
+        known = {(unit.kind, unit.name): unit for unit in scores}
         return [Block(known[kind, name], tuple(gone), 0.0) for kind, name, gone in json.loads(note.read_text())]
-    chosen = order[: choose(model, order, target, share)] if target.missed(model, share) else []
+    chosen: Sequence[Block] = []
+    if target.missed(model, share):
+        order = ranked(model, scores, round_to, target, share)
+        chosen = order[: choose(model, order, target, share)]
     if target.exact:
         return give_back(model, chosen, target, share)
     note.parent.mkdir(parents=True, exist_ok=True)

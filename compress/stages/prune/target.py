@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 from compress import cost
 from compress.config import Prune
 from compress.errors import StageError, TargetError
-from compress.stages.prune.channels import Block, dependency_graph, remove
+from compress.stages.prune.channels import Block, Unit, blocks, dependency_graph, remove
 from students.lightcap import LightCap
 from students.lightcap.shapes import shapes_of
 
@@ -24,23 +24,19 @@ TIMED = 15  # captions that a time is the median of
 
 @dataclass(frozen=True)
 class Aim:
-    """`wanted` of what `measure` gives, which was `before` for the parent."""
+    """`wanted` of what `measure` gives, which was `before` for the parent. `price`: what a channel's parts take, in this measure's unit."""
 
     name: str
     measure: Callable[[LightCap], float]
+    price: Price
     before: float
     wanted: float
 
     @staticmethod
     def of(name: str, config: Prune, model: LightCap) -> Aim:
-        measure = Clock.beside(model) if name == "ms" else COUNTS[name]
-        before = measure(model)
-        return Aim(name, measure, before, getattr(config, name) * (1 if name in ("mb", "ms") else before))
-
-    @property
-    def price(self) -> Price:
-        """Of what a channel is made of, in this aim's unit."""
-        return self.measure.price if isinstance(self.measure, Clock) else PRICES[self.name]
+        measure = clock = Clock.beside(model) if name == "ms" else COUNTS[name]
+        price, before = clock.price if name == "ms" else PRICES[name], measure(model)
+        return Aim(name, measure, price, before, getattr(config, name) * (1 if name in ("mb", "ms") else before))
 
     def at(self, share: float) -> float:
         """The value to reach after this share of the way."""
@@ -53,11 +49,9 @@ class Aim:
 
 @dataclass(frozen=True)
 class Target:
-    """One aim or several, of which all are to be met. `savings`: what one channel of each unit saves, as a share of the way from the parent
-    to the aim; of several aims, the sum over those that are not met yet."""
+    """One aim or several, of which all are to be met."""
 
     aims: tuple[Aim, ...]
-    savings: dict[tuple[str, str], float]
 
     @staticmethod
     def of(config: Prune, model: LightCap) -> Target:
@@ -67,44 +61,62 @@ class Target:
         if not left:
             met = " and ".join(f"{aim.name}: {aim.wanted:.4g} is not below the parent's {aim.before:.4g}" for aim in aims)
             raise StageError(f"prune to {met}")
-        return Target(left, {}).of_what_is_left(model)
+        return Target(left)
 
-    def of_what_is_left(self, model: LightCap) -> Target:
-        """The same target, with what channels of `model` save."""
+    def savings(self, model: LightCap) -> dict[tuple[str, str], float]:
+        """What one channel of each unit of `model` saves, as a share of the way from the parent to the aim; of several aims, their sum."""
         found: dict[tuple[str, str], float] = {}
-        for aim in [aim for aim in self.aims if aim.measure(model) > aim.wanted] or self.aims:  # where all are met, nothing will leave
+        for aim in self.aims:
             for unit, saving in savings(model, aim.price).items():
                 found[unit] = found.get(unit, 0.0) + saving / (aim.before - aim.wanted)
-        return dataclasses.replace(self, savings=found)
+        return found
 
     @property
     def exact(self) -> bool:
         """Whether all measures are counts, and none a time that is another one when it is asked again."""
         return all(aim.name != "ms" for aim in self.aims)
 
-    def missed(self, model: LightCap, share: float) -> tuple[Aim, float] | None:
-        """The first aim that `model` does not reach after `share` of the way, and what it measures there."""
+    def missed(self, model: LightCap, share: float) -> dict[Aim, float]:
+        """The aims that `model` does not reach after `share` of the way, and what it measures there."""
         measured = ((aim, aim.measure(model)) for aim in self.aims)
-        return next(((aim, value) for aim, value in measured if value > aim.at(share)), None)
+        return {aim: value for aim, value in measured if value > aim.at(share)}
 
     def describe(self, model: LightCap) -> str:
         return "; ".join(aim.describe(model) for aim in self.aims)
 
 
-def choose(model: LightCap, order: Sequence[Block], target: Target, share: float = 1.0) -> int:
-    """The least number of leading blocks without which the target is met after `share` of the way, by bisection over exact counts."""
-    if (missed := target.missed(remove(model, order), share)) is not None:
-        aim, least = missed
-        raise TargetError(f"prune: {aim.name} {aim.at(share):.4g} cannot be reached; with every removable block gone it is {least:.4g}; "
-                          "ask for less, or allow more parts")
-    low, high = 0, len(order)
+def ranked(model: LightCap, scores: Mapping[Unit, Tensor], round_to: int, target: Target, share: float = 1.0) -> list[Block]:
+    """Every removable block in the order in which they leave: by importance over what they save. Of several aims those count that `model`
+    misses after `share` of the way, and once one is met, the rest is ranked by what the others still miss."""
+    first: list[Block] = []
+
+    def missed(count: int, rest: Sequence[Block]) -> tuple[Aim, ...]:
+        return tuple(target.missed(remove(model, [*first, *rest[:count]]), share))
+
+    while True:
+        aims = missed(0, ())
+        saved, taken = Target(aims or target.aims).savings(model), {(block.unit, block.channels) for block in first}
+        rest = [block for block in blocks(scores, round_to, saved) if (block.unit, block.channels) not in taken]
+        if len(aims) < 2 or missed(len(rest), rest):
+            return first + rest
+        first.extend(rest[: least(len(rest), lambda count, rest=rest, aims=aims: len(missed(count, rest)) < len(aims))])
+
+
+def least(count: int, enough: Callable[[int], bool]) -> int:
+    """The least number up to `count`, which is enough, that is, by bisection: none is not."""
+    low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
-        if target.missed(remove(model, order[:middle]), share):
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def choose(model: LightCap, order: Sequence[Block], target: Target, share: float = 1.0) -> int:
+    """The least number of leading blocks without which the target is met after `share` of the way, by bisection over exact counts."""
+    for aim, left in target.missed(remove(model, order), share).items():
+        raise TargetError(f"prune: {aim.name} {aim.at(share):.4g} cannot be reached; with every removable block gone it is {left:.4g}; "
+                          "ask for less, or allow more parts")
+    return least(len(order), lambda count: not target.missed(remove(model, order[:count]), share))
 
 
 def give_back(model: LightCap, chosen: Sequence[Block], target: Target, share: float = 1.0) -> list[Block]:
