@@ -3,9 +3,10 @@
     python benchmarks/training.py [--images 160] [--steps 12] [--json]
 
 The shipped stages run as `lightcap run photos` runs them (EfficientNet-Lite0 at 224x224, MiniLM fusion, word pieces narrowed to those
-seen, three heads on three teachers' cached targets), on generated pictures with five captions of 10 to 13 words each. After each
-training step the clock stops, and in turn come: a plain step, and one product of each of PEAK_SHAPES. Medians and quartiles leave out
-the first WARM steps. README.md says what each number is. The last line is one JSON document; with --json it is the only one.
+seen, three heads on three teachers' cached targets; but without concepts), on generated pictures with five captions of 10 to 13 words
+each. After each training step the clock stops, and in turn come: a plain step, and one product of each of PEAK_SHAPES. Medians and
+quartiles leave out the first WARM steps. README.md says what each number is. The last line is one JSON document; with --json it is the only
+one.
 """
 
 from __future__ import annotations
@@ -336,8 +337,8 @@ def main() -> None:
         recipe, real = photos(folder)
         data = generated(arguments.images, load_tokenizer(recipe.student.tokenizer))
         rows, ratios = [], {}
-        weights = {} if real else {"fusion_weights": None}
-        for stage, changes in (("frozen", weights), ("student", {"match": ("tokens",), "teachers": ("frozen",) * 3})):
+        plain = {"extractor": None} | ({} if real else {"fusion_weights": None})
+        for stage, changes in (("frozen", plain), ("student", {"match": ("tokens",), "teachers": ("frozen",) * 3})):
             model = MODELS[stage]
             row, ratio = measured(stage, recipe, data, folder, arguments.steps, arguments.plain_images, changes)
             row["model"], ratio = model, {key.replace(stage, model): value for key, value in ratio.items()}

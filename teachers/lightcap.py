@@ -15,7 +15,7 @@ class LightCapTeacher:
     def __init__(self, folder: Path) -> None:
         self.model = LightCap.from_pretrained(folder).requires_grad_(False)
         self.vocabulary = tuple(pieces_of(read_tokenizer(Path(folder) / "tokenizer.json")))
-        self.hidden, self.layers, self.prefix = self.model.hidden, self.model.config.layers, self.model.config.prefix
+        self.hidden, self.layers, self.prefix = self.model.word.shape[1], self.model.config.layers, self.model.config.prefix
 
     @property
     def mask_piece(self) -> int | None:

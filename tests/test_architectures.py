@@ -20,7 +20,7 @@ stages:
   - train: {as: knowing, preset: teacher, extractor: extractor}
   - train: {as: other, preset: teacher, extractor: extractor, modulator: 4}
   - distill: {as: student, teachers: other}
-  - distill: {as: steered, teachers: knowing, modulator: 8}
+  - distill: {as: steered, teachers: knowing, modulator: 8, ffn_share: 0.83}
   - concepts: {as: away, from: student, pieces: 0}
   - train: {as: blind, preset: lightcap, extractor: away}
 """
@@ -44,6 +44,7 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
     assert [(m.concepts, m.modulator) for m in map(found.get, ("plain", "pupil"))] == [(0, None), (0, None)]
     assert [(m.concepts, m.modulator) for m in map(found.get, ("knowing", "other", "student"))] == [(6, 39), (6, 4), (6, 4)]
     assert (found["steered"].modulator, found["blind"].modulator, found["blind"].concepts) == (8, None, 0)
+    assert (found["knowing"].ffn, found["steered"].ffn, found["pupil"].ffn) == (3072, 2552, 1200)
     assert found["extractor"].alignment == found["student"].alignment == (32, 384)
     assert found["pupil"].prefix == 25 and found["student"].prefix == 31
 

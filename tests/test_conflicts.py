@@ -25,6 +25,8 @@ def read(tmp_path, stage: str):
         ("concepts: {boxes: found.json}", "boxes", "are in pixels: give the pictures' sizes, too"),
         ("concepts: {preset: tiny, pieces: 0}", "pieces", "0 takes an extractor away, and a new captioner has none"),
         ("distill: {from: teacher, modulator: 8}", "modulator", "is of a new student, but this stage goes on from 'teacher'"),
+        ("distill: {from: teacher, ffn_share: 0.5}", "ffn_share", "is of a new student, but this stage goes on from 'teacher'"),
+        ("distill: {ffn_share: 0.5, init: weights}", "ffn_share", "narrows the first teacher's layers, but this student starts from"),
         ("train: {fusion_weights: minilm}", "fusion_weights", "is of a new captioner, but this stage goes on from 'teacher'"),
         ("train: {modulator: 8}", "modulator", "is of a new captioner, but this stage goes on from 'teacher'"),
         ("train: {as: new, preset: tiny, modulator: 8}", "modulator", "is steered by concepts, but this captioner reads none"),

@@ -195,7 +195,7 @@ def test_hidden_channels_leave_all_that_reads_or_writes_them(tmp_path):
         for axis in HIDDEN.get(re.sub(r"\.\d+", "", name) if not name.startswith("encoder") else name, []):
             tensor = tensor.index_select(axis, torch.tensor(stay))
         assert torch.equal(smaller.state_dict()[name], tensor), name
-    assert smaller.hidden == 24 and model.hidden == 32
+    assert smaller.word.shape[1] == 24 and model.word.shape[1] == 32
     smaller.narrow(torch.arange(30))
     smaller.save_pretrained(tmp_path)
     again = LightCap.from_pretrained(tmp_path)
@@ -237,6 +237,16 @@ def test_the_target_is_reached_and_not_overshot(wanted):
     for aim in goal.aims:
         assert aim.wanted == pytest.approx(wanted[aim.name] if aim.name == "mb" else wanted[aim.name] * aim.before)
         assert aim.at(0.5) == pytest.approx((aim.before + aim.wanted) / 2) and aim.at(1.0) == pytest.approx(aim.wanted)
+
+
+def test_megabytes_are_of_the_whole_artifact():
+    """What is beside the weights stays, so more of them must leave."""
+    model = build()
+    alone, beside = (target.Target.of(settings(mb=1.6), model, beside=extra) for extra in (0.0, 0.1))
+    [aim] = beside.aims
+    assert aim.before == pytest.approx(target.megabytes(model) + 0.1)
+    smaller = channels.remove(model, ranked(model)[: target.choose(model, ranked(model), beside)])
+    assert target.megabytes(smaller) <= 1.5 and not alone.missed(smaller, 1.0)
 
 
 def test_of_two_aims_each_counts_by_its_share_of_the_way_until_it_is_met():
@@ -493,7 +503,7 @@ def test_hidden_channels_leave_by_the_stage_and_the_export_says_the_same(world, 
     monkeypatch.setattr(importance, "BATCHES", 1)
     here = context("a")
     pruned = cut(parent, Prune(params=0.85, parts=("hidden",), recover_encoder_epochs=0.0, batch_images=20), here)
-    assert pruned.hidden < model.hidden and pruned.config.hidden == model.config.hidden
+    assert pruned.word.shape[1] < model.word.shape[1] and pruned.config.hidden == model.config.hidden
     assert target.parameters(pruned) <= 0.85 * target.parameters(model)
     export(Artifact(here.output), here.output.parent / "export")
     captioner = runtime.Captioner(here.output.parent / "export", threads=1)

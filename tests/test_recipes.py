@@ -11,27 +11,33 @@ import pytest
 from PIL import Image
 
 import compress
+from compress.architectures import architectures
 from compress.recipe import read_recipe, recipes
+from students.lightcap.bert import load_bert
+from students.lightcap.fusion import Fusion
 
+MINILM_PIECES = 30522
 ROOT = Path(compress.__file__).resolve().parent.parent
 QUICKSTART = (
     "data.train_images=48", "data.val_images=12", "teacher.epochs=1", "student.epochs=1", "pruned.recover_epochs=1",
     "pruned.recover_encoder_epochs=1", "int8.calibration_images=16", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
 PHOTOS = (
-    "data.captions=dataset.json", "data.images=images", "frozen.epochs=1", "teacher.epochs=1", "teacher-2.epochs=0.5",
-    "teacher-3.epochs=0.5", "student.epochs=1", "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8",
-    "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
+    "data.captions=dataset.json", "data.images=images", "extractor.epochs=1", "frozen.epochs=1", "tuned.epochs=1",
+    "teacher-cider.epochs=1", "student.epochs=1", "student-cider.epochs=1", "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1",
+    "int8.calibration_images=8", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
 
 
 TINY = ("student.preset=tiny", "student.encoder=resnet-small", "student.encoder_weights=none", "extractor.text_encoder=minilm",
         "extractor.inner=16", "extractor.epochs=2", "data.captions=dataset.json", "data.images=images")  # fmt: skip
-MADE_SMALL = [stage.name for stage in read_recipe("ablation").stages if stage.kind != "concepts"]
-PLAIN = ("baseline", "concepts", "modulator", "modulator-18", "modulator-19", "trunk", "masked")
+CAPTIONERS = [stage for stage in read_recipe("ablation").stages if stage.kind != "concepts"]
+MADE_SMALL = [stage.name for stage in CAPTIONERS if stage.kind != "average"]
+PLAIN = ("frozen", "baseline", "concepts", "modulator", "modulator-18", "modulator-19", "masked")
 ABLATION = (
-    *TINY, "student.fusion_weights=null", *(f"{name}.preset=tiny" for name in PLAIN), *(f"{name}.fusion_weights=null" for name in PLAIN),
-    *(f"{name}.epochs=1" for name in MADE_SMALL), "states.match_epochs=1",
+    *TINY, "student.fusion_weights=null", "extractor.preset=tiny", *(f"{name}.preset=tiny" for name in PLAIN),
+    *(f"{name}.fusion_weights=null" for name in PLAIN),
+    *(f"{name}.epochs=1" for name in MADE_SMALL),
 )  # fmt: skip
 COCO = (
     *TINY, "data.captions=dataset_coco.json", "data.images=coco", "extractor.regions=annotations/instances_train2014.json",
@@ -117,6 +123,29 @@ def test_every_shipped_recipe_is_tested_here():
     assert {entry[0] for entry in recipes()} == {"quickstart", "photos", "ablation", "lightcap-coco"}
 
 
+def test_the_ablation_has_the_teachers_of_photos_from_its_cache():
+    photos, ablation = ({stage.name: stage for stage in read_recipe(name).stages} for name in ("photos", "ablation"))
+    for name in ("extractor", "frozen", "tuned", "tuned-2", "tuned-3", "teacher"):
+        ours, theirs = ablation[name], photos[name]
+        assert (ours.kind, ours.parent, ours.config) == (theirs.kind, theirs.parent, theirs.config), name
+
+
+@pytest.mark.parametrize("name", ["photos", "ablation"])
+def test_pretrained_weights_fit_every_student_that_starts_from_them(name):
+    """The runs below are made small without them."""
+    recipe = read_recipe(name)
+    models = architectures(recipe, MINILM_PIECES)
+    started = set()
+    for stage in recipe.stages:
+        from_weights = stage.kind == "train" or (stage.kind == "distill" and stage.config.init == "weights")
+        if stage.parent is None and from_weights:
+            model, weights = models[stage.name], getattr(stage.config, "fusion_weights", None) or recipe.student.fusion_weights
+            started.add((weights, model.positions, model.hidden, model.layers, model.attention_heads, model.ffn))
+    assert started and all(weights == "minilm" for weights, *_ in started)
+    for weights, *sizes in started:
+        load_bert(Fusion(MINILM_PIECES, *sizes, 1280, 0.0), weights)
+
+
 @pytest.mark.timeout(1200)
 def test_quickstart(tmp_path):
     check("quickstart", QUICKSTART, tmp_path, ["teacher", "student", "vocabulary", "pruned", "int8", "export"])
@@ -147,9 +176,10 @@ def test_ablation(tmp_path):
     karpathy(tmp_path)
     rows = lightcap("run", "ablation", *settings(ABLATION), cwd=tmp_path)["ledger"]
     by_name = {row["name"]: row for row in rows}
-    assert len(rows) == 2 + len(MADE_SMALL) and by_name["extractor"]["concept_recall"] >= 0
+    silent = {"nearest", "extractor", "blind"}
+    assert len(rows) == len(silent) + len(CAPTIONERS) and by_name["extractor"]["concept_recall"] >= 0
     said = {name: json.loads((tmp_path / "runs/ablation" / row["artifact"] / "captions.json").read_text())
-            for name, row in by_name.items() if name not in ("nearest", "extractor")}  # fmt: skip
+            for name, row in by_name.items() if name not in silent}  # fmt: skip
     mean = {name: 100 * sum(item["cider"] for item in items) / len(items) for name, items in said.items()}
     pairs = {"concepts": "baseline", "modulator-18": "concepts", "tokens-19": "modulator-19", "states": "tokens", "sequential": "states",
              "heads-18": "sequential-18", "cider-19": "heads-19"}  # fmt: skip
@@ -212,5 +242,6 @@ def test_lightcap_coco(tmp_path):
 @pytest.mark.timeout(1200)
 def test_photos(tmp_path):
     karpathy(tmp_path)
-    names = ["frozen", "teacher", "teacher-2", "teacher-3", "student", "vocabulary", "pruned", "int8", "export"]
+    names = ["extractor", "frozen", "tuned", "tuned-2", "tuned-3", "teacher", "teacher-cider", "student", "student-cider",
+             "vocabulary", "pruned", "int8", "export"]  # fmt: skip
     check("photos", PHOTOS, tmp_path, names)

@@ -47,7 +47,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         torch.manual_seed(seed)
         words = Words(model.config.channels, model.config.grid**2, shares).to(where)
     torch.manual_seed(seed)
-    matching = Matching(model.hidden).to(where) if config.matching_weight else None
+    matching = Matching(model.config.hidden).to(where) if config.matching_weight else None
     batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
 
     def loss_of(step: int) -> Tensor:

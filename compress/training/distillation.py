@@ -40,6 +40,11 @@ class Goal:
     ensemble: str = "each"
 
 
+def narrower(width: int, share: float) -> int:
+    """`share` of a feed-forward width, to a multiple of 8 channels."""
+    return max(8, round(width * share / 8) * 8)
+
+
 def teach(
     teachers: list[Teacher], sources: list[Artifact], data: Corpus, top_k: int, temperature: float, names: Sequence[str], context: Context
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -64,7 +69,7 @@ def distil(
     if states:
         teacher.to(where)
         pairs = layer_map(len(model.fusion.layers), teacher.layers)
-        maps.extend(nn.Linear(model.hidden, teacher.hidden) for _ in pairs)
+        maps.extend(nn.Linear(model.word.shape[1], teacher.hidden) for _ in pairs)
         for linear in maps:
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)

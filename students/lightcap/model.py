@@ -48,11 +48,6 @@ class LightCap(nn.Module):
         """The word embedding (V, hidden), which is the output projection too."""
         return self.fusion.word.weight
 
-    @property
-    def hidden(self) -> int:
-        """Width of the hidden states, which pruning may have made less than the config's."""
-        return self.word.shape[1]
-
     def encode(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, 3, S, S) -> grid tokens (B, grid * grid, channels), row by row."""
         return self.encoder(pixels).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Batch norms of fixed statistics, folded into the convolutions before them for as long as an encoder is trained or read.
+"""Batch norms of fixed statistics, folded into the convolutions before them for as long as both are trained.
 
 In eval mode a norm is a scale and a shift of each channel. As an operation of its own it passes over all activations, forward and backward,
 for little arithmetic. Folded, conv(x, w) * s + t is conv(x, w * s) + t, the same function of the same parameters; their gradients come

@@ -22,7 +22,7 @@ from compress.stages.prune.channels import Block, Unit, remove, units
 from compress.stages.prune.importance import importance
 from compress.stages.prune.recover import recover_encoder
 from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
-from compress.stages.prune.target import Target, choose, give_back, ranked
+from compress.stages.prune.target import Target, choose, give_back, megabytes, ranked
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.distillation import Goal, distil, teach
 from compress.training.start import read_captioner, write_captioner
@@ -38,7 +38,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     seed = context.seed if config.seed is None else config.seed
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
-    target = Target.of(config, model)
+    target = Target.of(config, model, parent.bytes() / 1e6 - megabytes(model))
     teacher = load(parent.path)
     if config.layers:
         stay = least_layers(*measured(model, tokenizer, settings, seed, context), config.layers)

@@ -56,7 +56,7 @@ def units(model: LightCap, parts: Sequence[str]) -> list[Unit]:
             found.append(Unit("ffn", f"fusion.layers.{index}", layer.up.out_features))
             found.append(Unit("head", f"fusion.layers.{index}", layer.query.out_features // layer.head_dim))
     if "hidden" in parts:
-        found.append(Unit("hidden", "fusion", model.hidden))
+        found.append(Unit("hidden", "fusion", model.word.shape[1]))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,9 +34,14 @@ class Aim:
     wanted: float
 
     @staticmethod
-    def of(name: str, config: Prune, model: LightCap) -> Aim:
-        measure = clock = Clock.beside(model) if name == "ms" else COUNTS[name]
-        price, before = clock.price if name == "ms" else PRICES[name], measure(model)
+    def of(name: str, config: Prune, model: LightCap, beside: float) -> Aim:
+        if name == "ms":
+            measure = Clock.beside(model)
+            price = measure.price
+        else:
+            measure = functools.partial(megabytes, beside=beside) if name == "mb" else COUNTS[name]
+            price = PRICES[name]
+        before = measure(model)
         return Aim(name, measure, price, before, getattr(config, name) * (1 if name in ("mb", "ms") else before))
 
     def at(self, share: float) -> float:
@@ -54,9 +60,9 @@ class Target:
     aims: tuple[Aim, ...]
 
     @staticmethod
-    def of(config: Prune, model: LightCap) -> Target:
-        """StageError where the parent has all that is wanted."""
-        aims = [Aim.of(name, config, model) for name in (*COUNTS, "ms") if getattr(config, name) is not None]
+    def of(config: Prune, model: LightCap, beside: float = 0.0) -> Target:
+        """`beside`: megabytes on disk that are no weights, such as the tokenizer. StageError where the parent has all that is wanted."""
+        aims = [Aim.of(name, config, model, beside) for name in (*COUNTS, "ms") if getattr(config, name) is not None]
         left = tuple(aim for aim in aims if aim.wanted < aim.before)
         if not left:
             met = " and ".join(f"{aim.name}: {aim.wanted:.4g} is not below the parent's {aim.before:.4g}" for aim in aims)
@@ -191,9 +197,9 @@ def parameters(model: LightCap) -> float:
     return float(sum(p.numel() for p in model.parameters()))
 
 
-def megabytes(model: LightCap) -> float:
-    """Float32 weights and buffers on disk, x 1e-6."""
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
+def megabytes(model: LightCap, beside: float = 0.0) -> float:
+    """Float32 weights and buffers on disk, x 1e-6, and what stands beside them."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6 + beside
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ def savings(model: LightCap, price: Price) -> dict[tuple[str, str], float]:
                 weights = conv.weight.numel() / (conv.in_channels if handler == tp.prune_conv_in_channels else conv.out_channels)
                 total += weights * (price.encoder * places[conv] + price.weight)
         found["conv", f"encoder.{name}"] = total
-    hidden, prefix = model.hidden, model.config.prefix
+    hidden, prefix = model.word.shape[1], model.config.prefix
     steps = price.step * cost.TOKENS + price.weight
     found["hidden", "fusion"] = outside_layers(model, price, steps)
     pairs = price.step * sum(prefix + t for t in range(1, cost.TOKENS + 1))
@@ -257,4 +263,4 @@ def outside_layers(model: LightCap, price: Price, steps: float) -> float:
     rows = len(model.word) * steps + (len(fusion.position.weight) + len(fusion.segment.weight)) * price.weight
     grid = fusion.grid.in_features * (price.prefix * config.grid**2 + price.weight)
     gates = 0 if model.modulator is None else model.modulator.down.out_features * (price.prefix * config.concepts + price.weight)
-    return rows + grid + gates + len(model.heads.branches) * 2 * model.hidden * steps
+    return rows + grid + gates + len(model.heads.branches) * 2 * model.word.shape[1] * steps
