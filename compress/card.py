@@ -38,17 +38,18 @@ def text(recipe: Recipe, stage: Stage, row: Mapping) -> str:
         "| measured | |",
         "| --- | --- |",
     ]
-    lines += [f"| {what} | {value} |" for what, value in _numbers(row) if value]
+    lines += [f"| {what} | {value} |" for what, value in _numbers(row, stage.against) if value]
     if stage.config is not None:
         entry = next(entry for entry in resolved(recipe)["stages"] if entry.get(stage.kind, {}).get("as") == stage.name)
         lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(entry, sort_keys=False, width=100).rstrip(), "```"]
         lines += ["", f"Trained and measured on `{recipe.data.source}` captions; what those pictures do not show, it does not know."]
-        lines += ["", "## Use", "", "```", "lightcap caption FOLDER PHOTO", "```"]
+        by_itself = ["python FOLDER/caption.py PHOTO"] if stage.kind == "export" else []
+        lines += ["", "## Use", "", "```", *by_itself, "lightcap caption FOLDER PHOTO", "```"]
     lines += ["", f"Lock: `{row['lock']}`", ""]
     return "\n".join(lines)
 
 
-def _numbers(row: Mapping) -> list[tuple[str, str]]:
+def _numbers(row: Mapping, against: str | None) -> list[tuple[str, str]]:
     def number(key: str, form: str, scale: float = 1.0) -> str:
         return "" if row.get(key) is None else format(row[key] / scale, form)
 
@@ -65,7 +66,7 @@ def _numbers(row: Mapping) -> list[tuple[str, str]]:
         milliseconds = f"{latency['p50']:.1f} ({how})"
     return [
         (f"CIDEr-D x100, {row.get('images') or '?'} images of {row.get('split') or '?'}", cider),
-        ("CIDEr against its parent", delta),
+        (f"CIDEr less that of '{against}'", delta),
         ("BLEU-4 x100", number("bleu4", ".1f")),
         ("ROUGE-L x100", number("rouge_l", ".1f")),
         ("precision of the concepts found", number("concept_precision", ".1%")),

@@ -22,7 +22,9 @@ from compress.errors import LightcapError, UsageError, expected, nearest
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
-out_folder = click.option("--out", type=click.Path(path_type=Path), help="The run's folder (default: runs/NAME).")
+out_folder = click.option(
+    "--out", type=click.Path(path_type=Path), help="The run's folder (default: runs/NAME); artifacts are kept beside it, in .cache."
+)
 beam_width = click.option("--beam", type=click.IntRange(min=1), default=5, show_default=True, help="Beam width of decoding.")
 java_metrics = click.option("--java", is_flag=True, help="METEOR and SPICE too, which need Java and the extra 'coco'.")
 
@@ -61,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("lightcap: stopped; the same command goes on", err=True)
         status = 130
+    except click.exceptions.NoArgsIsHelpError as error:  # `lightcap` alone
+        error.show()
+        status = error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0

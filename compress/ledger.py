@@ -31,7 +31,8 @@ ROW = (
     "concept_precision",  # of a concept extractor: the share of the concepts it found that the image's captions mention
     "concept_recall",  # and of those that they mention, the share that it found
     "images",
-    "delta_cider",  # against the artifact it worked on; a student: against its teacher; or what `against:` names
+    "against",  # the stage that it is compared with: the one it worked on; of a student, its teacher; or what `against:` names
+    "delta_cider",  # CIDEr less that of the same images there
     "delta_ci95",  # the 95 % interval of that difference, by paired bootstrap over images
     "p_value",
     "peak_mb",  # 10^6 bytes, the most in memory while it was made and measured (by the process that ended it, if there were several)
@@ -80,19 +81,22 @@ def read_run(folder: str | Path) -> list[dict]:
 
 
 def pareto(rows: Sequence[Mapping]) -> list[int]:
-    """Indices of the rows that no other row beats or equals in CIDEr, bytes and median latency at once, and beats in one of them."""
+    """Indices of the rows that no other row beats or equals in CIDEr, bytes and median latency at once, and beats in one of them. Times of
+    different runtimes are not compared: there CIDEr and bytes decide."""
 
-    def point(values: Mapping) -> tuple[float, float, float] | None:
-        latency = (values.get("latency_ms") or {}).get("p50")
-        numbers = (values.get("cider"), values.get("bytes"), latency)
-        return None if None in numbers else (-numbers[0], numbers[1], numbers[2])
+    def point(values: Mapping) -> tuple[str | None, tuple[float, float, float]] | None:
+        latency = values.get("latency_ms") or {}
+        numbers = (values.get("cider"), values.get("bytes"), latency.get("p50"))
+        return None if None in numbers else (latency.get("runtime"), (-numbers[0], numbers[1], numbers[2]))
 
     points = [None if values["stage"] == "baseline" else point(values) for values in rows]
 
+    def beats(other: tuple, mine: tuple) -> bool:
+        count = 3 if other[0] == mine[0] else 2
+        return other[1][:count] != mine[1][:count] and all(a <= b for a, b in zip(other[1][:count], mine[1][:count], strict=True))
+
     def beaten(mine: tuple) -> bool:
-        return any(
-            other is not None and other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other in points
-        )
+        return any(other is not None and beats(other, mine) for other in points)
 
     return [index for index, mine in enumerate(points) if mine is not None and not beaten(mine)]
 

@@ -198,7 +198,8 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
     run_.tell(stage, False)
     measured = Artifact(target).row()
     place = os.path.relpath(target, run_.out)
-    return ledger.row(measured | {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name}), built
+    against = stage.against if measured["delta_cider"] is not None else None
+    return ledger.row(measured | {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name, "against": against}), built
 
 
 def _gate(stage: Stage, row: Mapping) -> None:

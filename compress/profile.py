@@ -14,9 +14,10 @@ from students.lightcap import PRESETS, preset
 
 
 def profile(model: str, tokens: int = cost.TOKENS) -> dict:
-    """Parameters, MACs, bytes and time of a caption of `tokens` word pieces. ModelError where `model` names nothing."""
+    """Parameters, MACs, bytes and time of a caption of `tokens` word pieces, as a ledger row, and two sums of parts that papers name:
+    `params_fusion` (embeddings and layers) and `params_without_alignment`. ModelError where `model` names nothing."""
     if model in PRESETS and not Path(model).exists():
-        return row({"stage": "profile", "name": model} | costs_of(preset(model), tokens=tokens))
+        return summed(row({"stage": "profile", "name": model} | costs_of(preset(model), tokens=tokens)))
     try:
         found = models.resolve(model)
     except ModelError as error:
@@ -24,4 +25,10 @@ def profile(model: str, tokens: int = cost.TOKENS) -> dict:
     size = settings_of(found)["image_size"]
     noise = np.random.default_rng(0).integers(0, 256, (TIMED_IMAGES, size, size, 3), dtype=np.uint8)
     timed = latency(found, None, noise, tokens)
-    return row({"stage": "profile", "name": found.path.name, "artifact": str(found.path)} | costs(found, tokens) | timed)
+    return summed(row({"stage": "profile", "name": found.path.name, "artifact": str(found.path)} | costs(found, tokens) | timed))
+
+
+def summed(counted: dict) -> dict:
+    parts = counted["params_by_part"]
+    fusion = parts["embeddings"] + parts["layers"]
+    return counted | {"params_fusion": fusion, "params_without_alignment": counted["params"] - parts.get("alignment", 0)}

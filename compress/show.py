@@ -40,7 +40,7 @@ def compare(value: Mapping) -> Group:
     for entry in value["runs"]:
         for row in entry["rows"]:
             drawn.add_row(entry["run"], *ledger.cells(row), "*" if (entry["run"], row["name"]) in best else "")
-    return Group(drawn, "* nothing here is at least as good in CIDEr, bytes and time, and better in one")
+    return Group(drawn, "* nothing here is at least as good in CIDEr, bytes and, in the same runtime, time, and better in one")
 
 
 def fit(value: Mapping) -> Group:
@@ -65,6 +65,8 @@ def profile(row: Mapping) -> Group:
     cost = [("parameters", f"{row['params']:,}")]
     cost += [(f"  {part}", f"{count:,}") for part, count in (row.get("params_by_part") or {}).items()]
     for key, what, form in (
+        ("params_fusion", "fusion: embeddings and layers", ","),
+        ("params_without_alignment", "all but alignment", ","),
         ("gmacs_encoder", "GMACs, encoder", ".4f"),
         ("gmacs_caption", "GMACs, caption", ".4f"),
         ("gflops_caption", "GFLOPs, caption (2 x MACs)", ".4f"),

@@ -47,6 +47,7 @@ def test_version_and_help(lightcap, tmp_path):
     assert status == 0
     for name in ("recipes", "plan", "run", "compare", "sweep", "fit", "caption", "eval", "score", "profile", "export", "doctor"):
         assert f"\n  {name} " in output
+    assert lightcap()[::2] == (2, output)  # alone, as wrong input
     done = command("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"lightcap {compress.__version__}\n")
 
@@ -166,7 +167,8 @@ def test_score(lightcap, tmp_path, monkeypatch):
 def test_profile_of_a_preset(lightcap):
     status, output, _ = lightcap("profile", "lightcap", "--json")
     row = json.loads(output)
-    assert status == 0 and tuple(row) == ledger.ROW
+    assert status == 0 and tuple(row) == (*ledger.ROW, "params_fusion", "params_without_alignment")
+    assert (row["params_fusion"], row["params_without_alignment"]) == (14_252_592, 38_838_633)
     assert row["params"] == 41_986_409 and row["params_by_part"]["encoder"] == 23_527_264
     assert row["gmacs_encoder"] == pytest.approx(5.37, abs=0.01)
     assert row["cider"] is None

@@ -9,7 +9,7 @@ from compress import ledger, report
 from compress.errors import ModelError
 
 
-def made(name, cider, megabytes, milliseconds, stage="train"):
+def made(name, cider, megabytes, milliseconds, stage="train", runtime="torch"):
     return ledger.row(
         {
             "stage": stage,
@@ -20,7 +20,7 @@ def made(name, cider, megabytes, milliseconds, stage="train"):
             "bytes": megabytes * 1e6,
             "params": 41_986_409,
             "gmacs_caption": 5.6,
-            "latency_ms": {"p50": milliseconds, "p90": milliseconds, "threads": 1, "beam": 1, "runtime": "torch"},
+            "latency_ms": {"p50": milliseconds, "p90": milliseconds, "threads": 1, "beam": 1, "runtime": runtime},
         }
     )
 
@@ -55,6 +55,14 @@ def test_rows_are_kept_exactly(tmp_path):
 def test_pareto_keeps_what_nothing_beats():
     assert [ROWS[index]["name"] for index in ledger.pareto(ROWS)] == ["teacher", "student", "twin", "int8"]
     assert ledger.pareto([]) == []
+
+
+def test_times_of_different_runtimes_are_not_compared():
+    """The smaller and better one beats the other, though its time in another runtime is longer; a bigger one does not, however fast."""
+    rows = [made("float", 47.0, 20.0, 50.0), made("int8", 47.0, 5.0, 60.0, runtime="onnxruntime")]
+    assert ledger.pareto(rows) == [1]
+    assert ledger.pareto([rows[0], made("large", 47.0, 30.0, 1.0, runtime="onnxruntime")]) == [0]
+    assert ledger.pareto([rows[0], made("slow", 47.0, 5.0, 60.0)]) == [0, 1]
 
 
 def test_the_table_shows_the_rows():
