@@ -1,7 +1,9 @@
 # Each target works from a bare clone with Python >= 3.11 alone: .venv is made when it is absent, and filled again when setup.cfg changes.
 PYTHON ?= python3
 BIN := .venv/bin
+# No bytecode ahead of time: most of what is installed is never imported, and what is gets compiled then.
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --no-compile --editable
 
 .PHONY: quickstart test verify
 .DELETE_ON_ERROR:
@@ -21,9 +23,9 @@ verify: .venv/.lightcap-test
 	$(PYTHON) -m venv .venv
 
 .venv/.lightcap: setup.cfg pyproject.toml | .venv/bin/python
-	$(PIP) install --editable .
+	$(INSTALL) .
 	@touch $@
 
 .venv/.lightcap-test: setup.cfg pyproject.toml | .venv/bin/python
-	$(PIP) install --editable '.[test,photos]'
+	$(INSTALL) '.[test,photos]'
 	@touch $@ .venv/.lightcap

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from compress.artifact import write_text
+from compress.config import Stage
 from compress.errors import ModelError
 
 # The keys of a row, in order. CIDEr is CIDEr-D as in coco-caption, x100, as are BLEU-4 and ROUGE-L.
@@ -47,6 +48,11 @@ def row(values: Mapping) -> dict:
     if unknown:
         raise ValueError(f"not keys of a ledger row: {', '.join(sorted(unknown))}")
     return {key: values.get(key) for key in ROW}
+
+
+def against(stage: Stage, measured: Mapping) -> str | None:
+    """The stage that `measured` was compared with, as this recipe calls it."""
+    return stage.against if measured.get("delta_cider") is not None else None
 
 
 def read(path: Path) -> list[dict]:

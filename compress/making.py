@@ -129,9 +129,8 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
             cost = {key: earlier[key] for key in ("peak_mb", "seconds")}
         else:
             cost = {"peak_mb": round(peak() / 1e6, 1), "seconds": round(before + time.time() - began, 2)}
-        row = ledger.row(
-            dict(measured) | {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name} | cost
-        )
+        named = {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name}
+        row = ledger.row(dict(measured) | named | cost | {"against": ledger.against(stage, measured)})
         artifact.write_text(model / "README.md", card.text(run.recipe, stage, row))
         artifact.write_json(model / "metrics.json", row)
         artifact.write_json(model / "lock.json", {"lock": target.name, "measured": how, "tmacs": tmacs, "parts": lock_parts})

@@ -198,8 +198,8 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
     run_.tell(stage, False)
     measured = Artifact(target).row()
     place = os.path.relpath(target, run_.out)
-    against = stage.against if measured["delta_cider"] is not None else None
-    return ledger.row(measured | {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name, "against": against}), built
+    named = {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name, "against": ledger.against(stage, measured)}
+    return ledger.row(measured | named), built
 
 
 def _gate(stage: Stage, row: Mapping) -> None:
