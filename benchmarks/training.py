@@ -2,11 +2,10 @@
 
     python benchmarks/training.py [--images 160] [--steps 12] [--json]
 
-The shipped stages run as `lightcap run photos` runs them (EfficientNet-Lite0 at 224x224, MiniLM fusion, word pieces narrowed to those
-seen, three heads on three teachers' cached targets; but without concepts), on generated pictures with five captions of 10 to 13 words
-each. After each training step the clock stops, and in turn come: a plain step, and one product of each of PEAK_SHAPES. Medians and
-quartiles leave out the first WARM steps. README.md says what each number is. The last line is one JSON document; with --json it is the only
-one.
+The shipped stages run as `lightcap run photos` runs them, but without concepts (EfficientNet-Lite0 at 224x224, MiniLM fusion, word pieces
+narrowed to those seen, three heads on three teachers' cached targets), on generated pictures with five captions of 10 to 13 words each.
+After each training step the clock stops, and in turn come: a plain step, and one product of each of PEAK_SHAPES. Medians and quartiles
+leave out the first WARM steps. README.md says what each number is. The last line is one JSON document; with --json it is the only one.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from compress.config import Concepts, Distill, Prune, Recipe, Stage, Train
 from compress.errors import RecipeError
-from compress.training.distillation import narrower
+from compress.training.distillation import feed_forward
 from compress.training.start import captioner_config
 from compress.training.text import default_text_encoder
 from students.lightcap import LightCapConfig
@@ -68,7 +68,7 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
 
 def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, teacher: LightCapConfig, vocabulary: int) -> LightCapConfig:
     if parent is None:
-        ffn = narrower(teacher.ffn, config.ffn_share) if config.ffn_share else recipe.student.ffn
+        ffn = feed_forward(recipe.student.ffn, config.ffn_share, teacher.ffn)
         student = dataclasses.replace(recipe.student, heads=config.heads or recipe.student.heads, ffn=ffn)
         sizes = recipe.data.image_size, 0.0, vocabulary
         modulator = teacher.modulator or 0 if config.modulator is None else config.modulator

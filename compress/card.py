@@ -38,7 +38,7 @@ def text(recipe: Recipe, stage: Stage, row: Mapping) -> str:
         "| measured | |",
         "| --- | --- |",
     ]
-    lines += [f"| {what} | {value} |" for what, value in _numbers(row, stage.against) if value]
+    lines += [f"| {what} | {value} |" for what, value in _numbers(row) if value]
     if stage.config is not None:
         entry = next(entry for entry in resolved(recipe)["stages"] if entry.get(stage.kind, {}).get("as") == stage.name)
         lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(entry, sort_keys=False, width=100).rstrip(), "```"]
@@ -49,7 +49,7 @@ def text(recipe: Recipe, stage: Stage, row: Mapping) -> str:
     return "\n".join(lines)
 
 
-def _numbers(row: Mapping, against: str | None) -> list[tuple[str, str]]:
+def _numbers(row: Mapping) -> list[tuple[str, str]]:
     def number(key: str, form: str, scale: float = 1.0) -> str:
         return "" if row.get(key) is None else format(row[key] / scale, form)
 
@@ -66,7 +66,7 @@ def _numbers(row: Mapping, against: str | None) -> list[tuple[str, str]]:
         milliseconds = f"{latency['p50']:.1f} ({how})"
     return [
         (f"CIDEr-D x100, {row.get('images') or '?'} images of {row.get('split') or '?'}", cider),
-        (f"CIDEr less that of '{against}'", delta),
+        (f"CIDEr less that of '{row.get('against')}'", delta),
         ("BLEU-4 x100", number("bleu4", ".1f")),
         ("ROUGE-L x100", number("rouge_l", ".1f")),
         ("precision of the concepts found", number("concept_precision", ".1%")),

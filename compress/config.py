@@ -103,7 +103,7 @@ class Distill(Optimisation):
     heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
     modulator: int | None = None  # inner width of a new student's (its first teacher's if absent); 0: none
     init: str = "teacher"  # its layers, or the student section's fusion_weights: the default where there are some
-    ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's (the student section's ffn if absent)
+    ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)
     match_epochs: float = 1.0

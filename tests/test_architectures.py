@@ -45,6 +45,8 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
     assert [(m.concepts, m.modulator) for m in map(found.get, ("knowing", "other", "student"))] == [(6, 39), (6, 4), (6, 4)]
     assert (found["steered"].modulator, found["blind"].modulator, found["blind"].concepts) == (8, None, 0)
     assert (found["knowing"].ffn, found["steered"].ffn, found["pupil"].ffn) == (3072, 2552, 1200)
+    named = CONCEPTS.replace("encoder: resnet-small}", "encoder: resnet-small, ffn: 600}")
+    assert models(tmp_path, named)["steered"].ffn == 600
     assert found["extractor"].alignment == found["student"].alignment == (32, 384)
     assert found["pupil"].prefix == 25 and found["student"].prefix == 31
 

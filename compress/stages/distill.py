@@ -14,7 +14,7 @@ from compress.config import Distill
 from compress.context import Context
 from compress.errors import RecipeError
 from compress.training.corpus import UNSEEN_BIAS, corpus
-from compress.training.distillation import Goal, distil, narrower, teach
+from compress.training.distillation import Goal, distil, feed_forward, teach
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.bert import copy_layers
@@ -29,10 +29,9 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     sources = [context.artifacts[name] for name in config.teachers]
     first, _, settings = read_captioner(sources[0].path)
     student = context.recipe.student
-    if config.heads:
-        student = dataclasses.replace(student, heads=config.heads)
-    if config.ffn_share:
-        student = dataclasses.replace(student, ffn=narrower(first.config.ffn, config.ffn_share))
+    student = dataclasses.replace(
+        student, heads=config.heads or student.heads, ffn=feed_forward(student.ffn, config.ffn_share, first.config.ffn)
+    )
     if parent is not None:
         model, tokenizer, settings = read_captioner(parent.path)
         set_dropout(model, config.dropout)

@@ -40,9 +40,9 @@ class Goal:
     ensemble: str = "each"
 
 
-def narrower(width: int, share: float) -> int:
-    """`share` of a feed-forward width, to a multiple of 8 channels."""
-    return max(8, round(width * share / 8) * 8)
+def feed_forward(own: int | None, share: float | None, teacher: int) -> int | None:
+    """A new student's feed-forward width: its own, if any; `share` of its teacher's, to a multiple of 8; or None, its preset's."""
+    return own if own or not share else max(8, round(teacher * share / 8) * 8)
 
 
 def teach(
