@@ -104,8 +104,6 @@ class Distill(Optimisation):
     modulator: int | None = None  # inner width of a new student's (its first teacher's if absent); 0: none
     init: str = "teacher"  # its layers, or the student section's fusion_weights: the default where there are some
     ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
-    flip: bool = False  # mirrors half of the pictures
-    crop: float = 0.0  # cuts up to this share off the sides of pictures
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)
     match_epochs: float = 1.0

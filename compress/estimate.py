@@ -65,8 +65,6 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
     """Training, and what it is prepared by."""
     known, settings = macs.encoder + macs.concepts, stage.config
     passes = getattr(settings, "epochs", 0.0)
-    # Disturbed pictures are encoded, and described by teachers, in each pass.
-    seen = passes if getattr(settings, "flip", False) or getattr(settings, "crop", 0.0) else 1.0
     pack = language(config, amount, amount.captions, amount.words)
     if isinstance(settings, Concepts):
         if not settings.pieces:
@@ -80,10 +78,10 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         taught = [language(models[name], amount, amount.captions, amount.words) for name in settings.teachers]
         beside = min(settings.match_epochs, passes) * taught[0] if {"hidden", "attention"} & set(settings.match) else 0.0
         pack = language(config, amount, amount.captions, amount.words, config.heads)
-        return amount.images * (seen * (known + ("tokens" in settings.match) * sum(taught)) + passes * 3 * pack + beside)
+        return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if "tokens" in settings.match else 0.0))
     if isinstance(settings, Scst):
         drawn = macs.prefix + (settings.samples + (settings.baseline == "greedy")) * (macs.steps + macs.attention)
-        return amount.images * (seen * known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS)))
+        return amount.images * (known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS)))
     if isinstance(settings, Prune):
         each = known + pack + 3 * settings.recover_epochs * pack
         return amount.images * (each + 3 * settings.recover_encoder_epochs * macs.encoder * ("encoder" in settings.parts))

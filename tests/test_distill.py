@@ -15,13 +15,11 @@ from compress.context import Context, Progress
 from compress.errors import RecipeError, UsageError
 from compress.stages import distill, vocabulary
 from compress.training.corpus import corpus
-from compress.training.distillation import teach, teach_beside
 from compress.training.losses import token_loss
 from compress.training.start import new_captioner, write_captioner
 from students.lightcap import LightCap, preset
 from students.lightcap.bert import copy_layers
 from students.lightcap.tokenizer import load_tokenizer, narrowed, pieces_of, read_tokenizer
-from teachers.teacher import load
 
 STUDENT = Student(preset="tiny", heads=3)
 ALL = ("tokens", "hidden", "attention")
@@ -126,30 +124,6 @@ def test_the_same_seed_gives_the_same_student(run):
 def test_one_teacher_teaches_every_head(run, teachers):
     made = run(Distill(teachers=("teacher-2",), init="weights", epochs=1, batch_images=40))
     assert LightCap.from_pretrained(made.path).config.heads == 3
-
-
-def test_disturbed_pictures_are_shown_to_teachers_and_student_anew(run, teachers):
-    """Other pictures, another student; the same seed, the same pictures."""
-    config = Distill(epochs=2, match=ALL, batch_images=20, learning_rate=1e-3)
-    plain = run(config, name="plain").digest()
-    first, again = (run(dataclasses.replace(config, flip=True, crop=0.3), name=name).digest() for name in ("one", "two"))
-    assert first == again != plain
-
-
-def test_teachers_beside_the_student_say_what_was_computed_once(teachers, scenes, tmp_path):
-    context = Context(None, None, scenes, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(quiet=True))
-    model, tokenizer, settings = distill.read_captioner(teachers["teacher"].path)
-    words = corpus(model, tokenizer, settings, context)
-    loaded = [load(source.path) for source in teachers.values()]
-    for teacher in loaded:
-        teacher.narrow(words.keep)
-    batch = words.batches(20, 3)(1)
-    grid = words.grid_of(model, batch.images)
-    stored = teach(loaded, list(teachers.values()), words, 8, 2.0, list(teachers), context)(grid, batch)
-    beside = teach_beside(loaded, 8, 2.0)(grid, batch)
-    assert stored[0].shape == stored[1].shape == (3, int((batch.targets > -1).sum()), 8)
-    torch.testing.assert_close(beside[1], stored[1], atol=2e-3, rtol=0)  # they are kept in 16 bits
-    assert (beside[0] == stored[0]).float().mean() > 0.95  # but for near ties
 
 
 def test_heads_learn_from_all_teachers_or_from_the_heads_before_them(run, teachers):

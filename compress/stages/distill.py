@@ -1,30 +1,24 @@
 """Ensemble distillation: teacher i supervises head i (LightCap, section 3.4); hidden states and attention come from the first teacher.
 
-Token distributions are read from targets computed once per teacher, or, where pictures are disturbed, asked of the teachers in each step;
-all of them are given the student's grid. Hidden states and attention are compared during the first `match_epochs` epochs, in which the
-first teacher runs beside the student: the paper's first phase; tokens are compared throughout.
+Token distributions are read from targets computed once per teacher. Hidden states and attention are compared during the first
+`match_epochs` epochs, in which the first teacher runs beside the student: the paper's first phase; tokens are compared throughout.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-
-import torch
 
 from compress.artifact import Artifact
 from compress.config import Distill
 from compress.context import Context
 from compress.errors import RecipeError
 from compress.training.corpus import UNSEEN_BIAS, corpus
-from compress.training.distillation import Goal, distil, feed_forward, teach, teach_beside
-from compress.training.features import device
+from compress.training.distillation import Goal, distil, feed_forward, teach
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.bert import copy_layers
 from students.lightcap.dropout import set_dropout
-from students.lightcap.norms import folded
 from students.lightcap.tokenizer import pieces_of
 from teachers.teacher import load
 
@@ -56,25 +50,18 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
             raise RecipeError(f"teacher '{name}': its vocabulary is not the student's; tokens cannot be distilled between them")
     if parent is None and config.init == "teacher":
         start_from(model, first, [read_captioner(source.path)[0] for source in sources])
-    anew = bool(config.flip or config.crop)
-    data = corpus(model, tokenizer, settings, context, anew, config.flip, config.crop)
+    data = corpus(model, tokenizer, settings, context)
     for teacher in teachers:
         teacher.narrow(data.keep)
-    lessons = None
+    taught = None
     if "tokens" in config.match:
-        if anew:
-            lessons = teach_beside(teachers, config.top_k, config.temperature)
-        else:
-            lessons = teach(teachers, sources, data, config.top_k, config.temperature, config.teachers, context)
+        taught = teach(teachers, sources, data, config.top_k, config.temperature, config.teachers, context)
     full = model.word.detach().clone()
     model.narrow(data.keep)
     weights = config.token_weight, config.hidden_weight, config.attention_weight
     goal = Goal(config.match, config.match_epochs, config.temperature, *weights, config.ensemble)
     steps = data.steps(config.epochs, config.batch_images)
-    if anew:
-        model.encoder.to(device(), memory_format=torch.channels_last).eval()
-    with folded(model.encoder, model.config.image_size) if anew else contextlib.nullcontext():
-        distil(model, data, lessons, teachers[0], goal, config, steps, seed, context.stage.name, context)
+    distil(model, data, taught, teachers[0], goal, config, steps, seed, context.stage.name, context)
     model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)
 

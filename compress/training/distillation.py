@@ -1,9 +1,8 @@
-"""Distillation of a captioner: tokens from targets that were computed once or from teachers that run beside it, hidden states and attention
-from a teacher that runs beside it."""
+"""Distillation of a captioner, tokens from cached targets, hidden states and attention from a teacher that runs beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +23,6 @@ from compress.training.targets import targets
 from students.lightcap import LightCap
 from students.lightcap.bert import layer_map
 from teachers.teacher import Teacher
-
-# What teachers say of a batch: its grid (B, G, channels) -> ids and probabilities, (teachers, n, k) both, at its n predicted places.
-Lessons = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,42 +47,19 @@ def feed_forward(own: int | None, share: float | None, teacher: int) -> int | No
 
 def teach(
     teachers: list[Teacher], sources: list[Artifact], data: Corpus, top_k: int, temperature: float, names: Sequence[str], context: Context
-) -> Lessons:
-    """Each teacher's `top_k` best pieces, computed once over the training captions."""
-    taught = [
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each teacher's ids and probabilities over the training captions."""
+    return [
         targets(teacher, source.digest(), data, context.data.fingerprint, top_k, temperature, context.cache, name, context.progress)
         for teacher, source, name in zip(teachers, sources, names, strict=True)
     ]
 
-    def lessons(grid: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        ids = torch.from_numpy(np.stack([ids[batch.rows] for ids, _ in taught])).to(grid.device).long()
-        best = torch.from_numpy(np.stack([best[batch.rows] for _, best in taught])).to(grid.device).float()
-        return ids, best
-
-    return lessons
-
-
-def teach_beside(teachers: list[Teacher], top_k: int, temperature: float) -> Lessons:
-    """Each teacher's `top_k` best pieces, given what the student is given: disturbed pictures are other pictures in each epoch, and there a
-    teacher has not learned its captions by heart (Beyer et al., CVPR 2022: a teacher is patient and consistent)."""
-    for teacher in teachers:
-        teacher.to(device())
-
-    def lessons(grid: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        real, shown = batch.targets != IGNORED, []
-        for teacher in teachers:
-            logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix), real)
-            shown.append((logits.float() / temperature).softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1))
-        return torch.stack([ids for _, ids in shown]), torch.stack([best for best, _ in shown])
-
-    return lessons
-
 
 def distil(
-    model: LightCap, data: Corpus, lessons: Lessons | None, teacher: Teacher | None, goal: Goal,
+    model: LightCap, data: Corpus, taught: list[tuple[np.ndarray, np.ndarray]] | None, teacher: Teacher | None, goal: Goal,
     config: Optimisation, steps: int, seed: int, label: str, context: Context,
 ) -> None:
-    """Trains `model` (already narrowed) towards `lessons`, of one teacher per head or one for all, and towards `teacher`'s layers."""
+    """Trains `model` (already narrowed) towards `taught`, one entry per head or one for all, and towards `teacher`'s layers."""
     where = device()
     model.to(where).train()
     model.encoder.eval()
@@ -107,12 +80,10 @@ def distil(
     def loss_of(step: int) -> Tensor:
         batch = batch_of(step)
         with precision(config.precision, where):
-            with torch.no_grad():
-                grid = data.grid_of(model, batch.images)
+            grid = data.grid_of(model, batch.images)
             mask, real = batch.mask(model.config.prefix), batch.targets != IGNORED
             seen: list | None = [] if step < matched else None
             hidden = model.states(grid, batch.tokens, batch.positions, mask, probe=seen)
-            taught = lessons(grid, batch) if lessons else None
             loss = head_loss(model, hidden[real], batch, taught, goal, config.label_smoothing)
             if seen is not None:
                 shown = teacher.probe(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix))
@@ -130,15 +101,13 @@ def distil(
     model.cpu().eval().requires_grad_(True)
 
 
-def head_loss(
-    model: LightCap, states: Tensor, batch: Batch, taught: tuple[Tensor, Tensor] | None, goal: Goal, smoothing: float
-) -> Tensor:
+def head_loss(model: LightCap, states: Tensor, batch: Batch, taught: list | None, goal: Goal, smoothing: float) -> Tensor:
     """The mean over heads of what each learns, from the captions and from its teachers. states (n, hidden) at the predicted places."""
     branches = model.heads.branch_states(states)
     heads, n, _ = branches.shape
     ids = batch.targets[batch.targets != IGNORED].view(1, n, 1)
     if taught is not None:
-        best_ids, best = taught
+        best_ids, best = taught_at(taught, batch, states.device)  # (teachers, n, k)
         if goal.ensemble != "each":  # every head is asked for every teacher's pieces
             best_ids = best_ids.transpose(0, 1).flatten(1).unsqueeze(0)
         ids = torch.cat([ids.expand(len(best_ids), -1, -1), best_ids], -1)
@@ -171,3 +140,10 @@ def ensemble_loss(logs: Tensor, best: Tensor, goal: Goal) -> Tensor:
             lessons.append(token_loss(logs[head, own], before, goal.temperature))
         learned.append(torch.stack(lessons).mean())
     return torch.stack(learned).mean()
+
+
+def taught_at(taught: list[tuple[np.ndarray, np.ndarray]], batch: Batch, where: torch.device) -> tuple[Tensor, Tensor]:
+    """(teachers, n, k) ids and probabilities at the places of `batch`."""
+    ids = torch.from_numpy(np.stack([ids[batch.rows] for ids, _ in taught])).to(where).long()
+    best = torch.from_numpy(np.stack([best[batch.rows] for _, best in taught])).to(where).float()
+    return ids, best
