@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +23,9 @@ from compress.context import Context, Progress
 from compress.data import CaptionSet, load
 from compress.data.concepts import read_concepts
 from compress.evaluate import costs_of
-from compress.stages import quantize
+from compress.stages import prune, quantize
 from compress.stages.concepts import spelled
 from compress.stages.export import export
-from compress.stages.prune.channels import Block, remove, units
-from compress.stages.prune.importance import importance
-from compress.stages.prune.target import Target, choose, give_back, ranked
 from compress.training.start import read_captioner, write_captioner
 from students.lightcap import LightCap, LightCapConfig, preset
 from students.lightcap.encoder import preprocessor
@@ -39,7 +35,7 @@ SEED = 17
 BERT_PIECES = 30522
 COCO_PIECES = 10000  # what `vocabulary` leaves on COCO: the pieces of its training captions
 SYLLABLES = "ba ten ri lo mar ket sun dro ve pol li gra ser ton wick mal ow en der fa".split()
-HALF = Prune(macs=0.5, params=0.6)  # both are met, so that fewer than half of the MACs may stay
+HALF = Prune(macs=0.5, params=0.6, layers=3)  # of the fusion's four; all are met, so that fewer than half of the MACs may stay
 SETTLING = 16  # pictures whose statistics the batch norms take
 
 
@@ -135,20 +131,11 @@ def quantized(artifact: Artifact, folder: Path, data: CaptionSet, progress: Prog
     return Artifact(folder)
 
 
-def removable(artifact: Artifact, data: CaptionSet, config: Prune, progress: Progress) -> list[Block]:
-    """What the stage `prune` may remove, in the order in which it would: importance by gate derivatives on `data`."""
-    model, words, settings = read_captioner(artifact.path)
-    with tempfile.TemporaryDirectory() as scratch:
-        around = context(data, Path(scratch) / "pruned", "prune", config, progress)
-        scores = importance(model, words, settings, units(model, config.parts), config, SEED, around)
-    return ranked(model, scores, config.round_to, Target.of(config, model))
-
-
-def pruned(artifact: Artifact, folder: Path, order: list[Block], config: Prune) -> Artifact:
-    """`artifact` at `config`'s target, as the stage `prune` cuts it, without any recovery: what is timed is its shape."""
-    model, words, settings = read_captioner(artifact.path)
-    target = Target.of(config, model)
-    return write(folder, remove(model, give_back(model, order[: choose(model, order, target)], target)), words, settings)
+def pruned(artifact: Artifact, folder: Path, data: CaptionSet, progress: Progress, config: Prune) -> Artifact:
+    """The stage `prune`, by importance on `data`, without any recovery: what is timed is a shape."""
+    config = dataclasses.replace(config, recover_epochs=0.0, recover_encoder_epochs=0.0)
+    prune.run(artifact, config, context(data, folder, "prune", config, progress))
+    return Artifact(folder)
 
 
 def build(name: str, folder: Path, images: int, with_concepts: bool = True) -> Artifact:
@@ -168,7 +155,7 @@ def build(name: str, folder: Path, images: int, with_concepts: bool = True) -> A
         "onnx": lambda out: export(parent("eager"), out),
         "small": lambda out: narrow(parent("eager"), out),
         "int8": lambda out: integer("small", out),
-        "pruned": lambda out: pruned(parent("small"), out, removable(parent("small"), data, HALF, progress), HALF),
+        "pruned": lambda out: pruned(parent("small"), out, data, progress, HALF),
         "pruned-int8": lambda out: integer("pruned", out),
         "int8-export": lambda out: export(parent("int8"), out),
     }

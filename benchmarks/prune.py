@@ -35,7 +35,6 @@ def build(folder: Path, shares: list[float], roundings: list[int], images: int) 
     """Both precisions of the whole model and of each share with its widths rounded in each way, made in `folder` or found there."""
     progress, data = Progress(), models.scenes(images)
     whole = models.build("small", folder, images)
-    orders = {to: models.removable(whole, data, Prune(macs=min(shares), round_to=to), progress) for to in roundings}
     found = []
     for share, rounding in [(1.0, 1), *((share, rounding) for share in shares for rounding in roundings)]:
         name = "1" if share == 1.0 else f"{share:g} by {rounding}"
@@ -44,7 +43,7 @@ def build(folder: Path, shares: list[float], roundings: list[int], images: int) 
             cut = whole.path
         elif not cut.is_dir():
             with writing(cut) as out:
-                models.pruned(whole, out, orders[rounding], Prune(macs=share, round_to=rounding))
+                models.pruned(whole, out, data, progress, Prune(macs=share, round_to=rounding))
         for precision in PRECISIONS:
             made = folder / f"share-{name.replace(' ', '-')}-{images}-{precision}"
             if not made.is_dir():

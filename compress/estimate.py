@@ -81,7 +81,8 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if "tokens" in settings.match else 0.0))
     if isinstance(settings, Scst):
         drawn = macs.prefix + (settings.samples + (settings.baseline == "greedy")) * (macs.steps + macs.attention)
-        return amount.images * (known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS)))
+        seen = passes if settings.flip or settings.crop else 1.0  # disturbed pictures are encoded in each pass
+        return amount.images * (seen * known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS)))
     if isinstance(settings, Prune):
         each = known + pack + 3 * settings.recover_epochs * pack
         return amount.images * (each + 3 * settings.recover_encoder_epochs * macs.encoder * ("encoder" in settings.parts))

@@ -1,8 +1,8 @@
 """Structured pruning to targets in MACs, parameters, megabytes or milliseconds, recovered by distilling from the unpruned parent.
 
 Whole layers leave first, where some shall. Each step: importance by gate derivatives on training captions, the cheapest blocks leave until
-the step's share of the target is met, the encoder learns to give its old grid again, its features are computed anew, and the fusion is
-distilled from the parent.
+the step's share of the target is met, the encoder's norms take the statistics of what is left, the encoder learns to give its old grid
+again, its features are computed anew, and the fusion is distilled from the parent.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from compress.context import Context
 from compress.stages.prune.channels import Block, Unit, remove, units
 from compress.stages.prune.importance import importance
 from compress.stages.prune.recover import recover_encoder
+from compress.stages.prune.repair import carrying, pictures, repair
 from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
 from compress.stages.prune.target import Target, choose, give_back, megabytes, ranked
 from compress.training.corpus import UNSEEN_BIAS, corpus
@@ -56,15 +57,19 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         if factors is not None:
             scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
         note = context.work / f"leaving-{step}.json"
-        model = remove(model, leaving(model, scores, config.round_to, target, step / config.steps, note))
+        chosen = leaving(model, scores, config.round_to, target, step / config.steps, note)
+        whole, model = model, remove(model, chosen)
+        if "encoder" in config.parts:
+            seen = pictures(settings, seed, context)
+            repair(model, remove(carrying(whole, seen), chosen), seen)
         context.progress.log(f"{label}: {target.describe(model)}")
         if "encoder" in config.parts:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
-        data = corpus(model, tokenizer, settings, context)
-        if taught is None:
-            teacher.narrow(data.keep)
-            taught = teach_from_parent(parent, teacher, tokenizer, settings, data, config, context)
         if config.recover_epochs:
+            data = corpus(model, tokenizer, settings, context)
+            if taught is None:
+                teacher.narrow(data.keep)
+                taught = teach_from_parent(parent, teacher, tokenizer, settings, data, config, context)
             full = model.word.detach().clone()
             model.narrow(data.keep)
             goal = Goal(("tokens",), 0.0, config.temperature, config.token_weight, 0.0, 0.0)
