@@ -24,7 +24,8 @@ from students.lightcap import LightCap, preset
 from students.lightcap.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, EncoderSpec, preprocessor
 from students.lightcap.tokenizer import load_tokenizer
 
-importance = importlib.import_module("compress.stages.prune.importance")  # the package names its function alike
+# The package names its functions alike.
+importance, repair = (importlib.import_module(f"compress.stages.prune.{name}") for name in ("importance", "repair"))
 
 ENCODER_UNITS = {  # by hand: within blocks, and (how many convolutions write each) between them; the grid's own are none
     "resnet-small": (5, [2, 2]),  # both of the stem, the first of each block; a block's output is its second's and its shortcut's
@@ -319,6 +320,54 @@ def test_impossible_targets_are_one_line(monkeypatch):
 
 
 # ---- importance and the whole stage
+
+
+@pytest.mark.parametrize("encoder", ["resnet-small", "clip-small", "efficientnet-lite0"])
+def test_norms_give_each_channel_that_stays_the_mean_and_spread_of_before(encoder):
+    """Seen from outside: by the outputs of norms, whose channels that stay are found by what the norms themselves say (their weights)."""
+    model = build(encoder)
+    norms = repair.norms_of(model)
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.copy_(torch.linspace(0.6, 1.4, len(norm.weight))[torch.randperm(len(norm.weight))])  # no two are alike
+    size = model.config.image_size
+    pictures = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(3))
+    order = ranked(model, parts=("encoder",))
+    carried, chosen = repair.carrying(model, pictures), order[: len(order) // 2]
+    cut = channels.remove(model, chosen)
+    plain, before = cut.encode(pictures), model.encode(pictures)
+    repair.repair(cut, channels.remove(carried, chosen), pictures)
+
+    def outputs_of(model: LightCap) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        found = []
+        hooks = [
+            norm.register_forward_hook(lambda norm, _, y: found.append((norm.weight, y.mean((0, 2, 3)), y.std((0, 2, 3)))))
+            for norm in repair.norms_of(model)
+        ]
+        with torch.no_grad():
+            model.encode(pictures)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    fewer = 0
+    for (weight, mean, deviation), (weights, means, deviations) in zip(outputs_of(cut), outputs_of(model), strict=True):
+        stays = [int((weights == one).nonzero()) for one in weight]
+        fewer += len(stays) < len(weights)
+        torch.testing.assert_close(mean, means[stays], atol=1e-3, rtol=1e-3)
+        close = (deviation - deviations[stays]).abs() < 0.01 + 0.01 * deviations[stays]
+        assert close.float().mean() > 0.9, (deviation, deviations[stays])  # but for some that are nearly constant: repair.MOST
+    assert fewer > 2
+    assert F.mse_loss(cut.encode(pictures), before) < F.mse_loss(plain, before)
+
+
+def test_norms_of_an_unpruned_encoder_stay_as_they_are():
+    model = build()
+    pictures = torch.randn(4, 3, model.config.image_size, model.config.image_size, generator=torch.Generator().manual_seed(3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    repair.repair(model, repair.carrying(model, pictures), pictures)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
