@@ -121,7 +121,7 @@ def context(data: CaptionSet, output: Path, kind: str, config: Prune | Quantize,
     output.mkdir(parents=True, exist_ok=True)
     stage = Stage(kind, kind, None, config)
     recipe = Recipe("benchmark", SEED, Data(), Student(), (stage,), Path("benchmark"))
-    scratch = output.parent / f"{output.name}.work"
+    scratch = output.parent / f"work{output.name}"  # not taken for a half-written output
     return Context(recipe, stage, data, SEED, 1, output, scratch, scratch, {}, progress)
 
 
