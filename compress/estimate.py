@@ -1,8 +1,8 @@
 """What the stages of a recipe will compute, before any has run: multiply-accumulates, x 1e-12.
 
 A trained product costs three of its forward pass (itself, and two in the backward pass). An image's captions share one prefix, frozen
-features are computed once by each stage, and the output product is over the words that captions use. Recovery after pruning is counted
-at its parent's size: an upper bound.
+features are computed once by each stage (in each pass where pictures are disturbed), and the output product is over the words that captions
+use. Recovery after pruning is counted at its parent's size: an upper bound.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
     target = Target.of(config, model, parent.bytes() / 1e6 - megabytes(model))
-    teacher = load(parent.path)
     if config.layers:
         stay = least_layers(*measured(model, tokenizer, settings, seed, context), config.layers)
         model = with_layers(model, stay)
@@ -59,17 +58,15 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         note = context.work / f"leaving-{step}.json"
         chosen = leaving(model, scores, config.round_to, target, step / config.steps, note)
         whole, model = model, remove(model, chosen)
+        context.progress.log(f"{label}: {target.describe(model)}")
         if "encoder" in config.parts:
             seen = pictures(settings, seed, context)
             repair(model, remove(carrying(whole, seen), chosen), seen)
-        context.progress.log(f"{label}: {target.describe(model)}")
-        if "encoder" in config.parts:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
         if config.recover_epochs:
             data = corpus(model, tokenizer, settings, context)
             if taught is None:
-                teacher.narrow(data.keep)
-                taught = teach_from_parent(parent, teacher, tokenizer, settings, data, config, context)
+                taught = teach_from_parent(parent, tokenizer, settings, data, config, context)
             full = model.word.detach().clone()
             model.narrow(data.keep)
             goal = Goal(("tokens",), 0.0, config.temperature, config.token_weight, 0.0, 0.0)
@@ -119,8 +116,10 @@ def written(folder: Path, model: LightCap, tokenizer: Tokenizer, settings: dict)
     return Artifact(folder)
 
 
-def teach_from_parent(parent, teacher, tokenizer, settings, data, config, context):
-    """The parent's token distributions, over its own features: the pruned encoder's are the student's business alone."""
+def teach_from_parent(parent, tokenizer, settings, data, config, context):
+    """The parent's distributions over the pieces of `data`, from its own features: those of the pruned encoder are the student's."""
+    teacher = load(parent.path)
+    teacher.narrow(data.keep)
     own, _, _ = read_captioner(parent.path)
     seen = corpus(own, tokenizer, settings, context)
     return teach([teacher], [parent], seen, config.top_k, config.temperature, [parent.path.name[:8]], context)

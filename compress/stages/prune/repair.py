@@ -8,7 +8,7 @@ gives each channel that stayed the mean and the spread of before (Jordan et al.,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -45,7 +45,7 @@ def carrying(model: LightCap, batch: Tensor) -> LightCap:
 
 def repair(model: LightCap, carried: LightCap, batch: Tensor) -> None:
     """Changes the statistics of `model`'s norms, one after the other, so that each gives over `batch` what it gave when `carried` was
-    taken."""
+    taken, but where a channel's spread would change by more than MOST."""
     wanted = dict(zip(norms_of(model), norms_of(carried), strict=True))
 
     def set_statistics(norm: nn.BatchNorm2d, x: Tensor) -> None:
@@ -69,7 +69,7 @@ def norms_of(model: LightCap) -> list[nn.BatchNorm2d]:
 
 
 @contextmanager
-def before_norms(model: LightCap, see) -> Iterator[None]:
+def before_norms(model: LightCap, see: Callable[[nn.BatchNorm2d, Tensor], None]) -> Iterator[None]:
     """Inside, `see(norm, input)` before each norm of the encoder, which is in eval mode, without derivatives."""
     model.encoder.eval()
     hooks = [norm.register_forward_pre_hook(lambda norm, inputs: see(norm, inputs[0])) for norm in norms_of(model)]
