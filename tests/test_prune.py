@@ -572,6 +572,23 @@ def test_parts_are_left_alone(world, monkeypatch):
     assert {name.split(".")[0] for name in pruned.config.shapes} == {"fusion"}
 
 
+def test_the_stage_repairs_what_it_cuts(world, monkeypatch):
+    """Without recovery, the grid of the same cut is nearer to the parent's with repaired norms than with those that it had."""
+    model, _, _, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    config = Prune(macs=0.6, parts=("encoder",), batch_images=40, recover_epochs=0.0, recover_encoder_epochs=0.0)
+    here = context("a")
+    repaired = cut(parent, config, here)
+    monkeypatch.setattr(prune, "repair", lambda *_: None)
+    plain = cut(parent, config, context("b"))
+    assert repaired.config.shapes == plain.config.shapes != {}
+    pictures = repair.pictures(preprocessor("resnet-small", 80), 17, here)
+    with torch.no_grad():
+        wanted = model.eval().encode(pictures)
+        errors = [float(F.mse_loss(pruned.encode(pictures), wanted)) for pruned in (repaired, plain)]
+    assert errors[0] < 0.9 * errors[1], errors
+
+
 def test_what_the_target_did_not_need_comes_back():
     """A last block that saves far more than what was missing lets earlier ones return, and the target still holds."""
     model = build()
