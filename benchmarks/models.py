@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def quantized(artifact: Artifact, folder: Path, data: CaptionSet, progress: Prog
 def pruned(artifact: Artifact, folder: Path, data: CaptionSet, progress: Progress, config: Prune) -> Artifact:
     """The stage `prune`, by importance on `data`, without any recovery: what is timed is a shape."""
     config = dataclasses.replace(config, recover_epochs=0.0, recover_encoder_epochs=0.0)
-    prune.run(artifact, config, context(data, folder, "prune", config, progress))
+    given = context(data, folder, "prune", config, progress)
+    prune.run(artifact, config, given)
+    shutil.rmtree(given.work, ignore_errors=True)
     return Artifact(folder)
 
 

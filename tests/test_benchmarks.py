@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,24 @@ def test_a_row_holds_each_phase_a_step_and_the_whole_caption():
     assert (row["encoder_ms"], row["step_ms"], row["step_cpu_ms"]) == (11.0, 2.0, 1.0)
     assert (row["caption_ms"], row["caption_cpu_ms"]) == (11.0 + 2 * TOKENS + 1, 10.0 + TOKENS)
     assert row["caption_ms_q1"] <= row["caption_ms"] <= row["caption_ms_q3"] and "steps_ms" not in row
+    assert latency.summary([one | {"first": (50.0, 40.0)} for one in times]) == row | {
+        "first_ms": 50.0, "first_ms_q1": 50.0, "first_ms_q3": 50.0, "first_cpu_ms": 40.0,
+    }  # fmt: skip
     assert latency.summary([{"encoder": (1.0, 1.0)}] * 2).keys() == {"encoder_ms", "encoder_ms_q1", "encoder_ms_q3", "encoder_cpu_ms"}
+
+
+def test_a_turns_second_picture_counts_and_its_first_is_told():
+    pictures, seen = [np.full((1, 1, 3), value, np.uint8) for value in range(2)], []
+
+    def work(picture):
+        seen.append(int(picture[0, 0, 0]))
+        time.sleep(0.05 if len(seen) % 2 else 0.0)
+        yield "encoder"
+        yield None
+
+    found = latency.measure([latency.Subject("one", "", work, {})], pictures, 2)["one"]
+    assert seen == [0, 1, 1, 0] * 2
+    assert all(times["first"][0] >= 50 > times["encoder"][0] for times in found)
 
 
 def test_both_routes_run_all_phases_and_all_rounds_in_turn(model, folder):
@@ -71,9 +89,9 @@ def test_both_routes_run_all_phases_and_all_rounds_in_turn(model, folder):
     eager = noting("slow", lambda picture: iter(["encoder"]))
     subjects = [latency.Subject("onnx", "", noting("onnx", latency.graphs(Artifact(folder))), {}), latency.Subject("slow", "", eager, {})]
     found = latency.measure(subjects, [np.zeros((80, 80, 3), np.uint8)], 3)
-    assert order == ["onnx", "slow"] * (3 + latency.WARM)
+    assert order == ["onnx", "onnx", "slow", "slow"] * (3 + latency.WARM)
     assert len(found["onnx"]) == len(found["slow"]) == 3
-    assert list(found["onnx"][0]) == ["pixels", "encoder", "prefix", "steps", "text"]
+    assert list(found["onnx"][0]) == ["pixels", "encoder", "prefix", "steps", "text", "first"]
     assert all(clock > 0 for clock, _ in found["onnx"][0].values())
 
 
