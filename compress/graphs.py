@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
 INTEGER = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT16, TensorProto.UINT16}
+SHARED_FROM, ALIGNMENT = 256, 64  # bytes: smaller tensors stay in their graphs; where a shared one begins
 FLOAT = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 
 
@@ -46,6 +49,26 @@ def write(model: ModelProto, path: Path) -> None:
     """Checks the graph and writes it; equal graphs give equal bytes."""
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def write_sharing(models: Mapping[str, ModelProto], folder: Path, data: str) -> None:
+    """Checks the graphs and writes them under their names, their large weights in one file `data` beside them, equal ones once."""
+    places: dict[bytes, int] = {}
+    with (folder / data).open("wb") as file:
+        for tensor in itertools.chain.from_iterable(model.graph.initializer for model in models.values()):
+            content = numpy_helper.to_array(tensor).tobytes()
+            if len(content) < SHARED_FROM:
+                continue
+            if content not in places:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                places[content] = file.tell()
+                file.write(content)
+            tensor.raw_data = content
+            set_external_data(tensor, data, places[content], len(content))
+            tensor.ClearField("raw_data")
+    for name, model in models.items():
+        (folder / name).write_bytes(model.SerializeToString(deterministic=True))
+        onnx.checker.check_model(folder / name)
 
 
 def prune_unused(graph: GraphProto) -> None:
@@ -125,7 +148,8 @@ def kernels(path: Path) -> Counter[str]:
     with tempfile.TemporaryDirectory() as scratch:
         options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return Counter(node.op_type for node in optimized.graph.node)
 
 
 def weight_bytes(folder: str | Path) -> dict[str, int]:
@@ -146,8 +170,16 @@ def float_weights(folder: str | Path, at_least: int = 4096) -> list[str]:
 
 
 def named_weights(folder: str | Path) -> list[tuple[str, TensorProto]]:
-    return [(path.name, tensor) for path in sorted(Path(folder).glob("*.onnx"))
-            for tensor in onnx.load(path, load_external_data=False).graph.initializer]
+    """(graph, tensor) of every initializer of the graphs in `folder`, one that several graphs share once."""
+    found, places = [], set()
+    for path in sorted(Path(folder).glob("*.onnx")):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            place = ExternalDataInfo(tensor) if tensor.external_data else None
+            if place is None or (place.location, place.offset) not in places:
+                found.append((path.name, tensor))
+            if place is not None:
+                places.add((place.location, place.offset))
+    return found
 
 
 def size_of(tensor: TensorProto) -> int:

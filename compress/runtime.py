@@ -4,9 +4,9 @@ This file is self-contained. Every export carries a copy of it as `caption.py`, 
 
     python caption.py [--beam N] [--max-tokens N] [--threads N] [--json] PHOTO...
 
-Its folder holds `encoder.onnx` (pixels -> grid), `decoder.onnx` (grid -> keys and values of the prefix; token -> logits), `config.json`,
-`tokenizer.json`, `preprocessor_config.json` and, where the model reads concepts, `concepts.onnx` (grid -> word pieces of what it shows).
-Float and INT8 graphs have the same inputs and outputs.
+Its folder holds `encoder.onnx` (pixels -> grid), `prefix.onnx` (grid -> keys and values of the prefix), `decoder.onnx` (those and a token
+-> logits), the weights of those two in `decoder.onnx.data`, `config.json`, `tokenizer.json`, `preprocessor_config.json` and, where the
+model reads concepts, `concepts.onnx` (grid -> word pieces of what it shows). Float and INT8 graphs have the same inputs and outputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 NEVER = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")  # pieces that a caption cannot hold
-FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "encoder.onnx", "decoder.onnx")
+FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "encoder.onnx", "prefix.onnx", "decoder.onnx", "decoder.onnx.data")
 # A JPEG of many megapixels is decoded at a part of its size, but with sides of at least this many times those that the encoder sees:
 # after resizing no pixel differs by more than 2 of 255.
 OVERSAMPLED = 4
@@ -145,15 +145,13 @@ class Captioner:
         self.start, self.end = (self.tokenizer.token_to_id(piece) for piece in ("[CLS]", "[SEP]"))
         self.never = [i for i in map(self.tokenizer.token_to_id, NEVER) if i is not None]
         self.encoder = open_session(folder / "encoder.onnx", self.threads)
+        self.prefix = open_session(folder / "prefix.onnx", self.threads)
         self.decoder = open_session(folder / "decoder.onnx", self.threads)
-        self.channels = self.decoder.get_inputs()[0].shape[2]
         self.extractor = open_session(folder / "concepts.onnx", self.threads) if reads_concepts else None
-        pasts = [item for item in self.decoder.get_inputs() if item.name.startswith(("prefix_", "past_"))]
-        self.past_names = [item.name for item in pasts]
+        inputs = self.decoder.get_inputs()
+        self.past_names = [item.name for item in inputs if item.name.startswith(("prefix_", "past_"))]
         # Heads and their width, which differ by layer when pruned.
-        self.sizes = [(item.shape[1], item.shape[3]) for item in pasts if item.name.startswith("past_")]
-        if len(pasts) != 2 * len(self.sizes):
-            raise ValueError(f"{folder / 'decoder.onnx'}: made by an earlier lightcap; make it anew (lightcap run, lightcap export)")
+        self.sizes = [(item.shape[1], item.shape[3]) for item in inputs if item.name.startswith("past_")]
 
     def open(self, path: str | Path) -> Image.Image:
         """A photo's file, with no more pixels than are needed to squash it. ValueError, one line, where it is no whole image."""
@@ -170,35 +168,24 @@ class Captioner:
 
     def prefill(self, grid: np.ndarray) -> Past:
         """grid (B, G, channels) -> the prefix's keys and values."""
-        grid = np.ascontiguousarray(grid, np.float32)
-        concepts = self.extractor.run(None, {"grid": grid})[0] if self.extractor else None
-        none, nothing = np.zeros((len(grid), 0), np.int64), self.nothing(len(grid))
-        return Past(self.run_decoder(grid, none, none, Past(nothing, nothing), concepts)[1:], nothing)
-
-    def nothing(self, captions: int) -> list[np.ndarray]:
-        return [np.zeros((captions, heads, 0, width), np.float32) for heads, width in self.sizes]
+        feeds = {"grid": np.ascontiguousarray(grid, np.float32)}
+        if self.extractor:
+            feeds["concepts"] = self.extractor.run(None, feeds)[0]
+        nothing = [np.zeros((len(grid), heads, 0, width), np.float32) for heads, width in self.sizes]
+        return Past(self.prefix.run(None, feeds), nothing)
 
     def step(self, tokens: np.ndarray, position: int, past: Past) -> tuple[np.ndarray, Past]:
         """tokens (N,) at `position` -> logits (N, V), and keys and values with this token's own."""
-        n = len(tokens)
-        no_grid = np.zeros((n, 0, self.channels), np.float32)
         tokens = np.asarray(tokens, np.int64)[:, None]
         places = np.full_like(tokens, position)
         if self.mask_piece is not None:  # the model predicts the piece under a [MASK] behind the token
             tokens = np.concatenate([tokens, np.full_like(tokens, self.mask_piece)], 1)
             places = np.concatenate([places, places + 1], 1)
-        logits, *own = self.run_decoder(no_grid, tokens, places, past, tokens[:, :0])
+        feeds = dict(zip(self.past_names, past.prefix + past.own, strict=True))
+        logits, *own = self.decoder.run(None, feeds | {"tokens": tokens, "positions": places})
         if self.mask_piece is not None:
             own = [array[:, :, :-1] for array in own]
         return logits[:, -1], Past(past.prefix, own)
-
-    def run_decoder(
-        self, grid: np.ndarray, tokens: np.ndarray, positions: np.ndarray, past: Past, concepts: np.ndarray | None
-    ) -> list[np.ndarray]:
-        feeds = {"grid": grid, "tokens": tokens, "positions": positions, **dict(zip(self.past_names, past.prefix + past.own, strict=True))}
-        if self.extractor:
-            feeds["concepts"] = concepts
-        return self.decoder.run(None, feeds)
 
     def decode(self, grid: np.ndarray, beam: int = 1, max_tokens: int | None = None) -> list[tuple[str, float]]:
         """grid (B, G, channels) -> (caption, sum of its log-probabilities) per image."""

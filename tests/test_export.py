@@ -8,6 +8,8 @@ import onnx
 import pytest
 import tiny_captioner as tiny
 import torch
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo
 from PIL import Image
 
 from compress import graphs, runtime
@@ -49,20 +51,20 @@ def test_a_model_of_one_layer_and_one_head_and_another_image_size_exports_too(tm
     torch.manual_seed(1)
     sizes = {"vocabulary": tiny.tokenizer().get_vocab_size(), "image_size": 48, "layers": 1, "heads": 1}
     model = tiny.LightCap(tiny.preset("tiny", **sizes)).eval()
-    graph = export.decoder_graph(model)
-    assert {tensor.name: list(tensor.dims) for tensor in graph.graph.initializer}["prefix_places"] == [9, 32]
-    graphs.write(graphs.clean(graph), tmp_path / "decoder.onnx")
-    session = runtime.open_session(tmp_path / "decoder.onnx", 1)
-    grid, none = np.random.default_rng(0).normal(size=(1, 9, 128)).astype(np.float32), np.zeros((1, 0), np.int64)
-    past = {item.name: np.zeros((1, 2, 0, 16), np.float32) for item in session.get_inputs()[3:]}
-    assert list(past) == ["prefix_key_0", "prefix_value_0", "past_key_0", "past_value_0"]
-    _, *seen = session.run(None, {"grid": grid, "tokens": none, "positions": none, **past})
-    token, past = np.array([[7]]), past | dict(zip(past, seen, strict=False))
-    logits = session.run(None, {"grid": grid[:, :0], "tokens": token, "positions": np.zeros_like(token), **past})[0][:, -1]
+    prefix = export.prefix_graph(model)
+    assert {tensor.name: list(tensor.dims) for tensor in prefix.graph.initializer}["prefix_places"] == [9, 32]
+    export.write_decoder(prefix, export.step_graph(model), tmp_path)
+    prefix, step = (runtime.open_session(tmp_path / name, 1) for name in ("prefix.onnx", "decoder.onnx"))
+    grid, token = np.random.default_rng(0).normal(size=(1, 9, 128)).astype(np.float32), np.array([[7]])
+    names = [item.name for item in step.get_inputs()]
+    assert names == ["tokens", "positions", "prefix_key_0", "prefix_value_0", "past_key_0", "past_value_0"]
+    seen = prefix.run(None, {"grid": grid})
+    nothing = [np.zeros((1, 2, 0, 16), np.float32)] * 2
+    logits = step.run(None, dict(zip(names, [token, np.zeros_like(token), *seen, *nothing], strict=True)))[0][:, -1]
     with torch.no_grad():
-        prefix = model.prefill(torch.from_numpy(grid))
-        np.testing.assert_allclose(seen[0], prefix[0].keys.numpy(), atol=1e-4)
-        np.testing.assert_allclose(logits, model.step(torch.from_numpy(token), 0, prefix)[0].numpy(), atol=1e-4)
+        past = model.prefill(torch.from_numpy(grid))
+        np.testing.assert_allclose(seen[0], past[0].keys.numpy(), atol=1e-4)
+        np.testing.assert_allclose(logits, model.step(torch.from_numpy(token), 0, past)[0].numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize(("text", "products"), [(16, 1), (8, 2)])
@@ -81,20 +83,44 @@ def test_concepts_are_matched_in_as_few_weights_as_can_be(text, products):
 
 def test_no_weight_is_stored_twice(model, folder):
     vocabulary = model.config.vocabulary
-    decoder = onnx.load(folder / "decoder.onnx").graph
-    words = [tensor for tensor in decoder.initializer if vocabulary in tensor.dims and len(tensor.dims) == 2]
-    assert [list(tensor.dims) for tensor in words] == [[32, vocabulary]]
-    readers = [node.op_type for node in decoder.node if words[0].name in node.input]
-    assert sorted(readers) == ["Gather", "MatMul"]
+    prefix, step = (onnx.load(folder / name, load_external_data=False).graph for name in ("prefix.onnx", "decoder.onnx"))
+    [words] = [tensor for tensor in step.initializer if vocabulary in tensor.dims and len(tensor.dims) == 2]
+    assert list(words.dims) == [32, vocabulary]
+    assert sorted(node.op_type for node in step.node if words.name in node.input) == ["Gather", "MatMul"]
+    places = [{ExternalDataInfo(tensor).offset for tensor in graph.initializer if tensor.external_data} for graph in (prefix, step)]
+    assert len(places[0] & places[1]) == 6  # four products of the first layer, keys and values of the last, and one bias of 256 bytes
     parameters = 4 * sum(p.numel() for part in (model.encoder, model.fusion, model.heads) for p in part.parameters())
     assert 0 < graphs.weight_bytes(folder)["float"] <= parameters
     assert graphs.weight_bytes(folder)["integer"] == 0
+    assert sum((folder / name).stat().st_size for name in ("prefix.onnx", "decoder.onnx")) < (folder / "decoder.onnx.data").stat().st_size
+
+
+def test_what_graphs_share_is_written_once_and_reads_back(tmp_path):
+    """Equal contents in several graphs, of any name and shape, large enough to be worth a place; the small ones stay where they are."""
+    rng = np.random.default_rng(0)
+    large, other, small = rng.normal(size=(16, 16)), rng.normal(size=(17, 19)), rng.normal(size=(4,))
+    given = {"a.onnx": {"x": large, "y": small}, "b.onnx": {"p": other, "q": large.reshape(4, 64)}}
+    protos = {}
+    for name, tensors in given.items():
+        nodes = [helper.make_node("Identity", [key], [f"{key}_out"]) for key in tensors]
+        outputs = [helper.make_tensor_value_info(f"{key}_out", onnx.TensorProto.DOUBLE, value.shape) for key, value in tensors.items()]
+        weights = [numpy_helper.from_array(value, key) for key, value in tensors.items()]
+        graph = helper.make_graph(nodes, "graph", [], outputs, weights)
+        protos[name] = helper.make_model(graph, opset_imports=[helper.make_opsetid("", export.OPSET)], ir_version=10)
+    graphs.write_sharing(protos, tmp_path, "ab.data")
+    assert (tmp_path / "ab.data").stat().st_size == large.nbytes + other.nbytes
+    assert sum(graphs.size_of(tensor) for _, tensor in graphs.named_weights(tmp_path)) == large.nbytes + other.nbytes + small.nbytes
+    for name, tensors in given.items():
+        got = runtime.open_session(tmp_path / name, 1).run(None, {})
+        for value, expected in zip(got, tensors.values(), strict=True):
+            np.testing.assert_array_equal(value, expected)
 
 
 def test_two_exports_are_equal_bytes_and_hold_no_path_of_this_machine(model, folder, tmp_path):
-    graphs.write(graphs.clean(export.decoder_graph(model)), tmp_path / "decoder.onnx")
+    export.write_decoder(export.prefix_graph(model), export.step_graph(model), tmp_path)
     graphs.write(graphs.clean(export.encoder_graph(model)), tmp_path / "encoder.onnx")
-    for name in ("encoder.onnx", "decoder.onnx"):
+    assert (tmp_path / "decoder.onnx.data").read_bytes() == (folder / "decoder.onnx.data").read_bytes()
+    for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"):
         contents = (folder / name).read_bytes()
         assert (tmp_path / name).read_bytes() == contents
         for trace in (str(Path.home()), str(Path(export.__file__).parents[2]), "site-packages", ".py", "students", "fusion."):

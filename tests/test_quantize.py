@@ -57,7 +57,7 @@ def optimized(path, scratch):
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(scratch / path.name), 3
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    graph = onnx.load(scratch / path.name).graph
+    graph = onnx.load(scratch / path.name, load_external_data=False).graph
     return collections.Counter(node.op_type for node in graph.node), graph
 
 
@@ -113,20 +113,26 @@ def test_a_pool_that_is_no_plain_mean_stays():
     assert [node.op_type for node in proto.graph.node].count("AveragePool") == 1
 
 
-def test_every_product_against_a_weight_of_the_decoder_is_an_integer_kernel(model, folder, tmp_path):
-    kinds, graph = optimized(folder / "decoder.onnx", tmp_path)
-    # The grid's projection, four of a layer (queries, keys and values are one), the last one's queries, one of all heads, the vocabulary.
-    assert kinds["MatMulInteger"] + kinds["MatMulIntegerToFloat"] == 1 + 4 * 2 + 1 + 1 + 1
+@pytest.mark.parametrize(("name", "products"), [
+    # The grid's projection, four of a layer (queries, keys and values are one), and of the last one its keys and values.
+    ("prefix.onnx", 1 + 4 + 1),
+    # Four of a layer, the last one's queries, one of all heads, the vocabulary.
+    ("decoder.onnx", 4 * 2 + 1 + 1 + 1),
+])  # fmt: skip
+def test_every_product_against_a_weight_of_the_decoder_is_an_integer_kernel(model, folder, tmp_path, name, products):
+    kinds, graph = optimized(folder / name, tmp_path)
+    assert kinds["MatMulInteger"] + kinds["MatMulIntegerToFloat"] == products
     assert not kinds["Gemm"] and not kinds["DequantizeLinear"]
     weights = {tensor.name for tensor in graph.initializer}
     assert not [node for node in graph.node if node.op_type in ("MatMul", "FusedMatMul") and weights.intersection(node.input)]
     words = [tensor for tensor in graph.initializer if model.config.vocabulary in tensor.dims and len(tensor.dims) == 2]
-    assert [tensor.data_type for tensor in words] == [TensorProto.INT8]
+    assert [tensor.data_type for tensor in words] == [TensorProto.INT8] * (name == "decoder.onnx")
 
 
 def test_the_summary_counts_what_onnx_runtime_runs(folder):
-    encoding, decoding = (graphs.kernels(folder / name) for name in ("encoder.onnx", "decoder.onnx"))
-    assert quantize.summary(encoding, decoding) == "int8 kernels: 14 of 14 convolutions, 12 of 12 matrix products"  # three of them poolings
+    encoding, *decoding = (graphs.kernels(folder / name) for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"))
+    decoding = sum(decoding, collections.Counter())
+    assert quantize.summary(encoding, decoding) == "int8 kernels: 14 of 14 convolutions, 17 of 17 matrix products"  # three of them poolings
     assert quantize.summary(encoding + collections.Counter(FusedConv=2), decoding).startswith("int8 kernels: 14 of 16 convolutions")
 
 
@@ -175,14 +181,15 @@ def test_the_folder_says_what_it_is_and_names_no_path(parent, folder):
 
 def test_an_export_of_the_quantized_artifact_holds_its_graphs(folder, tmp_path):
     export.export(tiny.Artifact(folder), tmp_path / "out")
-    assert (tmp_path / "out" / "decoder.onnx").read_bytes() == (folder / "decoder.onnx").read_bytes()
+    for name in export.GRAPHS:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert (tmp_path / "out" / "caption.py").is_file()
 
 
 def integers(folder) -> dict[str, np.ndarray]:
-    """The INT8 weights of both graphs, without zero points."""
-    return {f"{name}: {tensor.name}": numpy_helper.to_array(tensor).astype(int) for name, tensor in graphs.named_weights(folder)
-            if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1}
+    """The INT8 weights of all graphs, without zero points."""
+    return {f"{name}: {tensor.name}": numpy_helper.to_array(tensor, base_dir=str(folder)).astype(int)
+            for name, tensor in graphs.named_weights(folder) if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1}
 
 
 def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(model, parent, folder, captioner):

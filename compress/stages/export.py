@@ -1,8 +1,8 @@
-"""A captioner as two ONNX graphs and one script: a folder that captions by itself, without torch.
+"""A captioner as ONNX graphs and one script: a folder that captions by itself, without torch.
 
 `encoder.onnx`: pixels (B, 3, S, S) -> grid (B, G, C). `concepts.onnx`, where the model reads concepts: grid -> their word pieces (B, K).
-`decoder.onnx` is prefix and step in one graph, so that no weight is stored twice:
-over a grid and no token it gives the prefix's keys and values, over those and an empty grid it takes one token further.
+`prefix.onnx`: grid -> its keys and values, layer by layer. `decoder.onnx`: those and a token -> logits. The last two share the weights in
+`decoder.onnx.data`, so that none is stored twice; one graph for both would take a tenth longer a step, for what a step has no use for.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from students.lightcap.fusion import PREFIX_POSITION
 OPSET = 20
 REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"
 ATTENTION, MEMORY = ("query", "key", "value"), ("key", "value")
+DECODER_WEIGHTS = "decoder.onnx.data"
+GRAPHS = ("encoder.onnx", "prefix.onnx", "decoder.onnx", DECODER_WEIGHTS)
 SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 SATURATION = (
     "on x86 processors without VNNI the sums of these INT8 products can saturate, and captions differ from those measured here; for such "
@@ -74,8 +76,8 @@ def stacked(*linears: nn.Linear) -> nn.Linear:
 
 
 class DecoderLayer(nn.Module):
-    """`students.lightcap.fusion.Layer` over a cache, its attention spelled in matrix products (SDPA's export has more shape operators). The
-    `last` layer asks for captions alone, so its queries are a product of their own."""
+    """`students.lightcap.fusion.Layer`, its attention spelled in matrix products (SDPA's export has more shape operators). In the `last`
+    layer nobody asks for the prefix's states, so that its queries are a product of their own."""
 
     def __init__(self, layer: nn.Module, last: bool) -> None:
         super().__init__()
@@ -86,28 +88,37 @@ class DecoderLayer(nn.Module):
             setattr(self, name, Product(getattr(layer, name)))
         self.norm1, self.norm2 = layer.norm1, layer.norm2
 
-    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(N, S, parts x heads x width) -> each part (N, heads, S, width)."""
+    def prefix(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """x (N, P, hidden) -> states (None in the last layer), keys and values, each (N, heads, P, head width)."""
+        *queries, key, value = self.split(self.attention(x), 3 if self.query is None else 2)
+        return (self.rest(x, self.scores(queries[0], key).softmax(-1) @ value) if queries else None), key, value
+
+    def step(self, x: Tensor, prefix: Sequence[Tensor], past: Sequence[Tensor], unseen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, hidden), and keys and values of the prefix and of the caption so far, each (N, heads, length, head width). `unseen`
+        (T, past + T) is added to the scores of the caption's pieces. Returns states, and the keys and values of past and x."""
+        *queries, key, value = self.split(self.attention(x), 3 if self.query is None else 2)
+        [query] = queries or self.split(self.query(x), 1)
+        keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        before, own = self.scores(query, prefix[0]), self.scores(query, keys)
+        weights = torch.cat([before, own if unseen is None else own + unseen], 3).softmax(-1)
+        of_prefix, of_own = weights.split([prefix[0].shape[2], keys.shape[2]], 3)
+        return self.rest(x, of_prefix @ prefix[1] + of_own @ values), keys, values
+
+    def split(self, x: Tensor, parts: int) -> Sequence[Tensor]:
+        """(N, S, parts x heads x width) -> each part (N, heads, S, width). Of a single position nothing is moved."""
+        if x.shape[1] == 1:
+            return x.reshape(-1, parts * self.heads, 1, self.head_dim).chunk(parts, 1)
         return x.unflatten(2, (parts * self.heads, self.head_dim)).transpose(1, 2).chunk(parts, 1)
 
-    def forward(
-        self, x: Tensor, prefix: Sequence[Tensor], past: Sequence[Tensor], first: int | None, unseen: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, S, hidden), and keys and values of the prefix and of what came after it, each (N, heads, length, head width); queries for
-        x[:, first:] alone. `unseen` (S, past + S) is added to the scores of what is no prefix. Returns states, and the keys and values of
-        past and x."""
-        *queries, key, value = self.split(self.attention(x), 3 if self.query is None else 2)
-        keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        x = x if first is None else x[:, first:]
-        [query] = queries or self.split(self.query(x), 1)
-        before, own = (query @ seen.transpose(2, 3) * self.head_dim**-0.5 for seen in (prefix[0], keys))
-        if unseen is not None:
-            own = own + (unseen if first is None else unseen[first:])
-        length = prefix[0].shape[2]
-        weights = torch.cat([before, own], 3).softmax(-1)
-        mixed = weights[..., :length] @ prefix[1] + weights[..., length:] @ values
-        x = self.norm1(x + self.output(mixed.transpose(1, 2).flatten(2)))
-        return self.norm2(x + self.down(F.gelu(self.up(x)))), keys, values
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        return query @ key.transpose(2, 3) * self.head_dim**-0.5
+
+    def rest(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """x (N, S, hidden), and what attention mixed (N, heads, S, width) -> states (N, S, hidden)."""
+        width = self.heads * self.head_dim
+        mixed = mixed.reshape(-1, 1, width) if x.shape[1] == 1 else mixed.transpose(1, 2).flatten(2)
+        x = self.norm1(x + self.output(mixed))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
 
 
 class ConceptScores(nn.Module):
@@ -163,19 +174,18 @@ class Branches(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`students.lightcap.modulator.Modulator`; the number of concepts is a constant, so that none (in a step) is no division by zero."""
+    """`students.lightcap.modulator.Modulator`."""
 
-    def __init__(self, modulator: nn.Module, concepts: int) -> None:
+    def __init__(self, modulator: nn.Module) -> None:
         super().__init__()
-        self.down, self.up, self.concepts = Product(modulator.down), Product(modulator.up), concepts
+        self.down, self.up = Product(modulator.down), Product(modulator.up)
 
     def forward(self, grid: Tensor, words: Tensor) -> Tensor:
-        gates = torch.sigmoid(self.up(F.relu(self.down(words))))
-        return grid * (gates.sum(1, keepdim=True) / self.concepts)
+        return grid * torch.sigmoid(self.up(F.relu(self.down(words)))).mean(1, keepdim=True)
 
 
 class Decoder(nn.Module):
-    """Prefix and step over one set of weights. The word embedding is held once, as (hidden, V): looked up by column, and multiplied by as
+    """The weights of both `Prefix` and `Step`. The word embedding is held once, as (hidden, V): looked up by column, and multiplied by as
     it stands for the logits. Heads are folded: one vocabulary product of their mean."""
 
     def __init__(self, model: LightCap) -> None:
@@ -188,8 +198,7 @@ class Decoder(nn.Module):
         self.places = nn.Parameter(position[:PREFIX_POSITION] + segment[0], requires_grad=False)
         longest = PREFIX_POSITION + model.config.prefix
         self.prefix_places = nn.Parameter(position[PREFIX_POSITION:longest] + segment[1], requires_grad=False)
-        self.concepts, self.masked = model.config.concepts, model.config.mask_piece is not None
-        self.modulator = Modulation(model.modulator, self.concepts) if model.modulator is not None else None
+        self.modulator = Modulation(model.modulator) if model.modulator is not None else None
         self.layers = nn.ModuleList(DecoderLayer(layer, index + 1 == len(fusion.layers)) for index, layer in enumerate(fusion.layers))
         self.branches = Branches(model.heads)
 
@@ -198,30 +207,35 @@ class Decoder(nn.Module):
         columns = torch.index_select(self.vocabulary, 1, tokens.flatten())
         return columns.T.view(*tokens.shape, len(self.vocabulary))
 
-    def forward(
-        self, grid: Tensor, tokens: Tensor, positions: Tensor, prefix: list[Tensor], past: list[Tensor], concepts: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """grid (N, G, C); tokens, positions (N, T) with T at most 1 (2 for a model of masked pieces: the token and [MASK]); keys and values
-        of the prefix, and of the caption so far, layer by layer, each (N, heads, length, width); concepts (N, K) word pieces, for a model
-        that reads them.
 
-        Returns logits (N, T, V), then the keys and values of past and of what was read here: the prefix's own where a grid was, which later
-        passes take as `prefix`, so that none copies them. Every position sees every other, but none a later token: so a pass holds either
-        the prefix or tokens."""
+class Prefix(Decoder):
+    def forward(self, grid: Tensor, concepts: Tensor | None = None) -> tuple[Tensor, ...]:
+        """grid (N, G, C), and concepts (N, K) word pieces, for a model that reads them -> keys and values layer by layer, each
+        (N, heads, K + G, head width): every position of a prefix sees every other."""
         if concepts is None:
             shown = self.grid(grid)
         else:
             words = self.lookup(concepts)
             shown = torch.cat([words, self.grid(grid if self.modulator is None else self.modulator(grid, words))], 1)
-        first = shown.shape[1]
-        shown = shown + self.prefix_places[:first]
-        x = self.norm(torch.cat([shown, self.lookup(tokens) + F.embedding(positions, self.places)], 1))
-        unseen = later_tokens(first, tokens.shape[1], past[0].shape[2], x) if self.masked else None
+        x, found = self.norm(shown + self.prefix_places), []
+        for layer in self.layers:
+            x, *seen = layer.prefix(x)
+            found += seen
+        return tuple(found)
+
+
+class Step(Decoder):
+    def forward(self, tokens: Tensor, positions: Tensor, prefix: list[Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
+        """tokens, positions (N, T): a token, and for a model of masked pieces [MASK] behind it, which it does not see; keys and values of
+        the prefix, and of the caption so far, layer by layer, each (N, heads, length, width).
+
+        Returns logits (N, T, V), then the keys and values of past and of what was read here."""
+        x = self.norm(self.lookup(tokens) + F.embedding(positions, self.places))
+        unseen = later_tokens(tokens.shape[1], past[0].shape[2], x) if tokens.shape[1] > 1 else None
         present: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            last = index + 1 == len(self.layers)
             pair = slice(2 * index, 2 * index + 2)
-            x, *seen = layer(x, prefix[pair], past[pair], first if last else None, unseen)
+            x, *seen = layer.step(x, prefix[pair], past[pair], unseen)
             present += seen
         return self.branches(x) @ self.vocabulary + self.bias, *present
 
@@ -236,26 +250,15 @@ def stacks(model: LightCap) -> dict[str, list[str]]:
     return found
 
 
-def later_tokens(prefix: int, tokens: int, past: int, like: Tensor) -> Tensor:
-    """(prefix + tokens, past + prefix + tokens): a large negative number where a token would see a later one, else 0."""
-    order = torch.cat([torch.zeros(prefix, dtype=torch.int64), torch.arange(tokens)])
-    later = (order.unsqueeze(0) > order.unsqueeze(1)).to(like.dtype) * -1e9
-    return torch.cat([torch.zeros(prefix + tokens, past, dtype=like.dtype), later], 1)
+def later_tokens(tokens: int, past: int, like: Tensor) -> Tensor:
+    """(tokens, past + tokens): a large negative number where a token would see a later one, else 0."""
+    later = torch.ones(tokens, tokens, dtype=like.dtype).triu(1) * -1e9
+    return torch.cat([torch.zeros(tokens, past, dtype=like.dtype), later], 1)
 
 
 def past_names(model: LightCap, kind: str) -> list[str]:
-    """`past_key_0`, `past_value_0`, ...; kind `prefix` names those of the prefix, `present` the outputs."""
+    """`past_key_0`, `past_value_0`, ...; kind `prefix` names those of the prefix, `present` what a step gives."""
     return [f"{kind}_{part}_{layer}" for layer in range(len(model.fusion.layers)) for part in ("key", "value")]
-
-
-def example(model: LightCap) -> tuple[Tensor, ...]:
-    """Decoder inputs of odd and unequal lengths, so that no two dynamic sizes look alike."""
-    n, grid, tokens, prefix, past = 2, 7, 3, 6, 5
-    sizes = [(layer.query.out_features // layer.head_dim, layer.head_dim) for layer in model.fusion.layers for _ in range(2)]
-    keys = [[torch.randn(n, heads, length, width) for heads, width in sizes] for length in (prefix, past)]
-    places = torch.arange(tokens).expand(n, tokens).contiguous()
-    inputs = torch.randn(n, grid, model.config.channels), torch.ones(n, tokens, dtype=torch.int64), places, *keys
-    return (*inputs, torch.ones(n, 4, dtype=torch.int64)) if model.config.concepts else inputs
 
 
 @contextlib.contextmanager
@@ -298,17 +301,35 @@ def concepts_graph(model: LightCap) -> ModelProto:
     return to_onnx(Extractor(model).eval(), (grid,), ["grid"], ["concepts"], ({0: Dim("n")},))
 
 
-def decoder_graph(model: LightCap) -> ModelProto:
-    """The float decoder, its initializers still named as the parameters of `Decoder` (`graphs.clean` renames them)."""
-    n, grid, tokens, prefix, past = (Dim(name) for name in ("n", "grid_length", "token_length", "prefix_length", "past_length"))
-    inputs = example(model)
-    dynamic = ({0: n, 1: grid}, *[{0: n, 1: tokens}] * 2, *([{0: n, 2: length} for _ in inputs[3]] for length in (prefix, past)))
-    names = ["grid", "tokens", "positions", *past_names(model, "prefix"), *past_names(model, "past")]
-    if model.config.concepts:
-        dynamic, names = (*dynamic, {0: n, 1: Dim("concept_length")}), [*names, "concepts"]
-    proto = to_onnx(Decoder(model).eval(), inputs, names, ["logits", *past_names(model, "present")], dynamic)
+def prefix_graph(model: LightCap) -> ModelProto:
+    """The float prefix, its initializers still named as the parameters of `Decoder` (`graphs.clean` renames them)."""
+    config, n = model.config, {0: Dim("n")}
+    inputs, names = (torch.randn(2, config.grid**2, config.channels),), ["grid"]
+    if config.concepts:
+        inputs, names = (*inputs, torch.ones(2, config.concepts, dtype=torch.int64)), [*names, "concepts"]
+    proto = to_onnx(Prefix(model).eval(), inputs, names, past_names(model, "prefix"), (n,) * len(inputs))
     graphs.fix_reshapes(proto.graph)
     return proto
+
+
+def step_graph(model: LightCap) -> ModelProto:
+    """The float step, its initializers still named as the parameters of `Decoder`: a token at a time, two for a model of masked pieces."""
+    sizes = [(layer.query.out_features // layer.head_dim, layer.head_dim) for layer in model.fusion.layers for _ in range(2)]
+    # Lengths are odd and unequal, so that no two dynamic sizes look alike.
+    states = [[torch.randn(2, heads, length, width) for heads, width in sizes] for length in (7, 5)]
+    shape = (2, 1 if model.config.mask_piece is None else 2)
+    tokens, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    n, prefix, past = (Dim(name) for name in ("n", "prefix_length", "past_length"))
+    dynamic = ({0: n}, {0: n}, *([{0: n, 2: length} for _ in sizes] for length in (prefix, past)))
+    names = ["tokens", "positions", *past_names(model, "prefix"), *past_names(model, "past")]
+    proto = to_onnx(Step(model).eval(), (tokens, positions, *states), names, ["logits", *past_names(model, "present")], dynamic)
+    graphs.fix_reshapes(proto.graph)
+    return proto
+
+
+def write_decoder(prefix: ModelProto, step: ModelProto, folder: Path) -> None:
+    """Both graphs and the file of their weights."""
+    graphs.write_sharing({"prefix.onnx": graphs.clean(prefix), "decoder.onnx": graphs.clean(step)}, folder, DECODER_WEIGHTS)
 
 
 def export(artifact, out: str | Path) -> None:
@@ -327,12 +348,12 @@ def export(artifact, out: str | Path) -> None:
         except (FileNotFoundError, ValueError) as error:
             raise ModelError(str(error)) from None
         graphs.write(graphs.clean(encoder_graph(model)), out / "encoder.onnx")
-        graphs.write(graphs.clean(decoder_graph(model)), out / "decoder.onnx")
+        write_decoder(prefix_graph(model), step_graph(model), out)
         if model.config.concepts:
             graphs.write(graphs.clean(concepts_graph(model)), out / "concepts.onnx")
     else:
         config = json.loads((source / "config.json").read_text())
-        for name in ("encoder.onnx", "decoder.onnx", *(["concepts.onnx"] if config.get("concepts") else [])):
+        for name in (*GRAPHS, *(["concepts.onnx"] if config.get("concepts") else [])):
             if not (source / name).is_file():
                 raise ModelError(f"{source}: neither model.safetensors nor {name} there, so it is not a whole artifact")
             shutil.copyfile(source / name, out / name)

@@ -25,7 +25,7 @@ SENSITIVITY_IMAGES = 32
 
 
 def run(parent, config, context) -> None:
-    """Writes encoder.onnx and decoder.onnx, the parent's settings, and "quantized" in config.json, into `context.output`.
+    """Writes the graphs of `compress.stages.export`, the parent's settings, and "quantized" in config.json, into `context.output`.
 
     `config`: `compress.config.Quantize`. With `trials`, CIDEr on val is held to `max_drop_cider` by `search`. StageError where the weights
     do not shrink to `config.max_weight_ratio` of the parent's, naming the tensors still in float.
@@ -71,15 +71,14 @@ def run(parent, config, context) -> None:
 
 def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[str], tune_epochs: float, progress) -> None:
     """The INT8 artifact of what was `found`, with the parts `floating` in float."""
+    from compress.stages.export import write_decoder
     from compress.stages.quantize import concepts, decoder, encoder
 
     model = found.model
-    made = {"encoder.onnx": encoder.quantized_encoder(model, found.encoder, floating),
-            "decoder.onnx": decoder.quantized_decoder(model, found.decoder, floating)}
+    graphs.write(graphs.clean(encoder.quantized_encoder(model, found.encoder, floating)), folder / "encoder.onnx")
+    write_decoder(*decoder.quantized_decoder(model, found.decoder, floating), folder)
     if found.concepts is not None:
-        made["concepts.onnx"] = concepts.quantized_concepts(model, found.concepts)
-    for name, proto in made.items():
-        graphs.write(graphs.clean(proto), folder / name)
+        graphs.write(graphs.clean(concepts.quantized_concepts(model, found.concepts)), folder / "concepts.onnx")
     described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
                  "calibrated_by": "neural-compressor", "smoothing": config.smoothing, "rounding": config.rounding,
                  "reduce_range": config.reduce_range, "float_parts": list(floating), "tune_epochs": tune_epochs}
@@ -161,7 +160,8 @@ def describe(folder: Path, parent, model, quantized: dict) -> None:
 
 def check(folder: Path, model, most: float, progress) -> None:
     """Logs what runs as integers, and the bytes; StageError where the weights exceed `most` of the float model's."""
-    progress.log(summary(graphs.kernels(folder / "encoder.onnx"), graphs.kernels(folder / "decoder.onnx")))
+    encoder, prefix, step = (graphs.kernels(folder / name) for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"))
+    progress.log(summary(encoder, prefix + step))
     kept, whole = graphs.weight_bytes(folder), float_bytes(model)
     share = sum(kept.values()) / whole
     progress.log(f"int8 weights: {kept['integer']} integer and {kept['float']} float bytes, {share:.3f} of the parent's {whole}")

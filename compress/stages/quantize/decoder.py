@@ -27,10 +27,9 @@ from students.lightcap import LightCap
 LONGEST = 4096  # tokens of all captions of one calibration image
 
 
-def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> ModelProto:
-    """`prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float weights. StageError where a weight
-    got no scales."""
-    proto = export.decoder_graph(model)
+def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> tuple[ModelProto, ModelProto]:
+    """Prefix and step. `prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float weights. StageError
+    where a weight got no scales."""
     found = observe.linear_scales(prepared)
     float_weights = {graph_name(name) for name in found if part_named(name.removesuffix(".weight")) in floating}
     scales = {graph_name(name): scale for name, scale in found.items()}
@@ -40,8 +39,10 @@ def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collecti
             float_weights.add(name)
         elif scales.keys() >= set(parts):
             scales[name] = stacked(name, [scales[part] for part in parts])
-    make_integer(proto.graph, scales, float_weights)
-    return proto
+    protos = export.prefix_graph(model), export.step_graph(model)
+    for proto in protos:
+        make_integer(proto.graph, scales, float_weights)
+    return protos
 
 
 def stacked(name: str, scales: Sequence[Scales]) -> Scales:
