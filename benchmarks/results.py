@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compress import ledger  # noqa: E402
 from compress.errors import LightcapError  # noqa: E402
 
-MAIN_LINE = ("teacher", "teacher-cider", "student", "student-cider", "pruned", "int8")
+MAIN_LINE = ("teacher", "teacher-cider", "student", "student-cider", "pruned", "pruned-cider", "int8")
 CAPTIONS = "captions.json"  # in each artifact's folder
 
 

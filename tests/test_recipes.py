@@ -25,7 +25,7 @@ QUICKSTART = (
 PHOTOS = (
     "data.captions=dataset.json", "data.images=images", "extractor.epochs=1", "frozen.epochs=1", "tuned.epochs=1",
     "teacher-cider.epochs=1", "student.epochs=1", "student-cider.epochs=1", "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1",
-    "int8.calibration_images=8", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
+    "pruned-cider.epochs=1", "int8.calibration_images=8", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
 
 
