@@ -652,7 +652,7 @@ def test_a_unit_s_rise_is_that_of_the_caption_loss(world):
     source = torch.Generator().manual_seed(2)
     scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, ("encoder", "fusion"))}
     savings = target.savings(model, target.PRICES["macs"])
-    rises, factors = sensitivity.sensitivities(narrow, loss, scores, 8, savings)
+    rises, factors = sensitivity.sensitivities(narrow, loss, scores, 8, savings, "parent", 17, here)
     for unit in (unit for unit in scores if (unit.kind, unit.name) in factors):
         order = channels.blocks({unit: scores[unit]}, 8, savings)
         half = order[: max(1, len(order) // 2)]
@@ -663,6 +663,15 @@ def test_a_unit_s_rise_is_that_of_the_caption_loss(world):
         expected = float(torch.cat([scores[unit][list(block.channels)] for block in half]).sum())
         assert factors[unit.kind, unit.name] == pytest.approx(max(rise, sensitivity.LEAST) / expected, rel=1e-5)
     assert rises["fusion.layers.0 ffn"] == pytest.approx(0, abs=1e-5) and max(rises.values()) > 0.01
+
+    def never(cut: LightCap) -> float:
+        raise AssertionError("measured again")
+
+    halved = {unit: saving / 2 for unit, saving in savings.items()}  # another target in the same measure
+    assert sensitivity.sensitivities(narrow, never, scores, 8, halved, "parent", 17, here) == (rises, factors)
+    for changed in (("another", 17), ("parent", 18)):
+        with pytest.raises(AssertionError, match="measured again"):
+            sensitivity.sensitivities(narrow, never, scores, 8, savings, *changed, here)
 
 
 def test_layers_and_ratios_of_the_stage(world, monkeypatch):

@@ -51,8 +51,9 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         scores = importance(model, tokenizer, settings, units(model, config.parts), config, seed, context)
         if config.ratios == "sensitivity" and factors is None:  # measured once, on the unpruned model
             rises, factors = sensitivities(
-                *measured(model, tokenizer, settings, seed, context), scores, config.round_to, target.savings(model)
-            )
+                *measured(model, tokenizer, settings, seed, context), scores, config.round_to, target.savings(model),
+                parent.digest(), seed, context,
+            )  # fmt: skip
         if factors is not None:
             scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
         note = context.work / f"leaving-{step}.json"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -21,9 +23,11 @@ from compress.stages.prune.channels import Unit, blocks, remove
 from compress.stages.prune.importance import IMAGES
 from compress.training.batches import IGNORED
 from compress.training.corpus import corpus
-from compress.training.features import device
+from compress.training.features import device, digest
+from compress.training.store import found, stored
 from students.lightcap import LightCap
 
+SENSITIVITY = "sensitivity"
 LOOKS = 4  # batches at most that a loss is the mean of
 LEAST = 1e-3  # nats a token: a smaller rise is not told from none
 
@@ -53,21 +57,34 @@ def measured(
 
 
 def sensitivities(
-    narrow: LightCap, loss: Callable[[LightCap], float], scores: Mapping[Unit, Tensor], round_to: int, savings: Mapping
-) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    narrow: LightCap, loss: Callable[[LightCap], float], scores: Mapping[Unit, Tensor], round_to: int, savings: Mapping,
+    parent: str, seed: int, context: Context,
+) -> tuple[dict[str, float], dict[tuple[str, str], float]]:  # fmt: skip
     """Of each unit that can be cut, the rise of `loss` without the half of its blocks that matters least, by "NAME KIND"; and its factor,
-    by kind and name."""
-    before, rises, factors = loss(narrow), {}, {}
+    by kind and name. `parent` is the digest of what `narrow` comes from: the rises are kept in the cache by it, by the seed, by the data
+    and by what leaves, so that another target of the same parent measures nothing anew."""
+    halves = {}
     for unit, score in scores.items():
         order = blocks({unit: score}, round_to, savings)
-        if not order:
-            continue
-        half = order[: max(1, len(order) // 2)]
-        rise = loss(remove(narrow, half)) - before
-        rises[f"{unit.name} {unit.kind}"] = rise
-        expected = float(sum(score[list(block.channels)].sum() for block in half))
-        factors[unit.kind, unit.name] = max(rise, LEAST) / max(expected, 1e-12)
-    return rises, factors
+        if order:
+            halves[unit] = order[: max(1, len(order) // 2)]
+    gone = {unit: sorted(channel for block in half for channel in block.channels) for unit, half in halves.items()}
+    key = digest("sensitivity", parent, len(narrow.fusion.layers), seed, context.data.fingerprint,
+                 [[unit.kind, unit.name, channels] for unit, channels in gone.items()])
+    rises = found(context.cache / SENSITIVITY, key)
+    if rises is None:
+        before, units = functools.cache(lambda: loss(narrow)), list(halves)
+
+        def rise(start: int, stop: int) -> np.ndarray:
+            return np.array([loss(remove(narrow, halves[unit])) - before() for unit in units[start:stop]])
+
+        with context.progress.task(SENSITIVITY, len(units)) as task:
+            rises = stored(context.cache / SENSITIVITY, key, (len(units),), "float64", 1, rise, task)
+    factors = {}
+    for unit, risen in zip(gone, rises, strict=True):
+        expected = float(scores[unit][gone[unit]].sum())
+        factors[unit.kind, unit.name] = max(float(risen), LEAST) / max(expected, 1e-12)
+    return {f"{unit.name} {unit.kind}": float(risen) for unit, risen in zip(gone, rises, strict=True)}, factors
 
 
 def least_layers(narrow: LightCap, loss: Callable[[LightCap], float], count: int) -> list[int]:
