@@ -162,11 +162,12 @@ def weight_bytes(folder: str | Path) -> dict[str, int]:
     return total
 
 
-def float_weights(folder: str | Path, at_least: int = 4096) -> list[str]:
-    """`graph: tensor (shape)` of each float initializer of `at_least` bytes, largest first."""
-    found = [(size_of(tensor), f"{graph}: {tensor.name} {tuple(tensor.dims)}") for graph, tensor in named_weights(folder)
-             if tensor.data_type in FLOAT]
-    return [text for size, text in sorted(found, reverse=True) if size >= at_least]
+def float_weights(models: Iterable[ModelProto], at_least: int = 4096) -> list[str]:
+    """`tensor (shape)` of each float initializer of `at_least` bytes, largest first; one that several graphs share once. Of graphs as they
+    were exported: `clean` takes the names away."""
+    tensors = {tensor.name: tensor for model in models for tensor in model.graph.initializer if tensor.data_type in FLOAT}
+    found = sorted(tensors.values(), key=lambda tensor: (-size_of(tensor), tensor.name))
+    return [f"{tensor.name} {tuple(tensor.dims)}" for tensor in found if size_of(tensor) >= at_least]
 
 
 def named_weights(folder: str | Path) -> list[tuple[str, TensorProto]]:

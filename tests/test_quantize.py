@@ -1,5 +1,6 @@
 import collections
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,9 +219,16 @@ def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(
     assert sum(text == tiny.caption(index) for index, text in enumerate(said)) >= 14
 
 
-def test_weights_that_do_not_shrink_fail_by_name(folder, tmp_path):
-    with pytest.raises(StageError, match=r"0\.\d\d of the parent's bytes, more than 0.1; still fp32: .*onnx: \w+ \(\d"):
-        quantize.check_ratio(graphs.weight_bytes(folder), graphs.weight_bytes(folder)["integer"] * 3, 0.1, folder)
+def test_weights_that_do_not_shrink_fail_by_name(parent, tmp_path):
+    """By their names in the model, largest first; those of 4 KB and more."""
+    where = context(tmp_path / "out")
+    with pytest.raises(StageError) as caught:
+        quantize.run(parent, Quantize(calibration_images=12, max_weight_ratio=0.1), where)
+    assert re.fullmatch(r"quantized weights take 0\.\d\d of the parent's bytes, more than 0\.1; still fp32: places \(\d+, 32\)",
+                        caught.value.message)
+    several = [export.prefix_graph(tiny.build()), export.step_graph(tiny.build())]
+    named = graphs.float_weights(several, 8000)
+    assert named[:2] == ["grid.weight (128, 32)", "vocabulary (32, 123)"] and len(named) == len(set(named))
 
 
 def test_a_quantized_parent_is_refused(folder, tmp_path):

@@ -75,15 +75,19 @@ def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[st
     from compress.stages.quantize import concepts, decoder, encoder
 
     model = found.model
-    graphs.write(graphs.clean(encoder.quantized_encoder(model, found.encoder, floating)), folder / "encoder.onnx")
-    write_decoder(*decoder.quantized_decoder(model, found.decoder, floating), folder)
-    if found.concepts is not None:
-        graphs.write(graphs.clean(concepts.quantized_concepts(model, found.concepts)), folder / "concepts.onnx")
+    image = encoder.quantized_encoder(model, found.encoder, floating)
+    prefix, step = decoder.quantized_decoder(model, found.decoder, floating)
+    words = None if found.concepts is None else concepts.quantized_concepts(model, found.concepts)
+    large = graphs.float_weights(proto for proto in (image, prefix, step, words) if proto is not None)
+    graphs.write(graphs.clean(image), folder / "encoder.onnx")
+    write_decoder(prefix, step, folder)
+    if words is not None:
+        graphs.write(graphs.clean(words), folder / "concepts.onnx")
     described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
                  "calibrated_by": "neural-compressor", "smoothing": config.smoothing, "rounding": config.rounding,
                  "reduce_range": config.reduce_range, "float_parts": list(floating), "tune_epochs": tune_epochs}
     describe(folder, parent, model, described)
-    check(folder, model, config.max_weight_ratio, progress)
+    check(folder, model, config.max_weight_ratio, large, progress)
 
 
 @dataclass(frozen=True)
@@ -158,14 +162,15 @@ def describe(folder: Path, parent, model, quantized: dict) -> None:
     (folder / "config.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
-def check(folder: Path, model, most: float, progress) -> None:
-    """Logs what runs as integers, and the bytes; StageError where the weights exceed `most` of the float model's."""
+def check(folder: Path, model, most: float, large: Sequence[str], progress) -> None:
+    """Logs what runs as integers, and the bytes; StageError where the weights exceed `most` of the float model's, naming those that are
+    `large` and still in float."""
     encoder, prefix, step = (graphs.kernels(folder / name) for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"))
     progress.log(summary(encoder, prefix + step))
     kept, whole = graphs.weight_bytes(folder), float_bytes(model)
     share = sum(kept.values()) / whole
     progress.log(f"int8 weights: {kept['integer']} integer and {kept['float']} float bytes, {share:.3f} of the parent's {whole}")
-    check_ratio(kept, whole, most, folder)
+    check_ratio(kept, whole, most, large)
 
 
 def summary(encoder: Counter[str], decoder: Counter[str]) -> str:
@@ -180,9 +185,9 @@ def float_bytes(model) -> int:
     return 4 * (sum(p.numel() for p in model.parameters()) + (0 if model.concepts is None else model.concepts.matrix.numel()))
 
 
-def check_ratio(kept: dict[str, int], whole: int, most: float, folder) -> None:
+def check_ratio(kept: dict[str, int], whole: int, most: float, large: Sequence[str]) -> None:
     """StageError where integer and float weights together exceed `most` of `whole` bytes."""
     ratio = (kept["integer"] + kept["float"]) / whole
     if ratio > most:
-        large = "; ".join(graphs.float_weights(folder)[:8]) or "none of 4 KB or more"
-        raise StageError(f"quantized weights take {ratio:.2f} of the parent's bytes, more than {most}; still fp32: {large}")
+        named = "; ".join(large[:8]) or "none of 4 KB or more"
+        raise StageError(f"quantized weights take {ratio:.2f} of the parent's bytes, more than {most}; still fp32: {named}")
