@@ -114,7 +114,7 @@ def lightcap(folder: Path, images: int, with_concepts: bool) -> list[Subject]:
 
 def measure(subjects: list[Subject], pictures: list[np.ndarray], rounds: int) -> dict[str, list[dict[str, tuple[float, float]]]]:
     """Per subject and round: phase -> (milliseconds by the clock, milliseconds of CPU time). A turn is two pictures, one after the other:
-    the second one's phases count, and the first one's sum is `first`. Other models' weights, up to gigabytes, have swept the caches before
+    the second one's phases count, and the first one's sum is `first`. Other models' weights, up to a gigabyte, have swept the caches before
     a turn; who captions photo after photo waits once for that."""
     found: dict[str, list[dict[str, tuple[float, float]]]] = {subject.name: [] for subject in subjects}
     with Progress().task("rounds", rounds + WARM) as task, torch.inference_mode():
@@ -213,7 +213,7 @@ def main() -> None:
         onnx = models.build("onnx", folder, options.images, not options.without_concepts)
         for name, (what, work) in neighbours.build(onnx.path, options.images, set(absent)).items():
             subjects.append(Subject(name, what, work, {}))
-        data = models.scenes(max(options.rounds, 1))
+        data = models.scenes(options.rounds)
         pictures = [data.image(example) for example in data.examples]
         times = measure(subjects, pictures, options.rounds)
     rows = [{"name": subject.name, "what": subject.what} | subject.costs | summary(times[subject.name]) for subject in subjects]

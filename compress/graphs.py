@@ -52,7 +52,8 @@ def write(model: ModelProto, path: Path) -> None:
 
 
 def write_sharing(models: Mapping[str, ModelProto], folder: Path, data: str) -> None:
-    """Checks the graphs and writes them under their names, their large weights in one file `data` beside them, equal ones once."""
+    """Writes the graphs under their names and checks them. Their large weights go to one file `data` beside them, equal ones once; `models`
+    keep none of those."""
     places: dict[bytes, int] = {}
     with (folder / data).open("wb") as file:
         for tensor in itertools.chain.from_iterable(model.graph.initializer for model in models.values()):
@@ -83,27 +84,6 @@ def prune_unused(graph: GraphProto) -> None:
     weights = [tensor for tensor in graph.initializer if tensor.name in needed]
     del graph.initializer[:]
     graph.initializer.extend(weights)
-
-
-def fix_reshapes(graph: GraphProto) -> None:
-    """Reshapes that keep two leading sizes copy them (0) instead of computing them: (N, S, width) <-> (N, S, heads, head width), in place.
-
-    Four operators on shapes fewer for each; a step of a small decoder is made of operators, not of arithmetic.
-    """
-    weights, made = initializers(graph), producers(graph)
-    for node in list(graph.node):
-        shape = made.get(node.input[1]) if node.op_type == "Reshape" else None
-        if shape is None or shape.op_type != "Concat" or len(shape.input) < 3:
-            continue
-        leading, rest = shape.input[:2], shape.input[2:]
-        source = made.get(node.input[0])
-        flat = source is not None and source.op_type == "Transpose" and len(attribute(source, "perm")) == 2
-        if flat or any(name in weights for name in leading) or any(name not in weights for name in rest):
-            continue
-        sizes = np.concatenate([[0, 0], *(numpy_helper.to_array(weights[name]) for name in rest)]).astype(np.int64)
-        del node.attribute[:]
-        node.input[1] = add_initializer(graph, f"{node.output[0]}_shape", sizes)
-    prune_unused(graph)
 
 
 def replace_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
@@ -162,12 +142,15 @@ def weight_bytes(folder: str | Path) -> dict[str, int]:
     return total
 
 
-def float_weights(models: Iterable[ModelProto], at_least: int = 4096) -> list[str]:
-    """`tensor (shape)` of each float initializer of `at_least` bytes, largest first; one that several graphs share once. Of graphs as they
-    were exported: `clean` takes the names away."""
-    tensors = {tensor.name: tensor for model in models for tensor in model.graph.initializer if tensor.data_type in FLOAT}
-    found = sorted(tensors.values(), key=lambda tensor: (-size_of(tensor), tensor.name))
-    return [f"{tensor.name} {tuple(tensor.dims)}" for tensor in found if size_of(tensor) >= at_least]
+def float_weights(models: Mapping[str, ModelProto], at_least: int = 4096) -> list[str]:
+    """`graph: tensor (shape)` of each float initializer of `at_least` bytes, largest first; one that several graphs share once. Of graphs
+    as they were exported: `clean` takes the names away."""
+    found: dict[str, tuple[int, str]] = {}
+    for graph, model in models.items():
+        for tensor in model.graph.initializer:
+            if tensor.data_type in FLOAT and size_of(tensor) >= at_least:
+                found.setdefault(f"{tensor.name} {tuple(tensor.dims)}", (size_of(tensor), graph))
+    return [f"{graph}: {name}" for name, (_, graph) in sorted(found.items(), key=lambda item: (-item[1][0], item[0]))]
 
 
 def named_weights(folder: str | Path) -> list[tuple[str, TensorProto]]:

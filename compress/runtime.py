@@ -30,6 +30,7 @@ FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "encoder.o
 # A JPEG of many megapixels is decoded at a part of its size, but with sides of at least this many times those that the encoder sees:
 # after resizing no pixel differs by more than 2 of 255.
 OVERSAMPLED = 4
+LONGEST = 64  # pieces of a caption that the model has places for
 CPUINFO = Path("/proc/cpuinfo")
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # x86 flags of integer products whose sums are exact
 
@@ -133,6 +134,8 @@ class Captioner:
         reads_concepts = (folder / FILES[0]).is_file() and read_json(folder / FILES[0]).get("concepts")
         for name in (*FILES, *(["concepts.onnx"] if reads_concepts else [])):
             if not (folder / name).is_file():
+                if name == "prefix.onnx" and (folder / "decoder.onnx").is_file():
+                    raise FileNotFoundError(f"{folder}: made by an earlier lightcap; make it anew (lightcap run, lightcap export)")
                 raise FileNotFoundError(f"{folder}: no {name} there, so it is not an exported captioner")
         self.folder = folder
         self.threads = threads or available_threads()
@@ -199,8 +202,9 @@ class Captioner:
         `beam` best that do not end go on. A finished caption's score is its log-probability per piece, [SEP] included; the search ends
         with `beam` finished captions or at `max_tokens` pieces. Equal scores go to the earlier beam, then to the lower id.
         """
-        if beam < 1 or max_tokens < 1:
-            raise ValueError(f"beam and max_tokens must be at least 1, not {beam} and {max_tokens}")
+        longest = LONGEST if self.mask_piece is None else LONGEST - 1  # a [MASK] stands behind the last piece
+        if beam < 1 or not 1 <= max_tokens <= longest:
+            raise ValueError(f"beam must be at least 1 and max_tokens from 1 to {longest}, not {beam} and {max_tokens}")
         live = [(image, 0.0, [self.start]) for image in range(len(grid))]
         finished: list[list[tuple[float, float, list[int]]]] = [[] for _ in range(len(grid))]
         past = self.prefill(grid)
@@ -331,7 +335,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"caption.py: {error}", file=sys.stderr)
             continue
         began = time.perf_counter()
-        text, logprob = captioner.caption(image, options.beam, options.max_tokens)
+        try:
+            text, logprob = captioner.caption(image, options.beam, options.max_tokens)
+        except ValueError as error:
+            print(f"caption.py: {error}", file=sys.stderr)
+            return 2
         rows.append({"image": photo, "caption": text, "logprob": logprob, "ms": (time.perf_counter() - began) * 1000})
         if not options.json:
             print(f"{photo}\t{text}")

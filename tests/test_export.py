@@ -31,7 +31,7 @@ def test_the_encoder_gives_pytorchs_grid_for_any_number_of_images(model, caption
         np.testing.assert_allclose(captioner.encode(pixels), expected, atol=1e-4)
 
 
-def test_prefix_and_steps_of_one_graph_give_pytorchs_keys_and_logits_with_a_pruned_layer(model, captioner):
+def test_prefix_and_steps_give_pytorchs_keys_and_logits_with_a_pruned_layer(model, captioner):
     grid = torch.randn(3, 25, 128)
     with torch.no_grad():
         past = model.prefill(grid)

@@ -3,8 +3,10 @@
 import dataclasses
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx.external_data_helper import ExternalDataInfo
 
 from students.lightcap import LightCap, preset
 from students.lightcap.concepts import NONE, ConceptVocabulary, boxes_on_grid, windows
@@ -154,6 +156,10 @@ def test_the_exported_captioner_is_the_model(tmp_path, modulator):
     model = with_concepts(modulator)
     exported(model, tmp_path)
     captioner = runtime.Captioner(tmp_path / "out", threads=1)
+    found = {name: tensor for name in ("prefix.onnx", "decoder.onnx")
+             for tensor in onnx.load(tmp_path / "out" / name, load_external_data=False).graph.initializer
+             if tuple(tensor.dims) == (model.config.hidden, model.config.vocabulary)}  # fmt: skip
+    assert len({ExternalDataInfo(tensor).offset for tensor in found.values()}) == 1 and len(found) == 2  # the embedding is stored once
     pixels = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         grid = model.encode(pixels)

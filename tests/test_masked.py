@@ -12,6 +12,8 @@ from compress.config import Data, Distill, Recipe, Stage, Student, Train
 from compress.context import Context, Progress
 from compress.decode import Special, beam_search
 from compress.stages import distill, train
+from compress.stages.quantize.decoder import teacher_forced
+from compress.stages.quantize.observe import TeacherForced
 from compress.training.batches import IGNORED, Captions, Masking, pack, pack_masked
 from compress.training.start import read_captioner
 from students.lightcap import LightCap, preset
@@ -73,6 +75,15 @@ def test_probing_asks_all_places_at_once(model, grid):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert torch.equal(batch.targets[batch.targets != IGNORED], plain.targets[plain.targets != IGNORED])
     assert np.array_equal(batch.rows, np.arange(captions.predicted)) and plain.probing(None) is plain
+
+
+def test_calibration_asks_all_places_as_steps_do(model, grid):
+    """Observers see a [MASK] behind every piece, with what stands before it, not one behind the last alone."""
+    inputs = teacher_forced(model, grid[:1], CAPTIONS[0])
+    with torch.no_grad():
+        found = TeacherForced(model)(*inputs)[0][inputs[1][0] == MASK]
+    expected = torch.cat([stepwise(model, grid[:1], caption) for caption in CAPTIONS[0]])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_masked():

@@ -652,7 +652,7 @@ def test_a_unit_s_rise_is_that_of_the_caption_loss(world):
     source = torch.Generator().manual_seed(2)
     scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, ("encoder", "fusion"))}
     savings = target.savings(model, target.PRICES["macs"])
-    rises, factors = sensitivity.sensitivities(narrow, loss, scores, 8, savings, "parent", 17, here)
+    rises, factors = sensitivity.sensitivities(narrow, loss, scores, 8, savings, ("parent", 17), here)
     for unit in (unit for unit in scores if (unit.kind, unit.name) in factors):
         order = channels.blocks({unit: scores[unit]}, 8, savings)
         half = order[: max(1, len(order) // 2)]
@@ -668,10 +668,12 @@ def test_a_unit_s_rise_is_that_of_the_caption_loss(world):
         raise AssertionError("measured again")
 
     halved = {unit: saving / 2 for unit, saving in savings.items()}  # another target in the same measure
-    assert sensitivity.sensitivities(narrow, never, scores, 8, halved, "parent", 17, here) == (rises, factors)
-    for changed in (("another", 17), ("parent", 18)):
+    assert sensitivity.sensitivities(narrow, never, scores, 8, halved, ("parent", 17), here) == (rises, factors)
+    reversed_ = {unit: -score for unit, score in scores.items()}  # other halves leave
+    elsewhere = dataclasses.replace(here, data=dataclasses.replace(here.data, fingerprint="other pictures"))
+    for key, ranking, where in ((("parent", 18), scores, here), (("parent", 17), reversed_, here), (("parent", 17), scores, elsewhere)):
         with pytest.raises(AssertionError, match="measured again"):
-            sensitivity.sensitivities(narrow, never, scores, 8, savings, *changed, here)
+            sensitivity.sensitivities(narrow, never, ranking, 8, savings, key, where)
 
 
 def test_layers_and_ratios_of_the_stage(world, monkeypatch):

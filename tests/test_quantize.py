@@ -220,15 +220,16 @@ def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(
 
 
 def test_weights_that_do_not_shrink_fail_by_name(parent, tmp_path):
-    """By their names in the model, largest first; those of 4 KB and more."""
+    """By their names in what is exported, largest first; those of 4 KB and more."""
     where = context(tmp_path / "out")
     with pytest.raises(StageError) as caught:
         quantize.run(parent, Quantize(calibration_images=12, max_weight_ratio=0.1), where)
-    assert re.fullmatch(r"quantized weights take 0\.\d\d of the parent's bytes, more than 0\.1; still fp32: places \(\d+, 32\)",
+    assert re.fullmatch(r"quantized weights take 0\.\d\d of the parent's bytes, more than 0\.1; still fp32: decoder: places \(\d+, 32\)",
                         caught.value.message)
-    several = [export.prefix_graph(tiny.build()), export.step_graph(tiny.build())]
+    several = {"prefix": export.prefix_graph(tiny.build()), "decoder": export.step_graph(tiny.build())}
     named = graphs.float_weights(several, 8000)
-    assert named[:2] == ["grid.weight (128, 32)", "vocabulary (32, 123)"] and len(named) == len(set(named))
+    assert named[:2] == ["prefix: grid.weight (128, 32)", "decoder: vocabulary (32, 123)"]
+    assert "prefix: layers.0.up.weight (32, 64)" in named and "decoder: layers.0.up.weight (32, 64)" not in named
 
 
 def test_a_quantized_parent_is_refused(folder, tmp_path):

@@ -157,11 +157,11 @@ def test_the_part_that_loses_most_is_named_first(calibrated):
 
 def test_parts_left_in_float_are_float_kernels_and_all_others_integer_ones(calibrated, tmp_path):
     folder = written(calibrated, tmp_path, ("encoder.blocks.2", "fusion.layers.0.attention", WORST, "heads", "vocabulary"))
-    encoding, decoding = (graphs.kernels(folder / name) for name in ("encoder.onnx", "decoder.onnx"))
+    encoding, before, decoding = (graphs.kernels(folder / name) for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"))
     assert (encoding["QLinearConv"], encoding["Conv"] + encoding["FusedConv"]) == (11 - 3 + 3, 3)  # the poolings are convolutions
     assert encoding["QLinearAdd"] == 1  # the block before hands on floats, and so adds them
-    products = decoding["MatMulInteger"] + decoding["MatMulIntegerToFloat"]
-    assert products == 11 - 2 - 3 - 1 - 1
+    products = [kinds["MatMulInteger"] + kinds["MatMulIntegerToFloat"] for kinds in (before, decoding)]
+    assert products == [6 - 2 - 1, 11 - 2 - 3 - 1 - 1]
     whole = sum(graphs.weight_bytes(folder).values())
     assert whole > 1.5 * sum(graphs.weight_bytes(written(calibrated, tmp_path / "int8")).values())
     said = [text for text, _ in runtime.Captioner(folder, threads=1).captions(tiny.pixels(tiny.pictures(16, seed=5)))]
@@ -244,6 +244,7 @@ class Trials:
         if value is None:
             raise StageError("quantized weights take too much")
         (folder / "encoder.onnx").write_text(str(value))
+        (folder / "decoder.onnx.data").write_text("weights")
 
 
 @pytest.mark.parametrize(("ciders", "best", "made"), [
@@ -261,7 +262,7 @@ def test_a_search_tries_in_turn_and_keeps_the_best(ciders, best, made, data, tmp
         return ["a", "b", "c"]
 
     assert make.search(True, worst, tmp_path, data) == tmp_path / "work" / f"trial-{best}" and make.made == made
-    assert [path.parent.name for path in tmp_path.rglob("*.onnx")] == [f"trial-{best}"]
+    assert [[path.parent.name for path in tmp_path.rglob(name)] for name in ("*.onnx", "*.data")] == [[f"trial-{best}"]] * 2
     assert asked == ([made[2][0]] if len(made) > 2 else [])  # once, of the model that parts go back to float in
 
 

@@ -60,6 +60,14 @@ def lightcap(*arguments, cwd: Path) -> dict | list:
     return json.loads(done.stdout)
 
 
+def benchmark(name: str, *arguments, cwd: Path) -> dict:
+    """Its JSON, in a process of its own."""
+    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def settings(values: tuple[str, ...]) -> list[str]:
     """`student` is both a section and a stage of these recipes; a stage's key that is no key of the section reaches the stage."""
     return [part for value in values for part in ("--set", value)]
@@ -153,10 +161,7 @@ def test_pretrained_weights_fit_every_student_that_starts_from_them(name):
 def test_quickstart(tmp_path):
     check("quickstart", QUICKSTART, tmp_path, ["teacher", "student", "vocabulary", "pruned", "int8", "export"])
     # Its INT8 graphs say what PyTorch's quantized graph does, calibrated again from what the run wrote down.
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "equality.py", "runs/quickstart"], capture_output=True, text=True,
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = benchmark("equality", "runs/quickstart", cwd=tmp_path)
     assert found["images"] == 12 and (found["share"] == 1.0 or found["largest_gap"] < 0.05)
 
 
@@ -164,10 +169,7 @@ def test_quickstart(tmp_path):
 @pytest.mark.timeout(1200)
 def test_ways_of_rounding_are_compared(tmp_path):
     check("quickstart", QUICKSTART, tmp_path, ["teacher", "student", "vocabulary", "pruned", "int8", "export"])
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "int8.py", "runs/quickstart", "--images", "6"], capture_output=True,
-                          text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    rows = benchmark("int8", "runs/quickstart", "--images", "6", cwd=tmp_path)["rows"]
     assert [(row["rounding"], row["smoothing"]) for row in rows] == [
         ("nearest", 0.0), ("nearest", 0.8), ("gptq", 0.0), ("gptq", 0.8)]
     assert rows[2]["grid_error"] < rows[0]["grid_error"] and rows[3]["grid_error"] == rows[2]["grid_error"]
@@ -194,6 +196,15 @@ def test_ablation(tmp_path):
     assert more == 2 * (32 * 32 + 32 + 2 * 32)  # two Linears and their LayerNorms; one bias of the vocabulary serves all
     macs = {name: row["gmacs_caption"] for name, row in by_name.items() if row["gmacs_caption"]}
     assert macs["baseline"] < macs["concepts"] < macs["modulator"] == macs["tokens"] < macs["heads"] == macs["cider"]
+    tables = {name: benchmark(name, "runs/ablation", *arguments, "--json", cwd=tmp_path)["rows"]
+              for name, arguments in (("gains", ()), ("oracle", ("modulator",)))}  # fmt: skip
+    gained = {row["name"]: row for row in tables["gains"]}
+    assert gained["tokens"]["seeds"] == len(gained["tokens"]["gain_by_seed"]) == 3 and "tokens-18" not in gained
+    assert gained["concepts"]["gain"] == pytest.approx(by_name["concepts"]["delta_cider"], abs=1e-4)
+    found, none, *others = tables["oracle"]
+    assert found["cider"] == pytest.approx(by_name["modulator"]["cider"], abs=1e-4) and found["delta"] is None
+    assert none["pieces"] == 0 < found["pieces"] and [row["concepts"] for row in others] == ["of another image", "precise", "oracle"]
+    assert all(row["delta_ci95"][0] <= row["delta"] <= row["delta_ci95"][1] for row in (none, *others))
 
 
 def small_bert(folder: Path) -> None:

@@ -135,7 +135,7 @@ class Table(runtime.Captioner):
     """A captioner whose next-piece scores are a table by position and last piece: 0 [PAD], 1 [CLS], 2 [SEP], then words."""
 
     def __init__(self, logits):
-        self.logits, self.start, self.end, self.never = logits, 1, 2, [0, 1]
+        self.logits, self.start, self.end, self.never, self.mask_piece = logits, 1, 2, [0, 1], None
 
     def prefill(self, grid):
         return runtime.Past([grid], [grid])
@@ -179,6 +179,14 @@ def test_prefixes_are_copied_only_where_captions_of_other_images_go_on():
     shown = np.array([[0.0] * 3 + [5.0, 4.0, 0.0], [0.0] * 5 + [5.0]], np.float32)  # pieces 3 and 4 in the first, 5 in the second
     table.search(shown, beam=2, max_tokens=3)
     assert moved == [([0, 0, 1, 1], False), ([2, 2], False), ([0, 0], True)]
+
+
+def test_an_export_of_an_earlier_lightcap_is_one_line(folder, tmp_path):
+    """Prefix and step were one graph once."""
+    shutil.copytree(folder, tmp_path / "old")
+    (tmp_path / "old" / "prefix.onnx").unlink()
+    with pytest.raises(FileNotFoundError, match=r"old: made by an earlier lightcap; make it anew \(lightcap run, lightcap export\)$"):
+        runtime.Captioner(tmp_path / "old")
 
 
 def test_weights_cut_short_are_one_line(folder, tmp_path):
@@ -227,6 +235,11 @@ def test_the_script_without_its_files_or_with_wrong_arguments_exits_2(folder, tm
     done = script(tmp_path, "x.png")
     assert done.returncode == 2 and "config.json" in done.stderr and done.stderr.count("\n") == 1
     assert script(folder, "--beam", "0", "x.png").returncode == 2
+    photo().save(tmp_path / "good.png")
+    done = script(folder, "--max-tokens", 65, tmp_path / "good.png")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "caption.py: beam must be at least 1 and max_tokens from 1 to 64, not 1 and 65\n"
+    assert script(folder, "--max-tokens", 64, tmp_path / "good.png").returncode == 0
     assert script(folder).returncode == 2
 
 

@@ -307,9 +307,7 @@ def prefix_graph(model: LightCap) -> ModelProto:
     inputs, names = (torch.randn(2, config.grid**2, config.channels),), ["grid"]
     if config.concepts:
         inputs, names = (*inputs, torch.ones(2, config.concepts, dtype=torch.int64)), [*names, "concepts"]
-    proto = to_onnx(Prefix(model).eval(), inputs, names, past_names(model, "prefix"), (n,) * len(inputs))
-    graphs.fix_reshapes(proto.graph)
-    return proto
+    return to_onnx(Prefix(model).eval(), inputs, names, past_names(model, "prefix"), (n,) * len(inputs))
 
 
 def step_graph(model: LightCap) -> ModelProto:
@@ -322,9 +320,7 @@ def step_graph(model: LightCap) -> ModelProto:
     n, prefix, past = (Dim(name) for name in ("n", "prefix_length", "past_length"))
     dynamic = ({0: n}, {0: n}, *([{0: n, 2: length} for _ in sizes] for length in (prefix, past)))
     names = ["tokens", "positions", *past_names(model, "prefix"), *past_names(model, "past")]
-    proto = to_onnx(Step(model).eval(), (tokens, positions, *states), names, ["logits", *past_names(model, "present")], dynamic)
-    graphs.fix_reshapes(proto.graph)
-    return proto
+    return to_onnx(Step(model).eval(), (tokens, positions, *states), names, ["logits", *past_names(model, "present")], dynamic)
 
 
 def write_decoder(prefix: ModelProto, step: ModelProto, folder: Path) -> None:

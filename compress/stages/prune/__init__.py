@@ -40,6 +40,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
     target = Target.of(config, model, parent.bytes() / 1e6 - megabytes(model))
+    stay = None
     if config.layers:
         stay = least_layers(*measured(model, tokenizer, settings, seed, context), config.layers)
         model = with_layers(model, stay)
@@ -52,7 +53,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         if config.ratios == "sensitivity" and factors is None:  # measured once, on the unpruned model
             rises, factors = sensitivities(
                 *measured(model, tokenizer, settings, seed, context), scores, config.round_to, target.savings(model),
-                parent.digest(), seed, context,
+                (parent.digest(), stay, seed), context,
             )  # fmt: skip
         if factors is not None:
             scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}

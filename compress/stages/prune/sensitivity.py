@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from compress.training.features import device, digest
 from compress.training.store import found, stored
 from students.lightcap import LightCap
 
-SENSITIVITY = "sensitivity"
+FOLDER = "sensitivity"  # of the cache
 LOOKS = 4  # batches at most that a loss is the mean of
 LEAST = 1e-3  # nats a token: a smaller rise is not told from none
 
@@ -44,7 +44,7 @@ def measured(
 
     @torch.inference_mode()
     def loss(cut: LightCap) -> float:
-        cut = cut.to(device()).eval()
+        cut = copy.deepcopy(cut).to(device()).eval()  # what is cut further stays where it was
         cut.encoder.to(memory_format=torch.channels_last)
         total = 0.0
         for batch in batches:
@@ -58,28 +58,27 @@ def measured(
 
 def sensitivities(
     narrow: LightCap, loss: Callable[[LightCap], float], scores: Mapping[Unit, Tensor], round_to: int, savings: Mapping,
-    parent: str, seed: int, context: Context,
+    key: Sequence, context: Context,
 ) -> tuple[dict[str, float], dict[tuple[str, str], float]]:  # fmt: skip
     """Of each unit that can be cut, the rise of `loss` without the half of its blocks that matters least, by "NAME KIND"; and its factor,
-    by kind and name. `parent` is the digest of what `narrow` comes from: the rises are kept in the cache by it, by the seed, by the data
-    and by what leaves, so that another target of the same parent measures nothing anew."""
+    by kind and name. The rises are kept in the cache by `key`, which says what `narrow` is, by the data and by what leaves, so that another
+    target of the same parent measures nothing anew."""
     halves = {}
     for unit, score in scores.items():
         order = blocks({unit: score}, round_to, savings)
         if order:
             halves[unit] = order[: max(1, len(order) // 2)]
     gone = {unit: sorted(channel for block in half for channel in block.channels) for unit, half in halves.items()}
-    key = digest("sensitivity", parent, len(narrow.fusion.layers), seed, context.data.fingerprint,
-                 [[unit.kind, unit.name, channels] for unit, channels in gone.items()])
-    rises = found(context.cache / SENSITIVITY, key)
+    named = digest(FOLDER, key, LOOKS, IMAGES, context.data.fingerprint, [[unit.kind, unit.name, gone[unit]] for unit in halves])
+    rises = found(context.cache / FOLDER, named)
     if rises is None:
         before, units = functools.cache(lambda: loss(narrow)), list(halves)
 
         def rise(start: int, stop: int) -> np.ndarray:
             return np.array([loss(remove(narrow, halves[unit])) - before() for unit in units[start:stop]])
 
-        with context.progress.task(SENSITIVITY, len(units)) as task:
-            rises = stored(context.cache / SENSITIVITY, key, (len(units),), "float64", 1, rise, task)
+        with context.progress.task("sensitivity", len(units)) as task:
+            rises = stored(context.cache / FOLDER, named, (len(units),), "float64", 1, rise, task)
     factors = {}
     for unit, risen in zip(gone, rises, strict=True):
         expected = float(scores[unit][gone[unit]].sum())

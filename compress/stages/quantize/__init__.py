@@ -78,7 +78,8 @@ def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[st
     image = encoder.quantized_encoder(model, found.encoder, floating)
     prefix, step = decoder.quantized_decoder(model, found.decoder, floating)
     words = None if found.concepts is None else concepts.quantized_concepts(model, found.concepts)
-    large = graphs.float_weights(proto for proto in (image, prefix, step, words) if proto is not None)
+    made = {"encoder": image, "prefix": prefix, "decoder": step, "concepts": words}
+    large = graphs.float_weights({name: proto for name, proto in made.items() if proto is not None})
     graphs.write(graphs.clean(image), folder / "encoder.onnx")
     write_decoder(prefix, step, folder)
     if words is not None:

@@ -1,4 +1,5 @@
-"""The INT8 decoder: the float graph with every product against a weight made an integer one, by scales that neural-compressor calibrated.
+"""The INT8 decoder: the float graphs of prefix and step with every product against a weight made an integer one, by scales that
+neural-compressor calibrated.
 
 A Linear is QuantizeLinear, MatMulInteger, Cast, Mul, Add: ONNX Runtime multiplies integers there, where Dequantize -> MatMul -> Add is
 rewritten to a float Gemm that dequantizes its weight at every call. The word embedding stays one initializer, INT8 with one scale per
@@ -22,6 +23,7 @@ from compress.stages import export
 from compress.stages.quantize import observe
 from compress.stages.quantize.observe import Scales
 from compress.stages.quantize.simulate import part_named
+from compress.training.batches import Captions, pack
 from students.lightcap import LightCap
 
 LONGEST = 4096  # tokens of all captions of one calibration image
@@ -70,19 +72,11 @@ def calibrated(model: LightCap, samples: Iterable[tuple[Tensor, ...]], reduce_ra
 
 
 def teacher_forced(model: LightCap, grid: Tensor, captions: list[list[int]]) -> tuple[Tensor, ...]:
-    """One image's captions, one after the other without their [SEP] -> grid, tokens (1, T), positions (1, T), mask (1, 1, P + T, P + T)
-    and, where the model reads them, its concepts: the prefix sees itself, a token sees the prefix and its own caption up to itself."""
-    mask = model.config.mask_piece
-    rows = [caption[:-1] if mask is None else [*caption[:-1], mask] for caption in captions]
-    tokens = torch.tensor([sum(rows, [])])
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
-    owner = torch.cat([torch.full((len(row),), index) for index, row in enumerate(rows)])
-    first, total = model.config.prefix, model.config.prefix + tokens.shape[1]
-    mask = torch.zeros(total, total, dtype=torch.bool)
-    mask[:, :first] = True
-    mask[first:, first:] = (owner[:, None] == owner) & (positions[:, None] >= positions)
+    """One image's captions, one after the other without their [SEP], and for a model of masked pieces a [MASK] for each place, as its steps
+    append them -> grid, tokens (1, T), positions (1, T), mask (1, 1, P + T, P + T) and, where the model reads them, its concepts."""
+    batch = pack(Captions.of([captions]), [0]).probing(model.config.mask_piece)
     concepts = model.find_concepts(grid)
-    return grid, tokens, positions[None], mask[None, None], *(() if concepts is None else (concepts,))
+    return grid, batch.tokens, batch.positions, batch.mask(model.config.prefix), *(() if concepts is None else (concepts,))
 
 
 def graph_name(name: str) -> str:

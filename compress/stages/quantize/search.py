@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compress.artifact import Artifact, write_json, writing
+from compress.artifact import GRAPH_PATTERNS, Artifact, write_json, writing
 from compress.context import Context
 from compress.errors import StageError
 
@@ -70,5 +71,5 @@ def search(
 
 
 def drop_graphs(folder: Path) -> None:
-    for path in folder.glob("*.onnx"):
+    for path in itertools.chain.from_iterable(folder.glob(pattern) for pattern in GRAPH_PATTERNS):
         path.unlink()
