@@ -191,8 +191,12 @@ class Captioner:
         return logits[:, -1], Past(past.prefix, own)
 
     def decode(self, grid: np.ndarray, beam: int = 1, max_tokens: int | None = None) -> list[tuple[str, float]]:
-        """grid (B, G, channels) -> (caption, sum of its log-probabilities) per image."""
-        found = self.search(grid, beam, max_tokens or self.config.get("max_tokens", 20))
+        """grid (B, G, channels) -> (caption, sum of its log-probabilities) per image. ValueError for more pieces than there are places."""
+        max_tokens = max_tokens or self.config.get("max_tokens", 20)
+        longest = LONGEST if self.mask_piece is None else LONGEST - 1  # a [MASK] stands behind the last piece
+        if max_tokens > longest:
+            raise ValueError(f"max_tokens must be at most {longest}, not {max_tokens}")
+        found = self.search(grid, beam, max_tokens)
         return [(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), logprob) for ids, logprob in found]
 
     def search(self, grid: np.ndarray, beam: int, max_tokens: int) -> list[tuple[list[int], float]]:
@@ -202,9 +206,8 @@ class Captioner:
         `beam` best that do not end go on. A finished caption's score is its log-probability per piece, [SEP] included; the search ends
         with `beam` finished captions or at `max_tokens` pieces. Equal scores go to the earlier beam, then to the lower id.
         """
-        longest = LONGEST if self.mask_piece is None else LONGEST - 1  # a [MASK] stands behind the last piece
-        if beam < 1 or not 1 <= max_tokens <= longest:
-            raise ValueError(f"beam must be at least 1 and max_tokens from 1 to {longest}, not {beam} and {max_tokens}")
+        if beam < 1 or max_tokens < 1:
+            raise ValueError(f"beam and max_tokens must be at least 1, not {beam} and {max_tokens}")
         live = [(image, 0.0, [self.start]) for image in range(len(grid))]
         finished: list[list[tuple[float, float, list[int]]]] = [[] for _ in range(len(grid))]
         past = self.prefill(grid)

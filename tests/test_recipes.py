@@ -257,5 +257,5 @@ def test_lightcap_coco(tmp_path):
 def test_photos(tmp_path):
     karpathy(tmp_path)
     names = ["extractor", "frozen", "tuned", "tuned-2", "tuned-3", "teacher", "teacher-cider", "student", "student-cider",
-             "vocabulary", "pruned", "int8", "export"]  # fmt: skip
+             "vocabulary", "pruned", "pruned-cider", "int8", "export"]  # fmt: skip
     check("photos", PHOTOS, tmp_path, names)

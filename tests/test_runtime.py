@@ -135,7 +135,7 @@ class Table(runtime.Captioner):
     """A captioner whose next-piece scores are a table by position and last piece: 0 [PAD], 1 [CLS], 2 [SEP], then words."""
 
     def __init__(self, logits):
-        self.logits, self.start, self.end, self.never, self.mask_piece = logits, 1, 2, [0, 1], None
+        self.logits, self.start, self.end, self.never = logits, 1, 2, [0, 1]
 
     def prefill(self, grid):
         return runtime.Past([grid], [grid])
@@ -238,7 +238,7 @@ def test_the_script_without_its_files_or_with_wrong_arguments_exits_2(folder, tm
     photo().save(tmp_path / "good.png")
     done = script(folder, "--max-tokens", 65, tmp_path / "good.png")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "caption.py: beam must be at least 1 and max_tokens from 1 to 64, not 1 and 65\n"
+    assert done.stderr == "caption.py: max_tokens must be at most 64, not 65\n"
     assert script(folder, "--max-tokens", 64, tmp_path / "good.png").returncode == 0
     assert script(folder).returncode == 2
 
