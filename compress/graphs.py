@@ -57,14 +57,15 @@ def write_sharing(models: Mapping[str, ModelProto], folder: Path, data: str) -> 
     places: dict[bytes, int] = {}
     with (folder / data).open("wb") as file:
         for tensor in itertools.chain.from_iterable(model.graph.initializer for model in models.values()):
-            content = numpy_helper.to_array(tensor).tobytes()
+            array = numpy_helper.to_array(tensor)
+            content = array.tobytes()
             if len(content) < SHARED_FROM:
                 continue
             if content not in places:
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 places[content] = file.tell()
                 file.write(content)
-            tensor.raw_data = content
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))  # whichever field held it
             set_external_data(tensor, data, places[content], len(content))
             tensor.ClearField("raw_data")
     for name, model in models.items():
@@ -155,15 +156,12 @@ def float_weights(models: Mapping[str, ModelProto], at_least: int = 4096) -> lis
 
 def named_weights(folder: str | Path) -> list[tuple[str, TensorProto]]:
     """(graph, tensor) of every initializer of the graphs in `folder`, one that several graphs share once."""
-    found, places = [], set()
+    found: dict[tuple, tuple[str, TensorProto]] = {}
     for path in sorted(Path(folder).glob("*.onnx")):
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             place = ExternalDataInfo(tensor) if tensor.external_data else None
-            if place is None or (place.location, place.offset) not in places:
-                found.append((path.name, tensor))
-            if place is not None:
-                places.add((place.location, place.offset))
-    return found
+            found.setdefault((place.location, place.offset) if place else (path.name, tensor.name), (path.name, tensor))
+    return list(found.values())
 
 
 def size_of(tensor: TensorProto) -> int:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 NEVER = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")  # pieces that a caption cannot hold
-FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "encoder.onnx", "prefix.onnx", "decoder.onnx", "decoder.onnx.data")
+SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
+GRAPHS = ("encoder.onnx", "prefix.onnx", "decoder.onnx", "decoder.onnx.data")
+FILES = (*SETTINGS, *GRAPHS)
 # A JPEG of many megapixels is decoded at a part of its size, but with sides of at least this many times those that the encoder sees:
 # after resizing no pixel differs by more than 2 of 255.
 OVERSAMPLED = 4

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode, functional
 
 from compress import runtime
 from compress.decode import Special, beam_search
+from students.lightcap.fusion import PREFIX_POSITION
 from students.lightcap.tokenizer import decode_caption
 
 
@@ -236,6 +237,7 @@ def test_the_script_without_its_files_or_with_wrong_arguments_exits_2(folder, tm
     assert done.returncode == 2 and "config.json" in done.stderr and done.stderr.count("\n") == 1
     assert script(folder, "--beam", "0", "x.png").returncode == 2
     photo().save(tmp_path / "good.png")
+    assert runtime.LONGEST == PREFIX_POSITION  # the script cannot ask the model
     done = script(folder, "--max-tokens", 65, tmp_path / "good.png")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "caption.py: max_tokens must be at most 64, not 65\n"

@@ -23,6 +23,7 @@ from torch.export import Dim
 
 from compress import graphs, runtime
 from compress.errors import ModelError
+from compress.runtime import GRAPHS, SETTINGS
 from students.lightcap import LightCap
 from students.lightcap.fusion import PREFIX_POSITION
 
@@ -30,8 +31,6 @@ OPSET = 20
 REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"
 ATTENTION, MEMORY = ("query", "key", "value"), ("key", "value")
 DECODER_WEIGHTS = "decoder.onnx.data"
-GRAPHS = ("encoder.onnx", "prefix.onnx", "decoder.onnx", DECODER_WEIGHTS)
-SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 SATURATION = (
     "on x86 processors without VNNI the sums of these INT8 products can saturate, and captions differ from those measured here; for such "
     "devices quantize with reduce_range: true"

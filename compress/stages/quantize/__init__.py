@@ -75,15 +75,14 @@ def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[st
     from compress.stages.quantize import concepts, decoder, encoder
 
     model = found.model
-    image = encoder.quantized_encoder(model, found.encoder, floating)
+    alone = {"encoder": encoder.quantized_encoder(model, found.encoder, floating)}
+    if found.concepts is not None:
+        alone["concepts"] = concepts.quantized_concepts(model, found.concepts)
     prefix, step = decoder.quantized_decoder(model, found.decoder, floating)
-    words = None if found.concepts is None else concepts.quantized_concepts(model, found.concepts)
-    made = {"encoder": image, "prefix": prefix, "decoder": step, "concepts": words}
-    large = graphs.float_weights({name: proto for name, proto in made.items() if proto is not None})
-    graphs.write(graphs.clean(image), folder / "encoder.onnx")
+    large = graphs.float_weights(alone | {"prefix": prefix, "decoder": step})  # before their names are cleaned away
+    for name, proto in alone.items():
+        graphs.write(graphs.clean(proto), folder / f"{name}.onnx")
     write_decoder(prefix, step, folder)
-    if words is not None:
-        graphs.write(graphs.clean(words), folder / "concepts.onnx")
     described = {"scheme": config.scheme, "weights": "int8", "activations": "uint8", "calibration_images": len(found.examples),
                  "calibrated_by": "neural-compressor", "smoothing": config.smoothing, "rounding": config.rounding,
                  "reduce_range": config.reduce_range, "float_parts": list(floating), "tune_epochs": tune_epochs}
