@@ -31,9 +31,9 @@ from compress.context import Progress, Task  # noqa: E402
 from compress.data.concepts import read_concepts  # noqa: E402
 from compress.decode import Special, beam_search  # noqa: E402
 from compress.errors import LightcapError, ModelError  # noqa: E402
+from compress.evaluate import narrowed  # noqa: E402
 from compress.metrics.bootstrap import paired  # noqa: E402
 from compress.process import thread_count  # noqa: E402
-from compress.training.corpus import UNSEEN_BIAS  # noqa: E402
 from compress.training.features import grids  # noqa: E402
 from compress.training.mentions import best_concepts, mentioned  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
@@ -79,10 +79,7 @@ def compare(run: Path, name: str) -> list[dict]:
     val = data.load(wanted.data, cache).split(wanted.data.val_split)
     features = grids(model, val, settings, cache, progress)
     vocabulary = next(stage.config.vocabulary for stage in wanted.stages if stage.kind == "concepts")
-    special, seen = Special.of(tokenizer), model.heads.bias > UNSEEN_BIAS / 2  # as captions are measured: pieces that were learnt alone
-    seen[[special.start, special.end, *model.own_pieces()]] = True
-    spoken = seen.nonzero().flatten()
-    model.narrow(spoken)
+    spoken, special = narrowed(model, tokenizer)
     true, pieces, most = mentioned(val, read_concepts(vocabulary)), model.concepts.pieces, model.config.concepts
     with torch.inference_mode():
         scores = torch.cat([model.concept_scores(torch.from_numpy(np.array(features[start : start + BATCH])).float())
@@ -95,7 +92,7 @@ def compare(run: Path, name: str) -> list[dict]:
     answers: list[dict] = []
     for kind, given in kinds.items():
         with progress.task(kind, len(val)) as task:
-            said = captions(model, special.among(spoken), features, given, task)
+            said = captions(model, special, features, given, task)
         texts = [decode_caption(tokenizer, spoken[ids].tolist()) for ids in said]
         each = metrics.score(texts, references).per_image
         first = each if not answers else answers[0]["each"]

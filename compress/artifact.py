@@ -1,7 +1,8 @@
 """An artifact: a folder that holds one model, written whole or not at all.
 
-    config.json model.safetensors tokenizer.json preprocessor_config.json     a float model
-    config.json encoder.onnx decoder.onnx tokenizer.json preprocessor_config.json     graphs: quantized or exported
+    config.json tokenizer.json preprocessor_config.json     what it is, how it spells, what it does to a picture
+    model.safetensors     a float model's weights
+    encoder.onnx prefix.onnx decoder.onnx decoder.onnx.data     or graphs: quantized, or exported; concepts.onnx where it reads them
     lock.json metrics.json README.md     what made it, its ledger row, its model card
 """
 
@@ -22,6 +23,7 @@ from compress.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", WEIGHTS)
+GRAPHS = ("encoder.onnx", "prefix.onnx", "decoder.onnx", "decoder.onnx.data")  # as in `compress.runtime`, which runs them alone
 GRAPH_PATTERNS = ("*.onnx", "*.onnx.data", "*.onnx_data")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -78,8 +80,8 @@ class Artifact:
             check_safetensors(weights)
         elif not self.graphs:
             raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx{pickles(self.path)}")
-        elif not (self.path / "decoder.onnx").is_file():
-            raise ModelError(f"{self.path} has encoder.onnx but no decoder.onnx")
+        elif missing := [name for name in GRAPHS if not (self.path / name).is_file()]:
+            raise ModelError(f"{self.path} has encoder.onnx but no {missing[0]}; make it anew (lightcap run, lightcap export)")
         return self
 
 

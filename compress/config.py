@@ -40,6 +40,7 @@ class Student:
     attention_heads: int | None = None
     ffn: int | None = None
     heads: int | None = None
+    image_size: int | None = None  # pixels a side that pictures are squashed to (the data's or the encoder's own if absent)
 
 
 @dataclass(frozen=True, kw_only=True)

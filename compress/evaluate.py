@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
 
 from compress import cost, metrics, runtime
 from compress.artifact import Artifact, write_json
@@ -133,20 +135,25 @@ def captions(
         return said
     model, tokenizer, settings = read_captioner(artifact.path)
     features = grids(model, data, settings, cache, progress)
-    where, special = device(), Special.of(tokenizer)
-    # Pieces that no training caption held have e^-100 of the probability: leaving them out changes nothing, and saves most of each step.
-    seen = model.heads.bias > UNSEEN_BIAS / 2
-    seen[[special.start, special.end, *model.own_pieces()]] = True
-    spoken = seen.nonzero().flatten()
-    model.narrow(spoken)
+    spoken, special = narrowed(model, tokenizer)
+    where = device()
     model.to(where)
-    special = special.among(spoken)
     for start in range(0, len(data), BATCH):
         grid = torch.from_numpy(np.array(features[start : start + BATCH])).to(where).float()
         for hypothesis in beam_search(model, grid, special, beam, model.config.max_tokens):
             said.append((decode_caption(tokenizer, spoken[list(hypothesis.tokens)].tolist()), hypothesis.logprob))
         advance(len(grid))
     return said
+
+
+def narrowed(model: LightCap, tokenizer: Tokenizer) -> tuple[Tensor, Special]:
+    """Takes from `model` the word pieces that no training caption held, which have e^-100 of the probability: it says the same, in part of
+    the time. Returns the ids (S,) of those that stay, and the special ones' places among them."""
+    special, seen = Special.of(tokenizer), model.heads.bias > UNSEEN_BIAS / 2
+    seen[[special.start, special.end, *model.own_pieces()]] = True
+    spoken = seen.nonzero().flatten()
+    model.narrow(spoken)
+    return spoken, special.among(spoken)
 
 
 def captions_of_images(artifact: Artifact, images: Sequence, beam: int = 1) -> list[tuple[str, float]]:

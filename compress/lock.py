@@ -81,7 +81,7 @@ def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
     """The keys of the student section that a stage reads: another student does not train its teacher anew."""
     if stage.parent is None:
         own = getattr(stage.config, "preset", None) in (None, student.preset)
-        return [field.name for field in dataclasses.fields(student)] if own else ("encoder", "encoder_weights", "tokenizer")
+        return [field.name for field in dataclasses.fields(student)] if own else ("encoder", "encoder_weights", "tokenizer", "image_size")
     return ("encoder_weights",) if stage.kind == "train" else ()
 
 

@@ -1,5 +1,6 @@
 """Artifacts are whole or absent, and what is no artifact is refused in one line."""
 
+import itertools
 import json
 import os
 import struct
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from compress import artifact
+from compress import artifact, runtime
 from compress.artifact import Artifact, writing
 from compress.errors import ModelError
 from compress.models import resolve
@@ -118,9 +119,11 @@ def test_half_downloads_are_named(tmp_path):
     weights.unlink()
     with pytest.raises(ModelError, match="neither model.safetensors nor encoder.onnx"):
         resolve(made.path)
-    (made.path / "encoder.onnx").write_bytes(b"x")
-    with pytest.raises(ModelError, match="no decoder.onnx"):
-        resolve(made.path)
+    assert artifact.GRAPHS == runtime.GRAPHS
+    for present, missing in itertools.pairwise(artifact.GRAPHS):
+        (made.path / present).write_bytes(b"x")
+        with pytest.raises(ModelError, match=f"no {missing}; make it anew"):
+            resolve(made.path)
 
 
 def test_write_text_replaces_in_one_step(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Weights from elsewhere: BERT, CLIP's ResNet, EfficientNet-Lite0, against the libraries they come from."""
 
+import dataclasses
 import json
 import os
 import warnings
@@ -411,6 +412,11 @@ def test_new_captioner_reads_what_the_recipe_names(bert, checkpoint):
     assert settings["image_size"] == 96 and tokenizer.get_vocab_size() == model.config.vocabulary
     other, _, _ = new_captioner(student, "scenes-student", None, None, 0.0, 17)
     assert other.config.ffn == 256  # the section's sizes are its own preset's
+    larger = dataclasses.replace(student, image_size=128)
+    for name in ("tiny", "scenes-student"):  # teacher and student see pictures of one size
+        assert new_captioner(larger, name, None, 96, 0.0, 17)[2]["image_size"] == 128
+    with pytest.raises(ModelError, match="image_size .100. must be a multiple of 16"):
+        new_captioner(dataclasses.replace(student, image_size=100), "tiny", None, None, 0.0, 17)
     again, _, _ = new_captioner(student, "tiny", None, 96, 0.0, 17)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     with pytest.raises(ModelError, match="no preset 'tinny'"):

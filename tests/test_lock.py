@@ -63,8 +63,8 @@ stages:
     base = locks_of(tmp_path, text)
     other = locks_of(tmp_path, text.replace("heads: 3", "heads: 2, layers: 2"))
     assert {name for name in base if base[name] != other[name]} == {"onward", "student", "vocabulary"}
-    encoder = locks_of(tmp_path, text.replace("encoder_weights: none", "encoder_weights: imagenet"))
-    assert not set(base.values()) & set(encoder.values())
+    for shared in ("encoder_weights: imagenet", "encoder_weights: none, image_size: 288"):
+        assert not set(base.values()) & set(locks_of(tmp_path, text.replace("encoder_weights: none", shared)).values())
 
 
 def test_names_are_not_in_the_lock(tmp_path):

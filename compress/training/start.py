@@ -25,7 +25,8 @@ def captioner_config(
     """The sizes of `new_captioner`. Raises ValueError for those that no captioner can have."""
     own = name == student.preset
     sizes = {key: getattr(student, key) if own else None for key in ("layers", "hidden", "attention_heads", "ffn", "heads")}
-    config = preset(name, dropout=dropout, encoder=student.encoder, image_size=image_size, vocabulary=vocabulary, **sizes)
+    side = student.image_size or image_size
+    config = preset(name, dropout=dropout, encoder=student.encoder, image_size=side, vocabulary=vocabulary, **sizes)
     if like is not None:
         known = ("concepts", "alignment", "concept_vocabulary")
         config = dataclasses.replace(config, **{key: getattr(like, key) for key in known})
