@@ -208,7 +208,8 @@ def costs_of(config: LightCapConfig, bits: int = 32, tokens: int = cost.TOKENS) 
 
 
 def latency(artifact: Artifact, against: Artifact | None, pictures: np.ndarray, tokens: int = cost.TOKENS) -> dict:
-    """One decoded image in, a text of exactly `tokens` pieces out, beam 1, one thread; artifact and parent in turn, in one runtime."""
+    """One decoded image in, a text of exactly `tokens` pieces out, beam 1, one thread; each picture once, artifact and parent in turn, in
+    one runtime."""
     with tempfile.TemporaryDirectory() as folder:
         pair = [artifact] if against is None else [artifact, against]
         name = "onnxruntime" if artifact.graphs else "torch"
@@ -219,8 +220,8 @@ def latency(artifact: Artifact, against: Artifact | None, pictures: np.ndarray, 
             pair[1] = Artifact(Path(folder) / "parent")
         with cost.one_thread():
             works = [timed_graphs(item, tokens) if name == "onnxruntime" else timed_torch(item, tokens) for item in pair]
-            rounds = [lambda turn, work=work: work(pictures[turn % len(pictures)]) for work in works]
-            times = cost.interleaved(rounds, TIMED_IMAGES)
+            rounds = [lambda turn, work=work: work(pictures[turn]) for work in works]
+            times = cost.interleaved(rounds, len(pictures))
     found = [{**cost.quantiles(ms), "threads": 1, "beam": 1, "runtime": name} for ms in times]
     return {"latency_ms": found[0], "parent_latency_ms": found[1] if against is not None else None}
 

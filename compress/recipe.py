@@ -1,7 +1,8 @@
 """Reads a recipe: YAML (data only) -> a tree that remembers file and line -> `compress.config.Recipe`. The one parse path.
 
-`extends` names one parent, merged key by key (lists are replaced); `--set NAME.key=value` changes one value of the merged tree. Whatever
-is wrong is a `RecipeError` of one line with the file, the line, the key, what is allowed and the nearest known name.
+`extends` names one parent, merged key by key (lists are replaced; with `after: NAME` the parent's stages up to that one come before the
+recipe's own); `--set NAME.key=value` changes one value of the merged tree. Whatever is wrong is a `RecipeError` of one line with the file,
+the line, the key, what is allowed and the nearest known name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from compress.values import config_of, keys_of, value_of
 # Beside the package, in a clone and in an installed wheel alike; a folder named recipes/ where the user stands cannot shadow it.
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 SECTIONS = {"data": Data, "student": Student}
-TOP = ("name", "extends", "seed", "data", "student", "stages")
+TOP = ("name", "extends", "after", "seed", "data", "student", "stages")
 NEW = ("concepts", "train")  # kinds that can start a captioner from nothing
 GRAPHS = ("quantize", "export")  # kinds whose artifacts are ONNX graphs, which no later training can change
 
@@ -112,17 +113,23 @@ def _extended(path: Path, seen: tuple[Path, ...]) -> Located:
     tree = _mapping(read(path))
     real = path.resolve()
     parent = tree.value.get("extends")
+    after = tree.value.get("after")
     merged = tree
+    if after is not None and (parent is None or "stages" not in tree.value):
+        raise RecipeError(f"{after.place}key 'after' puts this recipe's stages behind one of its parent's: it needs 'extends' and 'stages'")
     if parent is not None:
         if not isinstance(parent.value, str):
             raise RecipeError(f"{parent.place}key 'extends' names one recipe: a shipped one or a file")
         base = find(parent.value, path.parent, parent.place)
         if base.resolve() in (*seen, real):
             raise RecipeError(f"{parent.place}'extends: {parent.value}' comes back to a recipe that extends this one")
-        merged = _merged(_extended(base, (*seen, real)), tree)
+        extended = _extended(base, (*seen, real))
+        merged = _merged(extended, tree)
+        if after is not None:
+            merged.value["stages"] = _continued(extended, after, tree)
     # A name belongs to its own file: a run of a child must not land in its parent's folder.
     name = tree.value.get("name", Located(path.stem, f"{path}:1: "))
-    return Located({key: value for key, value in merged.value.items() if key != "extends"} | {"name": name}, tree.place)
+    return Located({key: value for key, value in merged.value.items() if key not in ("extends", "after")} | {"name": name}, tree.place)
 
 
 def _merged(base: Located, over: Located) -> Located:
@@ -132,6 +139,17 @@ def _merged(base: Located, over: Located) -> Located:
             pairs[key] = _merged(pairs[key], value) if key in pairs else value
         return Located(pairs, over.place)
     return over
+
+
+def _continued(base: Located, after: Located, tree: Located) -> Located:
+    """The stages of `base` up to the one that `after` names, then those of `tree`."""
+    names = [name for _, name, _ in _stage_entries(base)]
+    name = value_of(after, str, "", "after")
+    if name not in names:
+        raise RecipeError(f"{after.place}key 'after': the parent has no stage '{name}'; it has {', '.join(names)}{nearest(name, names)}")
+    _stage_entries(tree)
+    own = tree.value["stages"]
+    return Located([*base.value["stages"].value[: names.index(name) + 1], *own.value], own.place)
 
 
 def _with_setting(tree: Located, setting: str) -> Located:

@@ -161,6 +161,34 @@ def test_extends_merges_mappings_and_replaces_lists(tmp_path):
     assert (read.student.preset, read.student.heads, read.student.layers) == ("tiny", 2, 1)
 
 
+def test_after_puts_the_parent_s_first_stages_before_the_own(tmp_path):
+    parent = read_recipe(write(tmp_path, CHAIN, "parent.yaml"))
+    last = parent.stages[1].name
+    child = f"extends: parent.yaml\nafter: {last}\nstages:\n  - distill: {{as: more, teachers: teacher}}\n"
+    read = read_recipe(write(tmp_path, child, "child.yaml"), ["teacher.epochs=7"])
+    assert [stage.name for stage in read.stages] == [*(stage.name for stage in parent.stages[:2]), "more"]
+    assert read.stages[1].config == parent.stages[1].config and read.stages[0].config.epochs == 7
+    assert read.stages[0].place.startswith(str(tmp_path / "parent.yaml")) and "child.yaml:4" in read.stages[2].place
+    grandchild = "extends: child.yaml\nafter: teacher\nstages:\n  - export: {}\n"
+    assert [stage.name for stage in read_recipe(write(tmp_path, grandchild, "last.yaml")).stages] == ["teacher", "export"]
+    assert "a second stage is named 'teacher'" in error_of(tmp_path, child.replace("as: more", "as: teacher"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("extends: parent.yaml\nafter: teachr\nstages:\n  - export: {}\n", "the parent has no stage 'teachr'; it has teacher, "),
+        ("extends: parent.yaml\nafter: [teacher]\nstages:\n  - export: {}\n", "key 'after' must be"),
+        ("extends: parent.yaml\nafter: teacher\n", "it needs 'extends' and 'stages'"),
+        ("after: teacher\nstages:\n  - train: {preset: tiny}\n", "it needs 'extends' and 'stages'"),
+        ("extends: parent.yaml\nafter: teacher\nstages: []\n", "key 'stages' must be a list"),
+    ],
+)
+def test_after_what_is_not_there(tmp_path, text, expected):
+    write(tmp_path, CHAIN, "parent.yaml")
+    assert expected in error_of(tmp_path, text)
+
+
 def test_extends_a_shipped_recipe(tmp_path):
     read = read_recipe(write(tmp_path, "extends: quickstart\nseed: 5\n", "mine.yaml"))
     assert (read.name, read.seed) == ("mine", 5)
