@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import compress
+from compress import lock
 from compress.architectures import architectures
 from compress.recipe import read_recipe, recipes
 from students.lightcap.bert import load_bert
@@ -22,11 +23,14 @@ QUICKSTART = (
     "data.train_images=48", "data.val_images=12", "teacher.epochs=1", "student.epochs=1", "pruned.recover_epochs=1",
     "pruned.recover_encoder_epochs=1", "int8.calibration_images=16", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
 )  # fmt: skip
+WALLS = ("data.captions=dataset.json", "data.images=images")
+TRAINED = ("concepts", "train", "distill", "scst")
 PHOTOS = (
-    "data.captions=dataset.json", "data.images=images", "extractor.epochs=1", "frozen.epochs=1", "tuned.epochs=1",
-    "teacher-cider.epochs=1", "student.epochs=1", "student-cider.epochs=1", "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1",
-    "pruned-cider.epochs=1", "int8.calibration_images=8", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
+    *WALLS, *(f"{stage.name}.epochs=1" for stage in read_recipe("photos").stages if stage.kind in TRAINED),
+    "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8", "pruned.max_drop_cider=1000",
+    "int8.max_drop_cider=1000",
 )  # fmt: skip
+UNDISTILLED = (*WALLS, *(f"{stage.name}.epochs=1" for stage in read_recipe("undistilled").stages if stage.kind in TRAINED))
 
 
 TINY = ("student.preset=tiny", "student.encoder=resnet-small", "student.encoder_weights=none", "extractor.text_encoder=minilm",
@@ -131,17 +135,24 @@ def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -
 
 
 def test_every_shipped_recipe_is_tested_here():
-    assert {entry[0] for entry in recipes()} == {"quickstart", "photos", "ablation", "lightcap-coco"}
+    assert {entry[0] for entry in recipes()} == {"quickstart", "photos", "ablation", "undistilled", "lightcap-coco"}
 
 
-def test_the_ablation_has_the_teachers_of_photos_from_its_cache():
-    photos, ablation = ({stage.name: stage for stage in read_recipe(name).stages} for name in ("photos", "ablation"))
-    for name in ("extractor", "frozen", "tuned", "tuned-2", "tuned-3", "teacher"):
-        ours, theirs = ablation[name], photos[name]
-        assert (ours.kind, ours.parent, ours.config) == (theirs.kind, theirs.parent, theirs.config), name
+@pytest.mark.parametrize(("name", "last"), [("ablation", "teacher-cider"), ("undistilled", "student-cider")])
+def test_a_recipe_that_goes_on_behind_photos_finds_its_stages_in_the_cache(name, last):
+    photos, other = (locks(recipe) for recipe in ("photos", name))
+    shared = list(photos)[: list(photos).index(last) + 1]
+    assert {stage: other[stage] for stage in shared} == {stage: photos[stage] for stage in shared}
 
 
-@pytest.mark.parametrize("name", ["photos", "ablation"])
+def locks(name: str) -> dict[str, str]:
+    recipe, found = read_recipe(name), {}
+    for stage in recipe.stages:
+        found[stage.name] = lock.digest(lock.parts(recipe, stage, found, "data", 2))
+    return found
+
+
+@pytest.mark.parametrize("name", ["photos", "ablation", "undistilled"])
 def test_pretrained_weights_fit_every_student_that_starts_from_them(name):
     """The runs below are made small without them."""
     recipe = read_recipe(name)
@@ -256,6 +267,17 @@ def test_lightcap_coco(tmp_path):
 @pytest.mark.timeout(1200)
 def test_photos(tmp_path):
     karpathy(tmp_path)
-    names = ["extractor", "frozen", "tuned", "tuned-2", "tuned-3", "teacher", "teacher-cider", "student", "student-cider",
-             "vocabulary", "pruned", "pruned-cider", "int8", "export"]  # fmt: skip
+    names = ["extractor", "frozen", "tuned", "tuned-2", "tuned-3", "tuned-4", "tuned-5", "teacher", "cider-1", "cider-2", "cider-3",
+             "teacher-cider", "student", "student-cider", "vocabulary", "pruned", "pruned-cider", "int8", "export"]  # fmt: skip
     check("photos", PHOTOS, tmp_path, names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_undistilled(tmp_path):
+    karpathy(tmp_path)
+    rows = {row["name"]: row for row in lightcap("run", "undistilled", *settings(UNDISTILLED), cwd=tmp_path)["ledger"]}
+    assert rows["plain"]["params"] == rows["student"]["params"] and rows["plain-cider-19"]["delta_ci95"] is not None
+    gained = {row["name"]: row for row in benchmark("gains", "runs/undistilled", "--json", cwd=tmp_path)["rows"]}
+    assert gained["plain-cider"]["seeds"] == gained["student-cider"]["seeds"] == 3
+    assert gained["plain-cider"]["against"] == "student-cider"
