@@ -162,6 +162,8 @@ class Prune(Optimisation):
     recover_epochs: float = 1.0
     recover_encoder_epochs: float = 1.0
     encoder_learning_rate: float = 1e-3
+    flip: bool = False  # mirrors half of the pictures, while the encoder recovers
+    crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder recovers
     label_smoothing: float = 0.1
     temperature: float = 1.0
     top_k: int = 16

@@ -85,7 +85,8 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         return amount.images * (seen * known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS)))
     if isinstance(settings, Prune):
         each = known + pack + 3 * settings.recover_epochs * pack
-        return amount.images * (each + 3 * settings.recover_encoder_epochs * macs.encoder * ("encoder" in settings.parts))
+        beside = 3 + bool(settings.flip or settings.crop)  # of disturbed pictures the parent's grids are not stored
+        return amount.images * (each + beside * settings.recover_encoder_epochs * macs.encoder * ("encoder" in settings.parts))
     if isinstance(settings, Quantize):  # trials are not counted: there may be none
         tuning = known + pack + 3 * (macs.encoder + pack)
         return settings.calibration_images * macs.caption + amount.images * settings.tune_epochs * tuning

@@ -88,3 +88,5 @@ def test_epochs_are_passes(tmp_path, data):
     assert planned(tmp_path, data, "scst.samples=10")["scst"] > 1.5 * spent["scst"] - 31 * encoder
     stored, anew = (planned(tmp_path, data, "scst.epochs=3", f"scst.crop={crop}")["scst"] for crop in (0.0, 0.1))
     assert anew - stored == pytest.approx(30 * 2 * encoder)  # disturbed pictures are encoded in each of three passes, not once
+    stored, anew = (planned(tmp_path, data, f"pruned.crop={crop}")["pruned"] for crop in (0.0, 0.1))
+    assert anew - stored == pytest.approx(30 * encoder)  # the parent's encoder runs beside the pruned one

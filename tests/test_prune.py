@@ -699,12 +699,13 @@ def test_a_layer_can_be_all_that_leaves(world):
 # ---- recovery
 
 
-def test_an_unpruned_encoder_has_nothing_to_recover(world):
-    """Its norms keep their statistics: it stays where it was, though its batches are small."""
+@pytest.mark.parametrize("disturbed", [{}, {"flip": True, "crop": 0.3}])
+def test_an_unpruned_encoder_has_nothing_to_recover(world, disturbed):
+    """Its norms keep their statistics: it stays where it was, though its batches are small; its parent sees the same pictures."""
     model, _, preprocessing, parent, context = world
     here = context("a")
     recovered, before = LightCap.from_pretrained(parent.path), dict(model.encoder.named_buffers())
-    config = Prune(macs=0.7, batch_images=4, encoder_learning_rate=1e-4, precision="fp32")
+    config = Prune(macs=0.7, batch_images=4, encoder_learning_rate=1e-4, precision="fp32", **disturbed)
     importlib.import_module("compress.stages.prune.recover").recover_encoder(recovered, parent, preprocessing, config, 17, "encoder", here)
     assert all(torch.equal(buffer, before[name]) for name, buffer in recovered.encoder.named_buffers())
     pictures = torch.randn(8, 3, 80, 80, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,5 @@
-"""A pruned encoder learns to give its parent's grid again: feature distillation on training pictures."""
+"""A pruned encoder learns to give its parent's grid again: feature distillation on training pictures, against the stored grids of them, or
+against the parent's encoder beside it where pictures are disturbed anew in each step."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from compress.artifact import Artifact
 from compress.config import Prune
 from compress.context import Context
 from compress.training.batches import image_batches, steps_of
+from compress.training.corpus import disturbed
 from compress.training.features import device, grids, normalised, pixels, variance
 from compress.training.loop import Group, fit, precision
 from compress.training.start import read_captioner
@@ -17,7 +19,7 @@ from students.lightcap.norms import folded
 
 
 def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: Prune, seed: int, label: str, context: Context) -> None:
-    """Minimises the mean squared error of the grid, over its variance, against the parent's stored features."""
+    """Minimises the mean squared error of the grid, over its variance, against the parent's."""
     if config.recover_encoder_epochs == 0:
         return
     data = context.data.split("train")
@@ -26,6 +28,7 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
     pictures = pixels(data, settings, context.cache, context.progress)
     scale = variance(wanted)
     where = device()
+    own.encoder.to(where, memory_format=torch.channels_last).eval()
     model.to(where)
     # Norms keep their statistics, as in the training of a pretrained encoder: by those of a batch of a few pictures, the unpruned encoder's
     # own grid would be far from the one that is asked for.
@@ -35,13 +38,18 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
 
     def loss_of(step: int) -> Tensor:
         rows = rows_of(step)
-        goal = torch.from_numpy(wanted[rows]).to(where).float()
+        seen = disturbed(normalised(pictures[rows], settings, where), config.flip, config.crop)
         with precision(config.precision, where):
-            grid = model.encode(normalised(pictures[rows], settings, where))
-        return (grid.float() - goal).square().mean() / scale
+            grid = model.encode(seen)
+            if config.flip or config.crop:
+                with torch.no_grad():
+                    goal = own.encode(seen)
+            else:
+                goal = torch.from_numpy(wanted[rows]).to(where)
+        return (grid.float() - goal.float()).square().mean() / scale
 
     groups = [Group(list(model.encoder.parameters()), config.encoder_learning_rate)]
-    with folded(model.encoder, model.config.image_size):
+    with folded(model.encoder, model.config.image_size), folded(own.encoder, own.config.image_size):
         fit(nn.ModuleDict({"encoder": model.encoder}), groups, steps, loss_of, config, seed, context.work, label, context.progress)
     model.cpu().eval()
     model.contiguous_()
