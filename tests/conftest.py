@@ -1,4 +1,4 @@
-"""The exported tiny captioner that the tests of graphs and of the runtime share."""
+"""The exported tiny captioner that the tests of graphs and of the runtime share; whole recipes begin first."""
 
 import pytest
 import tiny_captioner as tiny
@@ -19,3 +19,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captioner(folder):
     return runtime.Captioner(folder, threads=1)
+
+
+def pytest_collection_modifyitems(items):
+    """Of several processes, none shall begin a test of minutes when the others are done."""
+    items.sort(key=lambda item: item.path.name != "test_recipes.py")
