@@ -3,8 +3,9 @@
     python benchmarks/gains.py runs/ablation [--json]
 
 Stages that differ in their seed alone are one row. Its gain is the mean over seeds of the difference in CIDEr-D,
-seed by seed; its 95 % interval is a bootstrap over images of each image's mean over seeds, so it holds the variance of images, and that of
-seeds as far as they average out; the gain of every seed stands beside it. With --json, one JSON document.
+seed by seed; its 95 % interval is a bootstrap over images of each image's mean over seeds: it holds the variance of images, and of seeds no
+more than what their mean leaves. `3 against 1` seeds: what they are compared with was trained once, and its luck is in all three gains,
+which stand beside. With --json, one JSON document.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import CAPTIONS, interval, number, table  # noqa: E402
+from results import interval, number, table  # noqa: E402
 
 from compress import ledger  # noqa: E402
 from compress.config import Stage  # noqa: E402
@@ -44,7 +45,7 @@ def groups(stages: Sequence[Stage]) -> dict[str, list[str]]:
 
 def scores(run: Path, row: Mapping) -> dict[str, float]:
     """{image: CIDEr-D x100 of its caption}."""
-    return {item["image"]: item["cider"] for item in json.loads((run / row["artifact"] / CAPTIONS).read_text())}
+    return {item["image"]: item["cider"] for item in json.loads(ledger.captions_file(run / row["artifact"], row["split"]).read_text())}
 
 
 def gains(run: Path) -> list[dict]:
@@ -52,7 +53,7 @@ def gains(run: Path) -> list[dict]:
     rows = {row["name"]: ledger.row(row) for row in ledger.read_run(run)}
     stages = read_recipe(run / "recipe.yaml").stages
     against = {stage.name: stage.against for stage in stages}
-    spoken = {name: scores(run, row) for name, row in rows.items() if (run / row["artifact"] / CAPTIONS).is_file()}
+    spoken = {name: scores(run, row) for name, row in rows.items() if row["cider"] is not None and row["name"] != "nearest"}
     found = []
     for name, seeds in groups(stages).items():
         made = [seed for seed in seeds if seed in spoken]
@@ -60,7 +61,7 @@ def gains(run: Path) -> list[dict]:
             continue
         cider, seconds = ([rows[seed][key] or 0.0 for seed in made] for key in ("cider", "seconds"))
         row = {"name": name, "against": None, "seeds": len(made), "cider": float(np.mean(cider)), "seconds": sum(seconds)}
-        none = {"gain": None, "gain_ci95": None, "gain_by_seed": []}
+        none = {"against_seeds": None, "gain": None, "gain_ci95": None, "gain_by_seed": []}
         found.append(row | none | {key: rows[made[0]][key] for key in ("gmacs_caption", "params")})
         pairs = [(seed, against[seed]) for seed in made if against[seed] in spoken]
         if not pairs:
@@ -70,14 +71,14 @@ def gains(run: Path) -> list[dict]:
         whole = paired(mine, theirs)
         each = [float(np.mean([spoken[a][image] - spoken[b][image] for image in images])) for a, b in pairs]
         gain = {"gain": whole.delta, "gain_ci95": list(whole.ci95), "gain_by_seed": each}
-        found[-1] |= gain | {"against": against[pairs[0][0]], "seeds": len(pairs)}
+        found[-1] |= gain | {"against": against[pairs[0][0]], "seeds": len(pairs), "against_seeds": len({theirs for _, theirs in pairs})}
     return found
 
 
 COLUMNS = {
     "stage": lambda row: row["name"],
     "compared with": lambda row: row["against"] or "",
-    "seeds": lambda row: str(row["seeds"]),
+    "seeds": lambda row: str(row["seeds"]) + (f" against {row['against_seeds']}" if row["against"] else ""),
     "CIDEr": lambda row: number(row["cider"], ".1f"),
     "gain": lambda row: f"{number(row['gain'], '+.1f')} {interval(row['gain_ci95'], '+.1f')}".strip(),
     "of each seed": lambda row: ", ".join(format(gain, "+.1f") for gain in row["gain_by_seed"]),

@@ -19,7 +19,6 @@ from compress import ledger  # noqa: E402
 from compress.errors import LightcapError  # noqa: E402
 
 MAIN_LINE = ("teacher", "teacher-cider", "student", "student-cider", "pruned", "pruned-cider", "int8")
-CAPTIONS = "captions.json"  # in each artifact's folder
 
 
 def interval(values: Sequence[float] | None, form: str) -> str:
@@ -62,7 +61,8 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]], other: str) -
 
 def spoken(run: Path, rows: Sequence[Mapping], count: int) -> str:
     """The captions of `count` images, a row per image, by every model of the main line that the run has."""
-    said = {row["name"]: json.loads((run / row["artifact"] / CAPTIONS).read_text()) for row in rows if row["name"] in MAIN_LINE}
+    mine = [row for row in rows if row["name"] in MAIN_LINE]
+    said = {row["name"]: json.loads(ledger.captions_file(run / row["artifact"], row["split"]).read_text()) for row in mine}
     names = [name for name in MAIN_LINE if name in said]
     total = len(said[names[0]]) if names else 0
     chosen = range(0, total, max(1, total // count))[:count]

@@ -47,7 +47,7 @@ def with_torch(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[
 
     least = OVERSAMPLED * evaluate.settings_of(chosen)["image_size"]
     opened = functools.partial(open_photo, least=least)
-    yield from answers(photos, opened, lambda image: evaluate.captions_of_images(chosen, [image], beam)[0])
+    yield from answers(photos, opened, evaluate.caption_of_image(chosen, beam))
 
 
 def answers(photos: Sequence[Path], opened: Callable, caption_of: Callable) -> Iterator[dict]:

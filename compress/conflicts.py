@@ -78,6 +78,10 @@ def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
         yield TARGETS[0], "'prune' needs a target: macs, params (shares of its parent), mb or ms"
     if config.layers and "fusion" not in config.parts:
         yield "layers", "are of the fusion; add fusion to 'parts', or leave it out"
+    if "encoder" not in config.parts or not config.recover_encoder_epochs:
+        for key in ("flip", "crop"):
+            if getattr(config, key):
+                yield key, "disturbs pictures while the encoder recovers; here it does not (parts, recover_encoder_epochs): leave it out"
 
 
 def _quantize(config: Quantize, parent: str | None) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from compress.context import Context, Progress
 from compress.data import CaptionSet
 from compress.data.concepts import read_concepts
 from compress.decode import Special, beam_search
-from compress.errors import StageError
+from compress.errors import ModelError, StageError
+from compress.ledger import captions_file
 from compress.metrics.bootstrap import paired
 from compress.training.corpus import UNSEEN_BIAS
 from compress.training.features import device, grids, pixels
@@ -31,25 +33,25 @@ BEAM = 5  # for accuracy
 BATCH = 32
 TIMED_IMAGES = 20
 VARIED = 10  # different captions
-CAPTIONS = "captions.json"  # beside metrics.json: what the artifact said of each image, and that caption's CIDEr-D
 
 
 def measure(artifact: Artifact, against: Artifact | None, context: Context) -> dict:
     """The ledger row of `artifact` on the recipe's val split, beam 5; compared with `against`."""
     if context.stage.kind == "concepts":
         return extraction(artifact, context)
-    if against is not None and not (against.path / CAPTIONS).is_file():
+    split = context.recipe.data.val_split
+    if against is not None and not captions_file(against.path, split).is_file():
         against = None  # a concept extractor, which says nothing yet
-    data = context.data.split(context.recipe.data.val_split)
+    data = context.data.split(split)
     said, scores = scored(artifact, data, context.cache, context.progress)
     spoken = [
         {"image": example.image_id, "caption": text, "logprob": round(logprob, 4), "cider": round(float(value), 4)}
         for example, (text, logprob), value in zip(data.examples, said, scores.per_image, strict=True)
     ]
-    write_json(artifact.path / CAPTIONS, spoken)
-    row = accuracy(scores) | {"split": context.recipe.data.val_split} | costs(artifact)
+    write_json(captions_file(artifact.path, split), spoken)
+    row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
-        earlier = {item["image"]: item for item in json.loads((against.path / CAPTIONS).read_text())}
+        earlier = {item["image"]: item for item in json.loads(captions_file(against.path, split).read_text())}
         if artifact.quantized:
             check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()])
         before = [earlier[item["image"]]["cider"] for item in spoken]
@@ -77,8 +79,9 @@ def scored(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress
 
 def ciders(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress) -> np.ndarray:
     """CIDEr-D x100 of each image of `data` at beam 5: as it was measured, if `artifact` was."""
-    if (artifact.path / CAPTIONS).is_file():
-        known = {item["image"]: item["cider"] for item in json.loads((artifact.path / CAPTIONS).read_text())}
+    file = captions_file(artifact.path, data.examples[0].split)
+    if file.is_file():
+        known = {item["image"]: item["cider"] for item in json.loads(file.read_text())}
         return np.array([known[example.image_id] for example in data.examples])
     return scored(artifact, data, cache, progress)[1].per_image
 
@@ -156,18 +159,26 @@ def narrowed(model: LightCap, tokenizer: Tokenizer) -> tuple[Tensor, Special]:
     return spoken, special.among(spoken)
 
 
-def captions_of_images(artifact: Artifact, images: Sequence, beam: int = 1) -> list[tuple[str, float]]:
-    """(caption, log-probability) of decoded images, PIL's or (H, W, 3) uint8 each, from a float artifact."""
+def caption_of_image(artifact: Artifact, beam: int = 1) -> Callable[[np.ndarray | Image.Image], tuple[str, float]]:
+    """A float artifact's function from a decoded image, PIL's or (H, W, 3) uint8, to (caption, log-probability)."""
     model, tokenizer, settings = read_captioner(artifact.path)
-    batch = torch.from_numpy(np.stack([runtime.pixels(image, settings) for image in images]))
-    with torch.inference_mode():
-        grid = model.encode(batch)
-    found = beam_search(model, grid, Special.of(tokenizer), beam, model.config.max_tokens)
-    return [(decode_caption(tokenizer, item.tokens), item.logprob) for item in found]
+    special = Special.of(tokenizer)
+
+    @torch.inference_mode()
+    def caption(image: np.ndarray | Image.Image) -> tuple[str, float]:
+        grid = model.encode(torch.from_numpy(runtime.pixels(image, settings)[None]))
+        [found] = beam_search(model, grid, special, beam, model.config.max_tokens)
+        return decode_caption(tokenizer, found.tokens), found.logprob
+
+    return caption
 
 
 def settings_of(artifact: Artifact) -> dict:
-    return json.loads((artifact.path / "preprocessor_config.json").read_text())
+    """Its preprocessor_config.json. ModelError where there is none."""
+    try:
+        return json.loads((artifact.path / "preprocessor_config.json").read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{artifact.path} has no preprocessor_config.json, which says what is done to a picture; copy it again") from None
 
 
 def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress, also: Callable | None = None) -> dict:

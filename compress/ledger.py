@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def row(values: Mapping) -> dict:
     if unknown:
         raise ValueError(f"not keys of a ledger row: {', '.join(sorted(unknown))}")
     return {key: values.get(key) for key in ROW}
+
+
+def captions_file(artifact: Path, split: str) -> Path:
+    """Beside an artifact's metrics.json: what it said of each image of `split`, and that caption's CIDEr-D x100. Another split has another
+    file, since rows of other runs may name the same artifact."""
+    return artifact / f"captions.{re.sub('[^A-Za-z0-9_.-]', '_', split)}.json"
 
 
 def against(stage: Stage, measured: Mapping) -> str | None:

@@ -157,14 +157,21 @@ def _failing_as(stage: Stage, out: Path, work: Path) -> Iterator[None]:
     try:
         yield
     except LightcapError as error:
-        if isinstance(error, UsageError):  # nothing can go on from here: another input is another lock
-            shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, UsageError):
+            _forget(work)
         raise type(error)(f"stage '{stage.name}': {error.message}") from error
     except Exception as error:
         known = expected(error)
         if known is not None:
-            shutil.rmtree(work, ignore_errors=True)
+            _forget(work)
             raise type(known)(f"stage '{stage.name}': {known.message}") from error
         artifact.write_text(out / "error.txt", traceback.format_exc())
         what = f"{type(error).__name__}: {error}"
         raise StageError(f"stage '{stage.name}' failed: {what} (trace: {out / 'error.txt'})") from error
+
+
+def _forget(work: Path) -> None:
+    """Removes the folder of a stage that was begun with what it cannot use, unless it trained: an input may be back tomorrow (a disk of the
+    net, a photo), under the same lock."""
+    if not any(path.is_file() for folder in ("state", "model") for path in (work / folder).rglob("*")):
+        shutil.rmtree(work, ignore_errors=True)

@@ -39,8 +39,8 @@ def run(tmp_path) -> Path:
         values = cider + noise + np.random.default_rng(number + 1).normal(0, 2, 200)
         values += cider - values.mean()
         said = [{"image": f"{i}.jpg", "caption": "", "cider": value} for i, value in enumerate(values)]
-        (tmp_path / name / "captions.json").write_text(json.dumps(said[::-1] if number % 2 else said))
-        row = {"stage": "train", "name": name, "artifact": name, "cider": cider}
+        (tmp_path / name / "captions.val.json").write_text(json.dumps(said[::-1] if number % 2 else said))
+        row = {"stage": "train", "name": name, "artifact": name, "split": "val", "cider": cider}
         rows.append(row | {"gmacs_caption": 1.5, "params": 2e6, "seconds": 10.0})
     ledger.write(tmp_path / "ledger.jsonl", rows)
     return tmp_path
@@ -52,7 +52,7 @@ def test_gains_of_seeds_together(run):
     assert done.returncode == 0, done.stderr
     plain, better, more = json.loads(done.stdout)["rows"]
     assert (plain["name"], plain["against"], plain["seeds"], plain["gain"], plain["cider"]) == ("plain", None, 2, None, pytest.approx(41.0))
-    assert (better["name"], better["against"], better["seeds"]) == ("better", "plain", 2)
+    assert (better["name"], better["against"], better["seeds"], better["against_seeds"]) == ("better", "plain", 2, 2)
     assert better["gain_by_seed"] == pytest.approx([5.0, 2.0]) and better["gain"] == pytest.approx(3.5)
     assert better["cider"] == pytest.approx(44.5) and better["seconds"] == 20.0
     assert (more["name"], more["against"], more["seeds"], more["gain"]) == ("better-2", "better", 1, pytest.approx(1.0))

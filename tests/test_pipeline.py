@@ -250,6 +250,20 @@ def test_wrong_input_writes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["chain.yaml"]
 
 
+def test_input_that_goes_away_while_a_stage_is_measured_costs_no_training(tmp_path):
+    class Gone(Evaluation):
+        def measure(self, artifact, against, context):
+            if context.stage.name == "student":
+                raise DataError("val.jpg cannot be read")
+            return super().measure(artifact, against, context)
+
+    result, stages, _ = go(tmp_path, evaluation=Gone())
+    assert result.error.exit_code == 2 and "stage 'student': val.jpg cannot be read" in result.error.message
+    assert stages.runs[-1] == "student"
+    finished, again, _ = go(tmp_path)
+    assert finished.ok and "student" not in again.runs and "pruned" in again.runs
+
+
 def test_a_stage_that_writes_no_model_fails(tmp_path):
     class Nothing(Stages):
         def run(self, parent, config, context):

@@ -19,6 +19,7 @@ from compress.errors import StageError
 from compress.stages import prune
 from compress.stages.prune import channels, sensitivity, target
 from compress.training.batches import IGNORED, Captions, pack
+from compress.training.features import device, normalised, pixels
 from compress.training.start import write_captioner
 from students.lightcap import LightCap, preset
 from students.lightcap.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, EncoderSpec, preprocessor
@@ -700,13 +701,21 @@ def test_a_layer_can_be_all_that_leaves(world):
 
 
 @pytest.mark.parametrize("disturbed", [{}, {"flip": True, "crop": 0.3}])
-def test_an_unpruned_encoder_has_nothing_to_recover(world, disturbed):
+def test_an_unpruned_encoder_has_nothing_to_recover(world, disturbed, monkeypatch):
     """Its norms keep their statistics: it stays where it was, though its batches are small; its parent sees the same pictures."""
     model, _, preprocessing, parent, context = world
     here = context("a")
     recovered, before = LightCap.from_pretrained(parent.path), dict(model.encoder.named_buffers())
     config = Prune(macs=0.7, batch_images=4, encoder_learning_rate=1e-4, precision="fp32", **disturbed)
+    seen, real = [], LightCap.encode
+    monkeypatch.setattr(LightCap, "encode", lambda self, batch: seen.append(batch.detach().clone()) or real(self, batch))
     importlib.import_module("compress.stages.prune.recover").recover_encoder(recovered, parent, preprocessing, config, 17, "encoder", here)
+    steps = [batch for batch in seen if len(batch) == config.batch_images]
+    if disturbed:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(steps[::2], steps[1::2], strict=True))
+    whole = normalised(pixels(here.data.split("train"), preprocessing, here.cache, here.progress), preprocessing, device())
+    known = [any(torch.allclose(picture, other, atol=1e-5) for other in whole) for picture in steps[0]]
+    assert not all(known) if disturbed else all(known)
     assert all(torch.equal(buffer, before[name]) for name, buffer in recovered.encoder.named_buffers())
     pictures = torch.randn(8, 3, 80, 80, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -16,6 +16,7 @@ from compress.context import Context, Progress
 from compress.data import CaptionSet, Example
 from compress.decode import Special
 from compress.errors import StageError
+from compress.ledger import captions_file
 from compress.stages import export, quantize
 from compress.stages.quantize import decoder, encoder, gptq, observe, search, sensitivity, simulate, smoothquant, tune
 from students.lightcap.tokenizer import decode_caption, encode_captions
@@ -285,7 +286,7 @@ def test_one_caption_for_all_images_is_an_error(data, broken, tmp_path, monkeypa
     before = tmp_path / "before"
     before.mkdir()
     spoken = [{"image": str(i), "caption": f"a dog {i % 12}", "cider": 1.0} for i in range(16)]
-    (before / evaluate.CAPTIONS).write_text(json.dumps(spoken))
+    captions_file(before, "val").write_text(json.dumps(spoken))
     graphs_only = tmp_path / "int8"
     graphs_only.mkdir()
     (graphs_only / "config.json").write_text(json.dumps({"quantized": {}}))
@@ -301,9 +302,12 @@ def test_what_was_measured_is_not_said_again(data, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "captions", None)
     val = data.split("val")
     spoken = [{"image": example.image_id, "caption": "a dog", "cider": float(index)} for index, example in enumerate(val.examples)]
-    (tmp_path / evaluate.CAPTIONS).write_text(json.dumps(spoken[::-1]))
+    captions_file(tmp_path, "val").write_text(json.dumps(spoken[::-1]))
     found = evaluate.ciders(Artifact(tmp_path), val, tmp_path, Progress(quiet=True))
     assert found.tolist() == [float(index) for index in range(16)]
+    with pytest.raises(TypeError):  # another split's captions are none of these
+        other = dataclasses.replace(val, examples=tuple(dataclasses.replace(example, split="test") for example in val.examples))
+        evaluate.ciders(Artifact(tmp_path), other, tmp_path, Progress(quiet=True))
 
 
 def test_tuned_weights_reach_the_observers(calibrated):

@@ -194,7 +194,7 @@ def test_ablation(tmp_path):
     by_name = {row["name"]: row for row in rows}
     silent = {"nearest", "extractor", "blind"}
     assert len(rows) == len(silent) + len(CAPTIONERS) and by_name["extractor"]["concept_recall"] >= 0
-    said = {name: json.loads((tmp_path / "runs/ablation" / row["artifact"] / "captions.json").read_text())
+    said = {name: json.loads((tmp_path / "runs/ablation" / row["artifact"] / "captions.val.json").read_text())
             for name, row in by_name.items() if name not in silent}  # fmt: skip
     mean = {name: 100 * sum(item["cider"] for item in items) / len(items) for name, items in said.items()}
     pairs = {"concepts": "baseline", "modulator-18": "concepts", "tokens-19": "modulator-19", "states": "tokens", "sequential": "states",

@@ -20,8 +20,8 @@ def test_the_ledger_and_captions_chosen_by_number(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         images = [{"image": f"{number}.jpg", "caption": f"{name} sees | {number}"} for number in range(26)]
-        (folder / "captions.json").write_text(json.dumps(images))
-        row = {"stage": "train", "name": name, "artifact": name, "cider": 50.0, "params": 23_527_264, "bytes": 8_710_000}
+        (folder / "captions.val.json").write_text(json.dumps(images))
+        row = {"stage": "train", "name": name, "artifact": name, "split": "val", "cider": 50.0, "params": 23_527_264, "bytes": 8_710_000}
         row |= {"delta_cider": -1.25, "delta_ci95": [-3.0, 0.5], "params_by_part": {"encoder": 1, "layers": 4_568_736}}
         row |= {"latency_ms": {"p50": 6.64, "runtime": "onnxruntime"}}
         rows.append(row)
