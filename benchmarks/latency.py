@@ -105,7 +105,7 @@ def lightcap(folder: Path, images: int, with_concepts: bool) -> list[Subject]:
         Subject("eager", "PyTorch fp32, cached prefix, folded heads, 30,522 pieces", eager(full), models.row(full)),
         Subject("onnx", "ONNX Runtime fp32, 30,522 pieces", graphs(onnx), models.row(onnx)),
         Subject("int8", "ONNX Runtime INT8 by the stage quantize, 10,000 pieces", graphs(int8), models.row(int8)),
-        Subject("pruned-int8", "the same, pruned: 3 of 4 layers, half its MACs, 0.6 of its weights", graphs(half), models.row(half)),
+        Subject("pruned-int8", "the same, of 3 of 4 layers, at most half its MACs, 0.6 of its weights", graphs(half), models.row(half)),
     ]
 
 

@@ -22,5 +22,5 @@ def captioner(folder):
 
 
 def pytest_collection_modifyitems(items):
-    """Of several processes, none shall begin a test of minutes when the others are done."""
+    """Of two processes, none begins a test of minutes when the other is done (`worksteal` gives the first half of the list to one)."""
     items.sort(key=lambda item: item.path.name != "test_recipes.py")
