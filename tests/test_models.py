@@ -4,6 +4,8 @@ import pytest
 from huggingface_hub import constants
 from test_artifact import make
 
+from compress import evaluate
+from compress.artifact import Artifact
 from compress.errors import ModelError
 from compress.models import resolve
 
@@ -50,3 +52,9 @@ def test_a_path_that_is_mistyped_asks_no_hub(hub, tmp_path):
     make(tmp_path / "runs" / "photos")
     with pytest.raises(ModelError, match="neither an artifact's folder nor a run's folder; did you mean 'photos'"):
         resolve("runs/photso")
+
+
+def test_a_float_artifact_without_its_preprocessor_is_one_line(tmp_path):
+    with pytest.raises(ModelError, match="has no preprocessor_config.json, .*; copy it again") as raised:
+        evaluate.settings_of(Artifact(tmp_path))
+    assert raised.value.exit_code == 2
