@@ -75,6 +75,8 @@ class Artifact:
         if not (self.path / "config.json").is_file():
             raise ModelError(f"{self.path} is not an artifact: it has no config.json{pickles(self.path)}")
         _ = self.config
+        if missing := [name for name in MODEL_FILES[1:3] if not (self.path / name).is_file()]:
+            raise ModelError(f"{self.path} has no {missing[0]}; make it anew (lightcap run)")
         weights = self.path / WEIGHTS
         if weights.is_file():
             check_safetensors(weights)

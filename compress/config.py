@@ -64,6 +64,7 @@ class Concepts(Optimisation):
     """The concept extractor: from the words of the captions, and from labelled regions where there are some."""
 
     learning_rate: float = 1e-3
+    precision: str = "fp32"
     preset: str | None = None
     vocabulary: str | None = None  # a file with a concept a line; the shipped list if absent
     text_encoder: str | None = None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from compress import runtime
 from compress.config import Data
 from compress.data import SOURCES, UnreadableImage, load, photos
 from compress.data.captions import hashed_split
@@ -438,6 +439,16 @@ def test_pictures_pillow_warns_of_are_read(karpathy):
     pale.putpalette([0, 0, 0, 250, 10, 10])
     pale.save(Path(data.captions).parent / "images" / "a.jpg", format="PNG", transparency=b"\x00\x80")
     assert load(data).unreadable == ()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I"])
+def test_training_sees_a_picture_as_the_device_does(tmp_path, mode):
+    noise = np.random.default_rng(3).integers(0, 255, (16, 24, 4), dtype=np.uint8)
+    wide = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    image = wide.convert(mode) if mode.startswith("I") else Image.fromarray(noise).convert(mode)
+    file = tmp_path / ("a.tiff" if mode in ("CMYK", "I") else "a.png")
+    image.save(file)
+    np.testing.assert_array_equal(photos.decode(file, "a"), runtime.open_image(file))
 
 
 # Fingerprints.

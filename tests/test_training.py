@@ -14,7 +14,7 @@ from compress.context import Progress, Task
 from compress.errors import StageError
 from compress.training import features, loop
 from compress.training.batches import IGNORED, Captions, order, pack
-from compress.training.corpus import Corpus
+from compress.training.corpus import Corpus, disturbed
 from compress.training.loop import Group, fit, linear
 from compress.training.store import found, stored
 from compress.training.targets import targets
@@ -136,11 +136,30 @@ def test_auto_is_the_precision_that_this_processor_multiplies_faster_in(monkeypa
     monkeypatch.setattr(loop, "product_seconds", {torch.bfloat16: half, torch.float32: 1.0}.get)
     loop.multiplies_faster_in_bf16.cache_clear()
     try:
-        with loop.precision("auto", torch.device("cpu")):
+        with loop.autocast(loop.settled("auto", torch.device("cpu")), torch.device("cpu")):
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == (torch.bfloat16 if chosen == "bf16" else torch.float32)
     finally:
         loop.multiplies_faster_in_bf16.cache_clear()
+
+
+def test_a_stage_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
+    """Also on a processor, or in a moment, that `auto` would choose another for."""
+    weight, seen, chosen = nn.Parameter(torch.ones(2, 2)), [], iter((True, False))
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "multiplies_faster_in_bf16", lambda: next(chosen))
+
+    def loss_of(step: int) -> torch.Tensor:
+        if step == 2 and "killed" not in seen:
+            seen.append("killed")
+            raise Killed
+        seen.append((weight @ weight).dtype)
+        return weight.square().sum()
+
+    with pytest.raises(Killed):
+        fit(nn.ParameterDict({"w": weight}), [Group([weight], 0.1)], 4, loss_of, CONFIG, 1, tmp_path, "x", QUIET)
+    fit(nn.ParameterDict({"w": weight}), [Group([weight], 0.1)], 4, loss_of, CONFIG, 1, tmp_path, "x", QUIET)
+    assert seen == [*[torch.bfloat16] * 2, "killed", *[torch.bfloat16] * 2] and next(chosen) is False
 
 
 def test_products_are_timed():
@@ -392,3 +411,13 @@ def test_features_are_the_encoder_s_and_computed_once(tmp_path):
         model.encoder.blocks[0].bn1.running_mean += 0.5  # a buffer counts, too
     assert not np.array_equal(features.grids(model, data, settings, tmp_path, QUIET), grids)
     assert data.read == []  # the pictures were decoded already
+
+
+def test_pictures_are_disturbed_alike_in_every_precision():
+    """In bf16 the places that a picture is read at would be off by up to half a pixel."""
+    pictures, found = torch.rand(4, 3, 224, 224), []
+    for chosen in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        with loop.autocast(chosen, torch.device("cpu")):
+            found.append(disturbed(pictures, True, 0.2))
+    assert found[0].shape == pictures.shape and not torch.equal(found[0], pictures) and torch.equal(*found)

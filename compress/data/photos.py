@@ -25,16 +25,28 @@ Content = Path | Callable[[], bytes]  # an image's file, or what gives its bytes
 
 
 def decode(content: Content, name: str) -> np.ndarray:
-    """An image's pixels, (height, width, 3) uint8 RGB, turned upright by its EXIF tag. Raises UnreadableImage."""
+    """An image's pixels, (height, width, 3) uint8 RGB as a device sees them: upright by the EXIF tag, what is transparent on white, 16-bit
+    grey scaled to 8. Raises UnreadableImage."""
     try:
         with Image.open(content if isinstance(content, Path) else BytesIO(content())) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UnreadableImage(f"image {name} is missing") from None
     except UnidentifiedImageError:
         raise UnreadableImage(f"image {name} is no image file that Pillow reads") from None
     except Exception as error:  # of a broken file Pillow's readers raise anything, from OSError to struct.error
         raise UnreadableImage(f"image {name} cannot be decoded: {error}") from None
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """As `compress.runtime.rgb`, which stands alone on the device, and whose changes shall train nothing anew."""
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((wide >> 8 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.asarray(image.convert("RGB"))
 
 
 def readable(

@@ -21,7 +21,7 @@ from compress.decode import Special, beam_search, beams, sample
 from compress.training.batches import IGNORED, Captions, pack
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.features import device
-from compress.training.loop import Group, fit, precision
+from compress.training.loop import Group, fit
 from compress.training.reward import CiderReward
 from compress.training.softmax import logits_at
 from compress.training.start import language, read_captioner, write_captioner
@@ -51,18 +51,17 @@ def run(parent: Artifact, config: Scst, context: Context) -> None:
 
     def loss_of(step: int) -> Tensor:
         images = batch_of(step).images
-        with precision(config.precision, where):
-            with torch.no_grad():
-                grid = data.grid_of(model.eval(), images)
-            drawn = draw(model, grid, special, config, seed * 1_000_003 + step + context.share.rank * 1_000_000_007)
-            rewards = score(images, drawn)
-            if config.baseline == "mean":
-                baseline = (rewards.sum(1, keepdims=True) - rewards) / (config.samples - 1)
-            else:
-                greedy = beam_search(model.eval(), grid, special, 1, model.config.max_tokens)
-                baseline = score(images, [[item.tokens] for item in greedy])
-            model.train().encoder.eval()
-            return policy_loss(model, grid, drawn, rewards - baseline, special, config.temperature)
+        with torch.no_grad():
+            grid = data.grid_of(model.eval(), images)
+        drawn = draw(model, grid, special, config, seed * 1_000_003 + step + context.share.rank * 1_000_000_007)
+        rewards = score(images, drawn)
+        if config.baseline == "mean":
+            baseline = (rewards.sum(1, keepdims=True) - rewards) / (config.samples - 1)
+        else:
+            greedy = beam_search(model.eval(), grid, special, 1, model.config.max_tokens)
+            baseline = score(images, [[item.tokens] for item in greedy])
+        model.train().encoder.eval()
+        return policy_loss(model, grid, drawn, rewards - baseline, special, config.temperature)
 
     groups = [Group(list(trained.parameters()), config.learning_rate)]
     steps = data.steps(config.epochs, config.batch_images)

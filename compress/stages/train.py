@@ -15,7 +15,7 @@ from compress.context import Context
 from compress.training.batches import IGNORED
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.features import device
-from compress.training.loop import Group, fit, precision
+from compress.training.loop import Group, fit
 from compress.training.losses import caption_loss
 from compress.training.matching import Matching, replace
 from compress.training.softmax import logits_at
@@ -52,20 +52,19 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
 
     def loss_of(step: int) -> Tensor:
         batch = batch_of(step)
-        with precision(config.precision, where):
-            grid = F.dropout(data.grid_of(model, batch.images), config.grid_dropout)
-            concepts, replaced = replace(model.find_concepts(grid)) if matching is not None else (None, None)
-            states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix), concepts=concepts)
-            real = batch.targets != IGNORED
-            if replaced is not None and not replaced.all():
-                real &= ~replaced.unsqueeze(1)  # a caption says nothing of another picture's concepts
-            mean = model.heads.branch_states(states[real]).mean(0)
-            logits = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1))
-            loss = caption_loss(logits, config.label_smoothing)
-            if words is not None:
-                loss = loss + config.word_weight * words.loss(grid.float(), batch.targets)
-            if matching is not None:
-                loss = loss + config.matching_weight * matching.loss(states[:, 0], replaced)
+        grid = F.dropout(data.grid_of(model, batch.images), config.grid_dropout)
+        concepts, replaced = replace(model.find_concepts(grid)) if matching is not None else (None, None)
+        states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix), concepts=concepts)
+        real = batch.targets != IGNORED
+        if replaced is not None and not replaced.all():
+            real &= ~replaced.unsqueeze(1)  # a caption says nothing of another picture's concepts
+        mean = model.heads.branch_states(states[real]).mean(0)
+        logits = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1))
+        loss = caption_loss(logits, config.label_smoothing)
+        if words is not None:
+            loss = loss + config.word_weight * words.loss(grid.float(), batch.targets)
+        if matching is not None:
+            loss = loss + config.matching_weight * matching.loss(states[:, 0], replaced)
         return loss
 
     trained = language(model)

@@ -15,7 +15,7 @@ from compress.context import Context
 from compress.training.batches import IGNORED, Batch
 from compress.training.corpus import Corpus
 from compress.training.features import device
-from compress.training.loop import Group, fit, precision
+from compress.training.loop import Group, fit
 from compress.training.losses import attention_loss, caption_loss, hidden_loss, token_loss
 from compress.training.softmax import logits_at
 from compress.training.start import language
@@ -79,19 +79,18 @@ def distil(
 
     def loss_of(step: int) -> Tensor:
         batch = batch_of(step)
-        with precision(config.precision, where):
-            grid = data.grid_of(model, batch.images)
-            mask, real = batch.mask(model.config.prefix), batch.targets != IGNORED
-            seen: list | None = [] if step < matched else None
-            hidden = model.states(grid, batch.tokens, batch.positions, mask, probe=seen)
-            loss = head_loss(model, hidden[real], batch, taught, goal, config.label_smoothing)
-            if seen is not None:
-                shown = teacher.probe(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix))
-                for mine, linear, index in zip(seen, maps, pairs, strict=True):
-                    if "hidden" in goal.match:
-                        loss = loss + goal.hidden_weight * hidden_loss(linear(mine[0]), shown[index][0], real) / len(pairs)
-                    if "attention" in goal.match:
-                        loss = loss + goal.attention_weight * attention_loss(mine[1], shown[index][1], real) / len(pairs)
+        grid = data.grid_of(model, batch.images)
+        mask, real = batch.mask(model.config.prefix), batch.targets != IGNORED
+        seen: list | None = [] if step < matched else None
+        hidden = model.states(grid, batch.tokens, batch.positions, mask, probe=seen)
+        loss = head_loss(model, hidden[real], batch, taught, goal, config.label_smoothing)
+        if seen is not None:
+            shown = teacher.probe(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix))
+            for mine, linear, index in zip(seen, maps, pairs, strict=True):
+                if "hidden" in goal.match:
+                    loss = loss + goal.hidden_weight * hidden_loss(linear(mine[0]), shown[index][0], real) / len(pairs)
+                if "attention" in goal.match:
+                    loss = loss + goal.attention_weight * attention_loss(mine[1], shown[index][1], real) / len(pairs)
         return loss
 
     trained["maps"] = maps

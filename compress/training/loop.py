@@ -38,18 +38,22 @@ def fit(
     modules: nn.Module, groups: Sequence[Group], steps: int, loss_of: Callable[[int], Tensor],
     config: Optimisation, seed: int, work: Path, label: str, progress: Progress, share: Share = ALONE,
 ) -> None:
-    """Minimises `loss_of(step)`, of this process's share of each batch, over `steps` steps. `modules` holds everything that changes
-    (buffers included).
+    """Minimises `loss_of(step)`, of this process's share of each batch, over `steps` steps, in `config.precision`. `modules` holds
+    everything that changes (buffers included).
 
-    Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS to
-    `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not finite.
+    Randomness is a function of seed and step, so the only state is weights, buffers and moments, and the precision that was chosen: saved
+    every SAVE_SECONDS to `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not finite.
     """
     keep()
     optimizer = optimizer_of(groups, config)
     state = work / (label.replace(" ", "-").replace("/", "-of-") + ".safetensors")
-    start = load_state(modules, optimizer, state) if state.exists() else 0
-    schedule = [linear(step, steps, config) for step in range(steps)]
     parameters = [p for group in groups for p in group.parameters]
+    where = parameters[0].device
+    if state.exists():
+        start, chosen = load_state(modules, optimizer, state)
+    else:
+        start, chosen = 0, settled(config.precision, where)
+    schedule = [linear(step, steps, config) for step in range(steps)]
     saved = time.monotonic()
     with progress.task(label, steps) as task:
         task.resume(start)
@@ -57,7 +61,8 @@ def fit(
             torch.manual_seed(seed * 1_000_003 + step + share.rank * 1_000_000_007)
             for group, peak in zip(optimizer.param_groups, peaks(groups), strict=True):
                 group["lr"] = peak * schedule[step]
-            loss = loss_of(step)
+            with autocast(chosen, where):
+                loss = loss_of(step)
             if not torch.isfinite(loss):
                 raise StageError(f"{label}: the loss is {loss.item()} at step {step + 1} of {steps}; lower learning_rate")
             optimizer.zero_grad(set_to_none=True)
@@ -67,10 +72,10 @@ def fit(
             optimizer.step()
             task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
             if share.rank == 0 and time.monotonic() - saved > SAVE_SECONDS:
-                save_state(modules, optimizer, state, step + 1)
+                save_state(modules, optimizer, state, step + 1, chosen)
                 saved = time.monotonic()
     if share.rank == 0:
-        save_state(modules, optimizer, state, steps)
+        save_state(modules, optimizer, state, steps, chosen)
 
 
 def optimizer_of(groups: Sequence[Group], config: Optimisation) -> torch.optim.AdamW:
@@ -94,11 +99,15 @@ def linear(step: int, steps: int, config: Optimisation) -> float:
     return 1 - (1 - config.final_learning_rate) * (step - warm) / max(1, steps - warm)
 
 
-def precision(name: str, where: torch.device) -> torch.autocast:
-    """`auto` is bf16 on a GPU, and on a CPU whose bf16 products are the faster ones."""
-    if name == "auto":
-        name = "bf16" if where.type == "cuda" or multiplies_faster_in_bf16() else "fp32"
-    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=name == "bf16")
+def settled(name: str, where: torch.device) -> str:
+    """fp32 or bf16: `auto` is bf16 on a GPU, and on a CPU whose bf16 products are the faster ones."""
+    if name != "auto":
+        return name
+    return "bf16" if where.type == "cuda" or multiplies_faster_in_bf16() else "fp32"
+
+
+def autocast(chosen: str, where: torch.device) -> torch.autocast:
+    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=chosen == "bf16")
 
 
 @functools.cache
@@ -123,28 +132,29 @@ def product_seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def save_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int) -> None:
+def save_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int, chosen: str) -> None:
     tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in modules.state_dict().items()}
     for index, parameter in enumerate(all_parameters(optimizer)):
         for name, tensor in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{index}.{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, str(temporary), metadata={"step": json.dumps(step)})
+    save_file(tensors, str(temporary), metadata={"step": json.dumps(step), "precision": chosen})
     temporary.replace(path)
 
 
-def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> int:
+def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> tuple[int, str]:
+    """The steps that are done, and their precision."""
     with safe_open(str(path), "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        step = json.loads(file.metadata()["step"])
+        step, chosen = json.loads(file.metadata()["step"]), file.metadata()["precision"]
     modules.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
     for index, parameter in enumerate(all_parameters(optimizer)):
         mine = {n.split(".", 2)[2]: t for n, t in tensors.items() if n.startswith(f"optimizer.{index}.")}
         if mine:
             # The fused kernel walks memory: a moment must lie as its parameter does (channels last, for convolutions).
             optimizer.state[parameter] = {n: t if n == "step" else torch.empty_like(parameter).copy_(t) for n, t in mine.items()}
-    return step
+    return step, chosen
 
 
 def all_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

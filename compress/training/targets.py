@@ -10,7 +10,7 @@ from compress.context import Progress
 from compress.training.batches import IGNORED, pack
 from compress.training.corpus import Corpus
 from compress.training.features import device, digest
-from compress.training.loop import precision
+from compress.training.loop import autocast, settled
 from compress.training.store import found, stored
 from teachers.teacher import Teacher
 
@@ -26,10 +26,11 @@ def targets(
     The teacher must have been narrowed to `data.keep`.
     """
     captions = data.captions
-    key = digest("targets", teacher_digest, data.features, fingerprint, top_k, temperature, data.keep.tolist(), captions.pieces)
+    where = device()
+    chosen = settled("auto", where)
+    key = digest("targets", teacher_digest, data.features, fingerprint, top_k, temperature, data.keep.tolist(), captions.pieces, chosen)
     count, width = len(captions.images), min(top_k, len(data.keep))
     longest = max(captions.length(i) for i in range(count))
-    where = device()
     teacher.to(where)
 
     def fill(start: int, stop: int) -> np.ndarray:
@@ -37,7 +38,7 @@ def targets(
         plain = pack(captions, range(start, stop)).to(where)
         batch = plain.probing(teacher.mask_piece)
         grid = data.grid_of(None, batch.images)
-        with precision("auto", where):
+        with autocast(chosen, where):
             logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix), batch.targets != IGNORED)
         best, ids = (logits.float() / temperature).softmax(-1).topk(width, dim=-1)
         real = plain.targets != IGNORED

@@ -12,7 +12,7 @@ from compress.context import Context
 from compress.training.batches import image_batches, steps_of
 from compress.training.corpus import disturbed
 from compress.training.features import device, grids, normalised, pixels, variance
-from compress.training.loop import Group, fit, precision
+from compress.training.loop import Group, fit
 from compress.training.start import read_captioner
 from students.lightcap import LightCap
 from students.lightcap.norms import folded
@@ -39,13 +39,12 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
     def loss_of(step: int) -> Tensor:
         rows = rows_of(step)
         seen = disturbed(normalised(pictures[rows], settings, where), config.flip, config.crop)
-        with precision(config.precision, where):
-            grid = model.encode(seen)
-            if config.flip or config.crop:
-                with torch.no_grad():
-                    goal = own.encode(seen)
-            else:
-                goal = torch.from_numpy(wanted[rows]).to(where)
+        grid = model.encode(seen)
+        if config.flip or config.crop:
+            with torch.no_grad():
+                goal = own.encode(seen)
+        else:
+            goal = torch.from_numpy(wanted[rows]).to(where)
         return (grid.float() - goal.float()).square().mean() / scale
 
     groups = [Group(list(model.encoder.parameters()), config.encoder_learning_rate)]

@@ -54,7 +54,7 @@ def tune(found: Calibrated, tokenizer: Tokenizer, settings: dict, config: Quanti
         return (before.exp() * (before - after)).sum(-1).mean() + (grid - goal).square().mean() / scale
 
     steps = steps_of(len(data), config.tune_epochs, BATCH_IMAGES)
-    loop = Optimisation(learning_rate=config.tune_learning_rate, weight_decay=0.0)
+    loop = Optimisation(learning_rate=config.tune_learning_rate, weight_decay=0.0, precision="fp32")
     groups = [Group(parameters, config.tune_learning_rate)]
     fit(graphs, groups, steps, loss_of, loop, context.seed, context.work, f"{context.stage.name} tune", context.progress)
     model.cpu()
