@@ -74,7 +74,8 @@ def loss_of(step):
     rows = mine.of(range(8))
     x = net["b"](data[step][rows].contiguous(memory_format=torch.channels_last))
     return (net["a"](x.mean((2, 3))) - 1).square().mean()
-fit(net, [Group(list(net.parameters()), 0.05)], 6, loss_of, Optimisation(warmup=0.2), 3, Path("state"), "x", Progress(quiet=True), mine)
+config = Optimisation(warmup=0.2, precision="fp32")
+fit(net, [Group(list(net.parameters()), 0.05)], 6, loss_of, config, 3, Path("state"), "x", Progress(quiet=True), mine)
 torch.save({k: v for k, v in net.state_dict().items()}, f"{sys.argv[1]}-{mine.rank}.pt")
 """
 
