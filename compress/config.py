@@ -154,10 +154,10 @@ class Prune(Optimisation):
     params: float | None = None
     mb: float | None = None
     ms: float | None = None
-    parts: tuple[str, ...] = ("encoder", "fusion")
-    layers: int | None = None  # of the fusion, that stay: those whose absence raises the caption loss least leave first
+    parts: tuple[str, ...] = ("encoder", "fusion", "concepts")
+    layers: int | None = None  # of the fusion, that stay: those whose absence moves the captions least leave first
     importance: str = "caption"  # what ranks channels (compress/stages/prune/importance.py)
-    ratios: str = "importance"  # what compares parts: that alone, or corrected by the loss without half of each (sensitivity.py)
+    ratios: str = "importance"  # what compares parts: that alone, or corrected by how far half of each moves captions (sensitivity.py)
     steps: int = 1
     round_to: int = 8
     recover_epochs: float = 1.0
@@ -221,7 +221,7 @@ CHOICES = {
     ("scst", "baseline"): ("mean", "greedy"),
     ("prune", "importance"): ("caption", "distillation", "magnitude"),
     ("prune", "ratios"): ("importance", "sensitivity"),
-    ("prune", "parts"): ("encoder", "fusion", "hidden"),
+    ("prune", "parts"): ("encoder", "fusion", "concepts", "hidden"),
     ("quantize", "scheme"): ("static",),
     ("quantize", "rounding"): ("gptq", "nearest"),
     ("vocabulary", "keep"): ("seen",),

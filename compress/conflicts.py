@@ -76,6 +76,8 @@ def _average(config: Average, parent: str | None) -> Iterator[tuple[str, str]]:
 def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
     if all(getattr(config, key) is None for key in TARGETS):
         yield TARGETS[0], "'prune' needs a target: macs, params (shares of its parent), mb or ms"
+    if not config.parts:
+        yield "parts", "nothing may leave; name at least one of encoder, fusion, concepts, hidden"
     if config.layers and "fusion" not in config.parts:
         yield "layers", "are of the fusion; add fusion to 'parts', or leave it out"
     if "encoder" not in config.parts or not config.recover_encoder_epochs:

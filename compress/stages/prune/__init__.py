@@ -1,8 +1,8 @@
 """Structured pruning to targets in MACs, parameters, megabytes or milliseconds, recovered by distilling from the unpruned parent.
 
 Whole layers leave first, where some shall. Each step: importance by gate derivatives on training captions, the cheapest blocks leave until
-the step's share of the target is met, the encoder's norms take the statistics of what is left, the encoder learns to give its old grid
-again, its features are computed anew, and the fusion is distilled from the parent.
+the step's share of the target is met, what is left is repaired without training, the encoder learns to give its old grid again, its
+features are computed anew, and the fusion is distilled from the parent.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from compress.artifact import Artifact, write_json, writing
 from compress.config import Prune
 from compress.context import Context
-from compress.stages.prune.channels import Block, Unit, remove, units
+from compress.stages.prune.channels import Block, Unit, units
 from compress.stages.prune.importance import importance
 from compress.stages.prune.recover import recover_encoder
-from compress.stages.prune.repair import carrying, pictures, repair
+from compress.stages.prune.repair import Repair
 from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
 from compress.stages.prune.target import Target, choose, give_back, megabytes, ranked
 from compress.training.corpus import UNSEEN_BIAS, corpus
@@ -31,7 +31,7 @@ from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
 from teachers.teacher import load
 
-SENSITIVITY = "sensitivity.json"  # part: the caption loss's rise, nats a token, without half of what can leave there
+SENSITIVITY = "sensitivity.json"  # part: how far captions' distributions move without half of what can leave there, in nats a piece
 
 
 def run(parent: Artifact, config: Prune, context: Context) -> None:
@@ -40,30 +40,30 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
     target = Target.of(config, model, parent.bytes() / 1e6 - megabytes(model))
+    repair = Repair.of(model, settings, config.parts, seed, context)
     stay = None
     if config.layers:
         stay = least_layers(*measured(model, tokenizer, settings, seed, context), config.layers)
         model = with_layers(model, stay)
         context.progress.log(f"{context.stage.name}: layers {', '.join(str(index + 1) for index in stay)} stay; {target.describe(model)}")
-    rises = factors = taught = good = before = None
+    moves = factors = taught = good = before = None
     gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
         label = f"{context.stage.name} {step}/{config.steps}"
         scores = importance(model, tokenizer, settings, units(model, config.parts), config, seed, context)
-        if config.ratios == "sensitivity" and factors is None:  # measured once, on the unpruned model
-            rises, factors = sensitivities(
-                *measured(model, tokenizer, settings, seed, context), scores, config.round_to, target.savings(model),
+        compared = {unit: score for unit, score in scores.items() if config.ratios == "sensitivity" or no_derivative(unit, config)}
+        if compared and factors is None:  # measured once, on the unpruned model
+            moves, factors = sensitivities(
+                *measured(model, tokenizer, settings, seed, context), compared, config.round_to, target.savings(model), repair,
                 (parent.digest(), stay, seed), context,
             )  # fmt: skip
         if factors is not None:
             scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
         note = context.work / f"leaving-{step}.json"
         chosen = leaving(model, scores, config.round_to, target, step / config.steps, note)
-        whole, model = model, remove(model, chosen)
+        model = repair.without(model, chosen, repair.carried(model))
         context.progress.log(f"{label}: {target.describe(model)}")
         if "encoder" in config.parts:
-            seen = pictures(settings, seed, context)
-            repair(model, remove(carrying(whole, seen), chosen), seen)
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
         if config.recover_epochs:
             data = corpus(model, tokenizer, settings, context)
@@ -87,8 +87,13 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
                 break
             good = made
     write_captioner(context.output, model, tokenizer, settings)
-    if rises is not None:
-        write_json(context.output / SENSITIVITY, rises)
+    if config.ratios == "sensitivity":
+        write_json(context.output / SENSITIVITY, moves)
+
+
+def no_derivative(unit: Unit, config: Prune) -> bool:
+    """Whether the level of the unit's importance has to be measured."""
+    return unit.kind == "concept" and config.importance != "magnitude"
 
 
 def leaving(

@@ -1,4 +1,5 @@
-"""What can be removed: channels of the encoder, attention heads, feed-forward width, and the width of the hidden states.
+"""What can be removed: channels of the encoder, attention heads, feed-forward width, the inner width of the concept extractor, and the
+width of the hidden states.
 
 Encoder channels are removed by torch-pruning's dependency graph: those inside a block, and those that residual sums couple through a whole
 stage, from all of its blocks at once. The grid's own stay.
@@ -23,11 +24,13 @@ LEAST_SHARE = 0.25  # of a unit's width that always stays: a layer that is cut o
 @dataclass(frozen=True)
 class Unit:
     """A set of `width` interchangeable channels (or heads) under the name of the module that writes them: the first, where a residual sum
-    makes one channel of what several convolutions (`writers`) give."""
+    makes one channel of what several convolutions (`writers`) give. `readers`: the modules that mix these channels with each other; a
+    depthwise convolution does not."""
 
-    kind: Literal["conv", "ffn", "head", "hidden"]
+    kind: Literal["conv", "ffn", "head", "concept", "hidden"]
     name: str
     width: int
+    readers: tuple[str, ...] = ()
     writers: tuple[str, ...] = ()
 
 
@@ -49,12 +52,18 @@ def units(model: LightCap, parts: Sequence[str]) -> list[Unit]:
         for group in graph.get_all_groups(ignored_layers=[last], root_module_types=[nn.Conv2d]):
             writing = {d.target.module for d, _ in group if d.handler == tp.prune_conv_out_channels}
             if writing:
-                names = tuple(f"encoder.{name}" for module, name in convolutions.items() if module in writing)
-                found.append(Unit("conv", names[0], model.get_submodule(names[0]).out_channels, names))
+                reading = {d.target.module for d, _ in group if d.handler == tp.prune_conv_in_channels}
+                names, readers = (
+                    tuple(f"encoder.{name}" for module, name in convolutions.items() if module in some) for some in (writing, reading)
+                )
+                found.append(Unit("conv", names[0], model.get_submodule(names[0]).out_channels, readers, names))
     if "fusion" in parts:
         for index, layer in enumerate(model.fusion.layers):
-            found.append(Unit("ffn", f"fusion.layers.{index}", layer.up.out_features))
-            found.append(Unit("head", f"fusion.layers.{index}", layer.query.out_features // layer.head_dim))
+            name = f"fusion.layers.{index}"
+            found.append(Unit("ffn", name, layer.up.out_features, (f"{name}.down",)))
+            found.append(Unit("head", name, layer.query.out_features // layer.head_dim, (f"{name}.output",)))
+    if "concepts" in parts and model.concepts is not None:
+        found.append(Unit("concept", "alignment", model.alignment.first.out_features, ("alignment.second",)))
     if "hidden" in parts:
         found.append(Unit("hidden", "fusion", model.word.shape[1]))
     return found
@@ -102,6 +111,9 @@ def remove(model: LightCap, chosen: Sequence[Block]) -> LightCap:
         elif unit.kind == "ffn":
             tp.prune_linear_out_channels(module.up, sorted(channels))
             tp.prune_linear_in_channels(module.down, sorted(channels))
+        elif unit.kind == "concept":
+            tp.prune_linear_out_channels(module.first, sorted(channels))
+            tp.prune_linear_in_channels(module.second, sorted(channels))
         else:
             width = module.head_dim
             wide = [head * width + i for head in sorted(channels) for i in range(width)]

@@ -1,26 +1,26 @@
-"""What cutting costs in the caption loss itself, measured: of half of a unit's channels, and of a whole layer of the fusion.
+"""What cutting costs, measured: of half of a unit's channels, and of a whole layer of the fusion.
 
 A gate's derivative says what one channel is worth while all others are there. Many that leave together are worth something else, and by how
-much differs from unit to unit: the loss's rise without a unit's less important half, over what the derivatives had said of it, is the
-unit's factor. With it, importance still ranks the channels within a unit, and what was measured compares the units.
+much differs from unit to unit: how far the captions' distributions move (KL divergence) without a unit's less important half, over what the
+derivatives had said of it, is the unit's factor. With it, importance still ranks the channels within a unit, and what was measured compares
+the units. It is measured after repair: most of what a cut costs at first is a shift that repair takes back.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from compress.context import Context
-from compress.stages.prune.channels import Unit, blocks, remove
+from compress.stages.prune.channels import Unit, blocks
 from compress.stages.prune.importance import IMAGES
+from compress.stages.prune.repair import Repair
 from compress.training.batches import IGNORED
 from compress.training.corpus import corpus
 from compress.training.features import device, digest
@@ -28,14 +28,15 @@ from compress.training.store import found, stored
 from students.lightcap import LightCap
 
 FOLDER = "sensitivity"  # of the cache
-LOOKS = 4  # batches at most that a loss is the mean of
-LEAST = 1e-3  # nats a token: a smaller rise is not told from none
+LOOKS = 4  # batches at most that a divergence is the mean of
+LEAST = 1e-4  # nats a piece: a smaller divergence is not told from none
 
 
 def measured(
     model: LightCap, tokenizer: Tokenizer, settings: dict, seed: int, context: Context
 ) -> tuple[LightCap, Callable[[LightCap], float]]:
-    """`model` with the word pieces of training captions alone; and the mean caption loss, nats a token, of what is cut from it."""
+    """`model` with the word pieces of training captions alone; and how far what is cut from it moves from it: the KL divergence of its
+    distributions on training captions, the mean in nats a piece."""
     data = corpus(model, tokenizer, settings, context, tuned=True)
     narrow = copy.deepcopy(model)
     narrow.narrow(data.keep)
@@ -43,26 +44,33 @@ def measured(
     batches = [batch_of(step) for step in range(min(LOOKS, data.steps(1, IMAGES)))]
 
     @torch.inference_mode()
-    def loss(cut: LightCap) -> float:
+    def logs(cut: LightCap) -> list[Tensor]:
         cut = copy.deepcopy(cut).to(device()).eval()  # what is cut further stays where it was
         cut.encoder.to(memory_format=torch.channels_last)
-        total = 0.0
+        said = []
         for batch in batches:
             states = cut.states(data.grid_of(cut, batch.images), batch.tokens, batch.positions, batch.mask(cut.config.prefix))
-            real = batch.targets != IGNORED
-            total += float(F.cross_entropy(cut.heads(states[real], cut.word), batch.targets[real]))
-        return total / len(batches)
+            said.append(cut.heads(states[batch.targets != IGNORED], cut.word).log_softmax(-1))
+        return said
 
-    return narrow, loss
+    whole: list[Tensor] = []
+
+    def moved(cut: LightCap) -> float:
+        if not whole:
+            whole.extend(logs(narrow))
+        pieces = [(before.exp() * (before - after)).sum(-1) for before, after in zip(whole, logs(cut), strict=True)]
+        return float(torch.cat(pieces).mean())
+
+    return narrow, moved
 
 
 def sensitivities(
-    narrow: LightCap, loss: Callable[[LightCap], float], scores: Mapping[Unit, Tensor], round_to: int, savings: Mapping,
+    narrow: LightCap, moved: Callable[[LightCap], float], scores: Mapping[Unit, Tensor], round_to: int, savings: Mapping, repair: Repair,
     key: Sequence, context: Context,
 ) -> tuple[dict[str, float], dict[tuple[str, str], float]]:  # fmt: skip
-    """Of each unit that can be cut, the rise of `loss` without the half of its blocks that matters least, by "NAME KIND"; and its factor,
-    by kind and name. The rises are kept in the cache by `key`, which says what `narrow` is, by the data and by what leaves, so that another
-    target of the same parent measures nothing anew."""
+    """Of each unit that can be cut, how far `narrow` moves without the half of its blocks that matters least, by "NAME KIND"; and its
+    factor, by kind and name. What is measured is kept in the cache by `key`, which says what `narrow` is, by the data and by what leaves,
+    so that another target of the same parent measures nothing anew."""
     halves = {}
     for unit, score in scores.items():
         order = blocks({unit: score}, round_to, savings)
@@ -70,27 +78,27 @@ def sensitivities(
             halves[unit] = order[: max(1, len(order) // 2)]
     gone = {unit: sorted(channel for block in half for channel in block.channels) for unit, half in halves.items()}
     named = digest(FOLDER, key, LOOKS, IMAGES, context.data.fingerprint, [[unit.kind, unit.name, gone[unit]] for unit in halves])
-    rises = found(context.cache / FOLDER, named)
-    if rises is None:
-        before, units = functools.cache(lambda: loss(narrow)), list(halves)
+    moves = found(context.cache / FOLDER, named)
+    if moves is None:
+        units, carried = list(halves), repair.carried(narrow)
 
-        def rise(start: int, stop: int) -> np.ndarray:
-            return np.array([loss(remove(narrow, halves[unit])) - before() for unit in units[start:stop]])
+        def move(start: int, stop: int) -> np.ndarray:
+            return np.array([moved(repair.without(narrow, halves[unit], carried)) for unit in units[start:stop]])
 
         with context.progress.task("sensitivity", len(units)) as task:
-            rises = stored(context.cache / FOLDER, named, (len(units),), "float64", 1, rise, task)
+            moves = stored(context.cache / FOLDER, named, (len(units),), "float64", 1, move, task)
     factors = {}
-    for unit, risen in zip(gone, rises, strict=True):
+    for unit, move in zip(gone, moves, strict=True):
         expected = float(scores[unit][gone[unit]].sum())
-        factors[unit.kind, unit.name] = max(float(risen), LEAST) / max(expected, 1e-12)
-    return {f"{unit.name} {unit.kind}": float(risen) for unit, risen in zip(gone, rises, strict=True)}, factors
+        factors[unit.kind, unit.name] = max(float(move), LEAST) / max(expected, 1e-12)
+    return {f"{unit.name} {unit.kind}": float(move) for unit, move in zip(gone, moves, strict=True)}, factors
 
 
-def least_layers(narrow: LightCap, loss: Callable[[LightCap], float], count: int) -> list[int]:
-    """The `count` layers of the fusion that stay: one by one, the layer leaves without which `loss` is least."""
+def least_layers(narrow: LightCap, moved: Callable[[LightCap], float], count: int) -> list[int]:
+    """The `count` layers of the fusion that stay: one by one, the layer leaves without which the model `moved` least."""
     stay = list(range(len(narrow.fusion.layers)))
     while len(stay) > count:
-        tried = {gone: loss(with_layers(narrow, [index for index in stay if index != gone])) for gone in stay}
+        tried = {gone: moved(with_layers(narrow, [index for index in stay if index != gone])) for gone in stay}
         stay.remove(min(tried, key=tried.get))
     return stay
 
