@@ -127,7 +127,10 @@ def writing(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(stale, ignore_errors=True)
     folder = target.parent / f".{target.name}.writing-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise ModelError(f"cannot write into the folder {target.parent} ({error.strerror}); name another one") from None
     try:
         yield folder
         for path in sorted(folder.rglob("*")):
@@ -157,7 +160,7 @@ def write_json(path: Path, value) -> None:
 def make_folders(path: Path) -> list[Path]:
     """Makes `path` and its parents; the folders that were not there, innermost first."""
     missing = []
-    while not path.exists():
+    while not os.path.exists(path):
         missing.append(path)
         path = path.parent
     if not path.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,13 +19,16 @@ def photos(names: Sequence[str]) -> list[Path]:
     photos = []
     for path in map(Path, names):
         if path.is_dir():
-            inside = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+            try:
+                inside = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+            except OSError as error:
+                raise UsageError(f"the folder {path} cannot be read ({error.strerror})") from None
             if not inside:
                 raise UsageError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
             photos.extend(inside)
         else:
             photos.append(path)
-    if not any(photo.exists() for photo in photos):
+    if not any(os.path.exists(photo) for photo in photos):
         beside = [child.name for child in photos[0].parent.iterdir()] if photos[0].parent.is_dir() else []
         raise UsageError(f"no image or folder {photos[0]}{nearest(photos[0].name, beside)}")
     return photos

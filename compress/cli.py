@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from compress import __version__
-from compress.errors import LightcapError, UsageError, expected, nearest
+from compress.errors import DataError, LightcapError, UsageError, expected, nearest
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
@@ -96,7 +96,10 @@ def _see_help(error: click.ClickException) -> str:
 
 
 def _print_json(value) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # of a file's name that is no UTF-8
+        text = json.dumps(value, indent=2)
+    click.echo(text)
 
 
 def _print(drawn) -> None:
@@ -269,7 +272,7 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
             if "error" in answer:
                 click.echo(f"lightcap: {answer['error']}", err=True)
             elif not as_json:
-                click.echo(f"{answer['image']}\t{answer['caption']}", file=result)
+                click.echo(f"{click.format_filename(answer['image'])}\t{answer['caption']}", file=result)
     if as_json:
         _print_json(answers)
     if any("error" in answer for answer in answers):
@@ -281,10 +284,15 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 @click.option("--captions", required=True, help="Karpathy or COCO JSON, or Flickr8k's text.")
 @click.option("--images", required=True, help="The folder that holds the images.")
 @click.option("--split", default="val", show_default=True, help="Which split to measure.")
+@click.option(
+    "--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="The share of images that may be left out."
+)
 @beam_width
 @java_metrics
 @as_json
-def eval_command(model: str, captions: str, images: str, split: str, beam: int, java: bool, as_json: bool) -> None:
+def eval_command(
+    model: str, captions: str, images: str, split: str, max_unreadable: float, beam: int, java: bool, as_json: bool
+) -> None:
     """Measure a model on captioned images. Example: lightcap eval runs/photos --captions dataset.json --images images --split test"""
     from compress import config, data, models, show
     from compress.context import Progress
@@ -293,11 +301,25 @@ def eval_command(model: str, captions: str, images: str, split: str, beam: int, 
     chosen = models.resolve(model)
     source = guess(Path(captions)) or "karpathy"  # whose reader says what is wrong with the file
     with _quietly():
-        wanted = data.load(config.Data(source=source, captions=captions, images=images, val_split=split), only=split)
+        asked = config.Data(source=source, captions=captions, images=images, val_split=split, max_unreadable=max_unreadable)
+        try:
+            wanted = data.load(asked, only=split)
+        except DataError as error:
+            raise DataError(_as_options(error.message)) from None
+        if wanted.left_out:
+            click.echo(f"lightcap: {wanted.left_out}", err=True)
         from compress import evaluate
 
         scores = evaluate.evaluate(chosen, wanted, beam, Progress(), _java if java else None)
     _answer(as_json, scores, lambda: show.scores(scores))
+
+
+def _as_options(message: str) -> str:
+    """What is wrong with captions and images, for who gave them as options and not as a recipe's keys."""
+    for key in ("captions", "images", "max_unreadable"):
+        option = f"--{key.replace('_', '-')}"
+        message = message.replace(f"--set data.{key}=", f"{option} ").replace(f"data.{key}", option)
+    return message
 
 
 def _java(written: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -40,8 +40,10 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     if context.stage.kind == "concepts":
         return extraction(artifact, context)
     split = context.recipe.data.val_split
-    if against is not None and not captions_file(against.path, split).is_file():
-        against = None  # a concept extractor, which says nothing yet
+    parent = context.artifacts.get(context.stage.parent, against)  # of a student without one, its teacher
+    against, parent = (  # none that is a concept extractor, which says nothing yet
+        one if one is not None and captions_file(one.path, split).is_file() else None for one in (against, parent)
+    )
     data = context.data.split(split)
     said, scores = scored(artifact, data, context.cache, context.progress)
     spoken = [
@@ -58,7 +60,7 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
         pair = paired(np.array([item["cider"] for item in spoken]), np.array(before))
         row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
     pictures = pixels(data, settings_of(artifact), context.cache, context.progress)[:TIMED_IMAGES]
-    return row | latency(artifact, against, pictures)
+    return row | latency(artifact, parent, pictures)
 
 
 def check_variety(said: Sequence[str], before: Sequence[str]) -> None:
@@ -174,11 +176,15 @@ def caption_of_image(artifact: Artifact, beam: int = 1) -> Callable[[np.ndarray 
 
 
 def settings_of(artifact: Artifact) -> dict:
-    """Its preprocessor_config.json. ModelError where there is none."""
+    """Its preprocessor_config.json. ModelError where there is none, or half of one."""
+    file = artifact.path / "preprocessor_config.json"
     try:
-        return json.loads((artifact.path / "preprocessor_config.json").read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{artifact.path} has no preprocessor_config.json, which says what is done to a picture; copy it again") from None
+        settings = json.loads(file.read_text())
+        if isinstance(settings, dict) and {"image_size", "mean", "std"} <= set(settings):
+            return settings
+    except (OSError, ValueError):
+        pass
+    raise ModelError(f"{file}, which says what is done to a picture, is absent or not whole; copy it again")
 
 
 def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress, also: Callable | None = None) -> dict:
@@ -218,23 +224,23 @@ def costs_of(config: LightCapConfig, bits: int = 32, tokens: int = cost.TOKENS) 
 # ---- latency
 
 
-def latency(artifact: Artifact, against: Artifact | None, pictures: np.ndarray, tokens: int = cost.TOKENS) -> dict:
+def latency(artifact: Artifact, parent: Artifact | None, pictures: np.ndarray, tokens: int = cost.TOKENS) -> dict:
     """One decoded image in, a text of exactly `tokens` pieces out, beam 1, one thread; each picture once, artifact and parent in turn, in
     one runtime."""
     with tempfile.TemporaryDirectory() as folder:
-        pair = [artifact] if against is None else [artifact, against]
+        pair = [artifact] if parent is None else [artifact, parent]
         name = "onnxruntime" if artifact.graphs else "torch"
-        if artifact.graphs and against is not None and not against.graphs:
+        if artifact.graphs and parent is not None and not parent.graphs:
             from compress.stages.export import export
 
-            export(against, Path(folder) / "parent")
+            export(parent, Path(folder) / "parent")
             pair[1] = Artifact(Path(folder) / "parent")
         with cost.one_thread():
             works = [timed_graphs(item, tokens) if name == "onnxruntime" else timed_torch(item, tokens) for item in pair]
             rounds = [lambda turn, work=work: work(pictures[turn]) for work in works]
             times = cost.interleaved(rounds, len(pictures))
     found = [{**cost.quantiles(ms), "threads": 1, "beam": 1, "runtime": name} for ms in times]
-    return {"latency_ms": found[0], "parent_latency_ms": found[1] if against is not None else None}
+    return {"latency_ms": found[0], "parent_latency_ms": found[1] if parent is not None else None}
 
 
 def timed_graphs(artifact: Artifact, tokens: int):

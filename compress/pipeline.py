@@ -22,7 +22,7 @@ from compress.artifact import Artifact
 from compress.cache import cache_of, finished, noted, rates_of
 from compress.config import Recipe, Stage
 from compress.context import Progress
-from compress.errors import GateError, LightcapError, StageError, UsageError
+from compress.errors import DataError, GateError, LightcapError, StageError, UsageError, nearest
 from compress.memory import bounded
 from compress.pages import huge_pages
 from compress.parallel import ALONE, Share, until
@@ -124,10 +124,8 @@ def _stage_by_stage(run_: making.Run) -> Result:
     locks: dict[str, str] = {}
     artifacts: dict[str, Artifact] = {}
     threads = thread_count()
-    unreadable = getattr(run_.data, "unreadable", ())
-    if unreadable:
-        some = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
-        run_.progress.log(f"{len(unreadable)} images are missing or unreadable and left out: {some}")
+    if run_.data.left_out:
+        run_.progress.log(run_.data.left_out)
     stage = None
     try:
         for number, stage in enumerate(run_.recipe.stages, start=1):
@@ -141,7 +139,7 @@ def _stage_by_stage(run_: making.Run) -> Result:
                 baseline = Stage(kind="baseline", name=BASELINE, parent=stage.name, config=None)
                 nearest_row, _ = _stage_row(run_, baseline, BASELINE, first, artifacts)
                 rows.append(nearest_row)
-            _gate(stage, row)
+            _gate(stage, row, artifacts[stage.name])
             rows.append(row)
             if built:
                 _save(run_, rows)
@@ -202,13 +200,13 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
     return ledger.row(measured | named), built
 
 
-def _gate(stage: Stage, row: Mapping) -> None:
+def _gate(stage: Stage, row: Mapping, made: Artifact) -> None:
     most = getattr(stage.config, "max_drop_cider", None)
     delta = row["delta_cider"]
     if most is not None and delta is not None and -delta > most:
         raise GateError(
             f"stage '{stage.name}' missed its gate: CIDEr fell by {-delta:.2f}, max_drop_cider is {most:g}"
-            f" (its artifact: {row['artifact']})"
+            f" (its artifact: {os.path.relpath(made.path)})"
         )
 
 
@@ -226,6 +224,13 @@ def _refuse(process: str) -> None:
 
 
 def _load(wanted: Recipe, cache: Path):
+    """The captions. DataError also where the split that is trained on, or the one that is measured on, is not among them."""
     from compress import data
 
-    return data.load(wanted.data, cache)
+    found = data.load(wanted.data, cache)
+    for key, split in {"val_split": wanted.data.val_split, None: "train"}.items():
+        if split not in found.splits():
+            how = f"choose one with --set data.{key}=SPLIT" if key else "give some images that split"
+            there = ", ".join(f"{name} ({count})" for name, count in found.splits().items())
+            raise DataError(f"{found.name}: there is no split '{split}'; there are: {there}{nearest(split, found.splits())}; {how}")
+    return found

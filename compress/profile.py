@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from compress import cost, models
-from compress.errors import ModelError
+from compress.errors import ModelError, UsageError
 from compress.evaluate import TIMED_IMAGES, costs, costs_of, latency, settings_of
 from compress.ledger import row
 from students.lightcap import PRESETS, preset
+from students.lightcap.config import PREFIX_POSITION
 
 
 def profile(model: str, tokens: int = cost.TOKENS) -> dict:
     """Parameters, MACs, bytes and time of a caption of `tokens` word pieces, as a ledger row, and two sums of parts that papers name:
-    `params_fusion` (embeddings and layers) and `params_without_alignment`. ModelError where `model` names nothing."""
+    `params_fusion` (embeddings and layers) and `params_without_alignment`. ModelError where `model` names nothing; UsageError for a
+    longer caption than there are positions for."""
+    if tokens > PREFIX_POSITION:
+        raise UsageError(f"--tokens {tokens}: a caption has {PREFIX_POSITION} positions; ask for no more")
     if model in PRESETS and not Path(model).exists():
         return summed(row({"stage": "profile", "name": model} | costs_of(preset(model), tokens=tokens)))
     try:

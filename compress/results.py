@@ -55,8 +55,10 @@ def _references(path: Path, written: Mapping[str, str]) -> dict[str, list[str]]:
             wanted = _karpathy(value["images"], written)
         else:
             raise DataError(f"{path}: is neither COCO JSON (key 'annotations') nor Karpathy JSON (key 'images' with sentences)")
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise DataError(f"{path}: an entry lacks {error}; COCO and Karpathy JSON are read") from None
+    except (TypeError, AttributeError):
+        raise DataError(f"{path}: an entry is no JSON object where COCO and Karpathy JSON have one") from None
     if not wanted:
         raise DataError(f"{path}: holds no reference caption")
     return wanted
@@ -70,7 +72,7 @@ def _karpathy(images: Sequence[Mapping], written: Mapping[str, str]) -> dict[str
     split = {str(image[key]): image.get("split") for image in images if key in image}
     touched = {split[name] for name in written if name in split}
     return {
-        str(image[key]): [str(sentence["raw"]) for sentence in image["sentences"]]
+        str(image[key]): [str(s["raw"] if "raw" in s else " ".join(s["tokens"])) for s in image["sentences"]]
         for image in images
         if key in image and (not touched or image.get("split") in touched)
     }
@@ -84,3 +86,5 @@ def _json(path: Path):
         raise DataError(f"{path}: cannot be read ({error.strerror}){nearest(path.name, beside)}") from None
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error})") from None
+    except RecursionError:
+        raise DataError(f"{path}: is JSON nested too deeply") from None

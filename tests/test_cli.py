@@ -101,6 +101,12 @@ WRONG = [
     (("export", "nothing", "--out", "there"), "no model 'nothing'"),
     (("compare", "nothing"), "nothing is not a run"),
     (("score", "--candidates", "a.json", "--references", "b.json"), "a.json: cannot be read"),
+    (("score", "--candidates", "said.json", "--references", "numbers.json"), "numbers.json: an entry is no JSON object"),
+    (("plan", "quickstart", "--set", "data.val_split=vall"), "no split 'vall'.*did you mean 'val'.*--set data.val_split=SPLIT"),
+    (("run", "quickstart", "--set", "data.val_split=test"), "no split 'test'; there are: train .*--set data.val_split=SPLIT"),
+    (("run", "quickstart", "--out", "evil.yaml/run"), "evil.yaml is a file, not a folder"),
+    (("run", "quickstart", "--set", "pruned.parts=[]"), "pruned.*parts.*nothing may leave"),
+    (("profile", "lightcap", "--tokens", "65"), "--tokens 65: a caption has 64 positions"),
 ]
 
 
@@ -108,6 +114,8 @@ WRONG = [
 def test_wrong_input_is_one_line_exit_2_and_writes_nothing(lightcap, tmp_path, arguments, expected):
     (tmp_path / "evil.yaml").write_text("seed: 1\ndata: !!python/object/apply:os.system [touch ran]\n")
     (tmp_path / "weights.pt").write_bytes(b"x")
+    (tmp_path / "said.json").write_text('[{"image_id": 1, "caption": "a dog"}]')
+    (tmp_path / "numbers.json").write_text('{"annotations": [1, 2]}')
     before = sorted(tmp_path.rglob("*"))
     status, output, error = lightcap(*arguments)
     assert (status, output) == (2, "")
@@ -285,6 +293,70 @@ def test_eval(lightcap, exported, photos):
     assert list(scores) == keys and scores["images"] == 2
     status, output, error = lightcap(*arguments, "--split", "vall")
     assert (status, output) == (2, "") and "did you mean 'val'" in error and error.count("\n") == 1
+
+
+def test_eval_says_what_it_leaves_out_and_speaks_of_its_own_options(lightcap, exported, photos, tmp_path):
+    names = ("a.png", "b.png", "broken.jpg")
+    images = [{"filename": name, "split": "val", "sentences": [{"raw": "a grey square"}]} for name in names]
+    (tmp_path / "broken.json").write_text(json.dumps({"dataset": "squares", "images": images}))
+    arguments = ("eval", exported, "--captions", "broken.json", "--images", photos, "--beam", "1", "--json")
+    status, _, error = lightcap(*arguments)
+    assert status == 2 and "--set" not in error and "--images PATH" in error
+    allowed = re.search(r"--max-unreadable [0-9.]+", error)[0].split()
+    status, output, error = lightcap(*arguments, *allowed)
+    assert status == 0 and json.loads(output)["images"] == 2
+    assert "lightcap: 1 images are missing or unreadable and left out: broken.jpg" in error
+    status, _, error = lightcap("eval", exported, "--captions", "none.json", "--images", photos)
+    assert status == 2 and "--set" not in error and "--captions: there is no file or folder none.json" in error
+
+
+def test_export_names_a_folder_that_cannot_be_written(lightcap, exported, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    status, _, error = lightcap("export", exported, "--out", "file/captioner")
+    assert status == 2 and "file is a file, not a folder" in error and error.count("\n") == 1
+    making = Path.mkdir
+
+    def refused(self, *arguments, **more):
+        if ".writing-" in self.name:
+            raise PermissionError(13, "Permission denied")
+        making(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    status, _, error = lightcap("export", exported, "--out", "captioner")
+    assert status == 2 and "cannot write into the folder . (Permission denied)" in error
+
+
+def test_names_that_are_no_utf8(lightcap, exported, photos, tmp_path):
+    odd = os.path.join(os.fsencode(tmp_path), b"odd-\xff.png")
+    shutil.copy(photos / "a.png", odd)
+    status, output, _ = lightcap("caption", exported, os.fsdecode(odd), "--json")
+    assert status == 0 and os.fsencode(json.loads(output)[0]["image"]) == odd
+    status, output, _ = lightcap("caption", exported, os.fsdecode(odd))
+    assert status == 0 and "odd-\ufffd.png" in output
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(lightcap, exported, photos, monkeypatch):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    status, _, error = lightcap("caption", exported, photos)
+    assert status == 2 and f"the folder {photos} cannot be read (Permission denied)" in error
+
+
+def test_weights_may_be_read_by_whom_their_config_may(model):
+    modes = [(model / name).stat().st_mode for name in ("config.json", "model.safetensors")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("written", [None, "{}", "[1]", "{"])
+def test_a_preprocessor_that_says_nothing_is_one_line(lightcap, model, photos, tmp_path, written):
+    shutil.copytree(model, tmp_path / "odd")
+    (tmp_path / "odd" / "preprocessor_config.json").unlink()
+    if written is not None:
+        (tmp_path / "odd" / "preprocessor_config.json").write_text(written)
+    status, _, error = lightcap("caption", "odd", photos / "a.png")
+    assert status == 2 and "preprocessor_config.json" in error and error.count("\n") == 1
 
 
 def test_doctor(lightcap, tmp_path):

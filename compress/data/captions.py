@@ -43,6 +43,14 @@ class CaptionSet:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def left_out(self) -> str | None:
+        """A line that names some of `unreadable`, if there are any."""
+        if not self.unreadable:
+            return None
+        some = ", ".join(self.unreadable[:5]) + (", ..." if len(self.unreadable) > 5 else "")
+        return f"{len(self.unreadable)} images are missing or unreadable and left out: {some}"
+
     def splits(self) -> dict[str, int]:
         """Images per split, in order of appearance."""
         return dict(Counter(example.split for example in self.examples))

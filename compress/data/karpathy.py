@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from compress.data import layout
@@ -35,7 +36,7 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
         split = "train" if image["split"] == "restval" else image["split"]
         examples.append(Example(name, split, clean(_text(sentence) for sentence in image["sentences"])))
         nested = folder / str(image.get("filepath") or "") / name
-        files[name] = nested if nested.exists() else folder / name
+        files[name] = nested if os.path.exists(nested) else folder / name
     return path.name, examples, files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -146,17 +147,18 @@ def _recorded(record: Path | None) -> dict[str, str] | None:
 
 
 def _record(record: Path, problems: dict[str, str]) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    part = record.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"unreadable": problems}))
-    part.replace(record)
+    with contextlib.suppress(OSError):  # without it the images are decoded again; what cannot be written is said where it has to be
+        record.parent.mkdir(parents=True, exist_ok=True)
+        part = record.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"unreadable": problems}))
+        part.replace(record)
 
 
 def find(folder: Path, names: Sequence[str], places: Sequence[str] = ()) -> dict[str, Path]:
     """The file of each image name, in `folder` or the first of its sub-folders `places` that has it, if any."""
-    there = [place for place in places if (folder / place).is_dir()]
+    there = [place for place in places if os.path.isdir(folder / place)]  # unlike Path's, false where nothing may be read
     files = {}
     for name in names:
         spots = [folder / name, *(folder / place / name for place in there)]
-        files[name] = next((spot for spot in spots if spot.exists()), spots[0]) if there else spots[0]
+        files[name] = next((spot for spot in spots if os.path.exists(spot)), spots[0]) if there else spots[0]
     return files

@@ -34,7 +34,10 @@ def embed_texts(texts: Sequence[str], encoder: str) -> Tensor:
 def minilm(texts: Sequence[str]) -> Tensor:
     """The mean of the last layer's states over a text's pieces, as sentence-transformers pools them."""
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it would list what the weights hold and this model does not need
+    logging.disable_progress_bar()
     folder = minilm_folder()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     rows = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -162,6 +163,7 @@ class LightCap(nn.Module):
         config = dataclasses.replace(self.config, shapes=changed_shapes(self, plain))
         (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
         save_model(copy.deepcopy(self).float().cpu().contiguous_(), str(folder / "model.safetensors"), metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes for its owner alone
 
     def contiguous_(self) -> LightCap:
         """Plain row-major memory for every tensor: safetensors stores no strides (channels-last training changes them)."""
