@@ -262,13 +262,15 @@ def fit_command(
 def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], beam: int, as_json: bool) -> None:
     """Caption photos with an artifact, or with the last one of a run. Example: lightcap caption runs/photos holiday.jpg"""
     from compress import captioning, models
+    from compress.context import Progress
 
     chosen = models.resolve(model)
     photos = captioning.photos(images)
     answers, result = [], sys.stdout
-    with _quietly():
+    with _quietly(), Progress(quiet=not as_json).task("captions", len(photos)) as task:  # else the captions themselves are the progress
         for answer in captioning.captions(chosen, photos, beam):
             answers.append(answer)
+            task.advance()
             if "error" in answer:
                 click.echo(f"lightcap: {answer['error']}", err=True)
             elif not as_json:

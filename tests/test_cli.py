@@ -253,6 +253,17 @@ def test_float_and_export_say_the_same(lightcap, model, exported, photos):
     assert captions[0]["logprob"] == pytest.approx(captions[1]["logprob"], abs=1e-3)
 
 
+def test_a_float_model_is_read_once_for_many_photos(lightcap, model, photos, monkeypatch):
+    from compress import evaluate
+
+    read, times = evaluate.read_captioner, []
+    monkeypatch.setattr(evaluate, "read_captioner", lambda path: times.append(path) or read(path))
+    status, output, error = lightcap("caption", model, photos / "a.png", photos / "b.png", photos / "a.png", "--beam", "1", "--json")
+    answers = json.loads(output)
+    assert status == 0 and len(answers) == 3 and times == [model] and answers[0]["caption"] == answers[2]["caption"]
+    assert "captions: 3/3" in error
+
+
 def test_export_writes_a_folder_that_runs(lightcap, exported, tmp_path, photos):
     status, output, _ = lightcap("export", exported, "--out", "captioner", "--json")  # graphs are copied
     document = json.loads(output)
