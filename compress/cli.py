@@ -267,7 +267,8 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
     chosen = models.resolve(model)
     photos = captioning.photos(images)
     answers, result = [], sys.stdout
-    with _quietly(), Progress(quiet=not as_json).task("captions", len(photos)) as task:  # else the captions themselves are the progress
+    quiet = not (as_json and sys.stderr.isatty())  # without --json the captions themselves are the progress
+    with _quietly(), Progress(quiet=quiet).task("captions", len(photos)) as task:
         for answer in captioning.captions(chosen, photos, beam):
             answers.append(answer)
             task.advance()

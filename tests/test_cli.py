@@ -103,7 +103,7 @@ WRONG = [
     (("score", "--candidates", "a.json", "--references", "b.json"), "a.json: cannot be read"),
     (("score", "--candidates", "said.json", "--references", "numbers.json"), "numbers.json: an entry is no JSON object"),
     (("plan", "quickstart", "--set", "data.val_split=vall"), "no split 'vall'.*did you mean 'val'.*--set data.val_split=SPLIT"),
-    (("run", "quickstart", "--set", "data.val_split=test"), "no split 'test'; there are: train .*--set data.val_split=SPLIT"),
+    (("run", "quickstart", "--set", "data.val_split=tets"), "no split 'tets'; there are: train .*--set data.val_split=SPLIT"),
     (("run", "quickstart", "--out", "evil.yaml/run"), "evil.yaml is a file, not a folder"),
     (("run", "quickstart", "--set", "pruned.parts=[]"), "pruned.*parts.*nothing may leave"),
     (("profile", "lightcap", "--tokens", "65"), "--tokens 65: a caption has 64 positions"),
@@ -258,10 +258,9 @@ def test_a_float_model_is_read_once_for_many_photos(lightcap, model, photos, mon
 
     read, times = evaluate.read_captioner, []
     monkeypatch.setattr(evaluate, "read_captioner", lambda path: times.append(path) or read(path))
-    status, output, error = lightcap("caption", model, photos / "a.png", photos / "b.png", photos / "a.png", "--beam", "1", "--json")
+    status, output, _ = lightcap("caption", model, photos / "a.png", photos / "b.png", photos / "a.png", "--beam", "1", "--json")
     answers = json.loads(output)
     assert status == 0 and len(answers) == 3 and times == [model] and answers[0]["caption"] == answers[2]["caption"]
-    assert "captions: 3/3" in error
 
 
 def test_export_writes_a_folder_that_runs(lightcap, exported, tmp_path, photos):

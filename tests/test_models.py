@@ -55,6 +55,6 @@ def test_a_path_that_is_mistyped_asks_no_hub(hub, tmp_path):
 
 
 def test_a_float_artifact_without_its_preprocessor_is_one_line(tmp_path):
-    with pytest.raises(ModelError, match="has no preprocessor_config.json, .*; copy it again") as raised:
+    with pytest.raises(ModelError, match="preprocessor_config.json, .* is absent or not whole; copy it again") as raised:
         evaluate.settings_of(Artifact(tmp_path))
     assert raised.value.exit_code == 2
