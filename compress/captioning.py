@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from compress.artifact import Artifact
-from compress.errors import UsageError, nearest
+from compress.errors import UsageError, beside, nearest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -18,7 +18,7 @@ def photos(names: Sequence[str]) -> list[Path]:
     """The images that the arguments name, folders opened. A photo that is not there is an answer of its own, unless none is there."""
     photos = []
     for path in map(Path, names):
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path's, false where its folder may not be read
             try:
                 inside = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
             except OSError as error:
@@ -29,8 +29,7 @@ def photos(names: Sequence[str]) -> list[Path]:
         else:
             photos.append(path)
     if not any(os.path.exists(photo) for photo in photos):
-        beside = [child.name for child in photos[0].parent.iterdir()] if photos[0].parent.is_dir() else []
-        raise UsageError(f"no image or folder {photos[0]}{nearest(photos[0].name, beside)}")
+        raise UsageError(f"no image or folder {photos[0]}{nearest(photos[0].name, beside(photos[0]))}")
     return photos
 
 

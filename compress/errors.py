@@ -81,6 +81,14 @@ def expected(error: BaseException) -> LightcapError | None:
     return None
 
 
+def beside(path: Path) -> list[str]:
+    """The names in the folder of `path`, for `nearest`; none where it is not there or may not be read."""
+    try:
+        return os.listdir(path.parent)
+    except OSError:
+        return []
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the allowed name closest to `word`, or an empty string where none is close."""
     close = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)

@@ -22,7 +22,7 @@ from compress.artifact import Artifact
 from compress.cache import cache_of, finished, noted, rates_of
 from compress.config import Recipe, Stage
 from compress.context import Progress
-from compress.errors import DataError, GateError, LightcapError, StageError, UsageError, nearest
+from compress.errors import DataError, GateError, LightcapError, StageError, UsageError
 from compress.memory import bounded
 from compress.pages import huge_pages
 from compress.parallel import ALONE, Share, until
@@ -228,9 +228,10 @@ def _load(wanted: Recipe, cache: Path):
     from compress import data
 
     found = data.load(wanted.data, cache)
-    for key, split in {"val_split": wanted.data.val_split, None: "train"}.items():
-        if split not in found.splits():
-            how = f"choose one with --set data.{key}=SPLIT" if key else "give some images that split"
-            there = ", ".join(f"{name} ({count})" for name, count in found.splits().items())
-            raise DataError(f"{found.name}: there is no split '{split}'; there are: {there}{nearest(split, found.splits())}; {how}")
+    needed = {"train": "give some images that split", wanted.data.val_split: "choose one with --set data.val_split=SPLIT"}
+    for split, how in needed.items():
+        try:
+            found.split(split)
+        except DataError as error:
+            raise DataError(f"{error.message}; {how}") from None
     return found

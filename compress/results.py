@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compress.errors import DataError, nearest
+from compress.errors import DataError, beside, nearest
 
 KARPATHY_IDS = ("cocoid", "imgid", "filename")  # what a results file may call an image of a Karpathy file
 
@@ -82,8 +82,7 @@ def _json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path}: cannot be read ({error.strerror}){nearest(path.name, beside)}") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}){nearest(path.name, beside(path))}") from None
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error})") from None
     except RecursionError:

@@ -297,12 +297,12 @@ def test_macs_of_a_model_are_those_of_its_config():
 
 def test_savings_are_what_a_channel_costs():
     """One channel of each unit removed: the exact counts fall by what `savings` says."""
-    model = build()
+    model = with_concepts(build())
 
     for name, measure in target.COUNTS.items():
         said, whole = target.savings(model, target.PRICES[name]), measure(model)
-        units = channels.units(model, ("encoder", "fusion", "hidden"))
-        for unit in units if name != "macs" else [units[1], units[3], units[5], units[6], *units[-2:]]:
+        units = channels.units(model, ("encoder", "fusion", "concepts", "hidden"))
+        for unit in units if name != "macs" else [units[1], units[3], units[5], units[6], *units[-3:]]:
             fell = whole - measure(channels.remove(model, [channels.Block(unit, (0,), 0.0)]))
             assert fell == pytest.approx(said[unit.kind, unit.name], rel=0.05), (name, unit)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-from compress.errors import DataError, nearest
+from compress.errors import DataError, beside, nearest
 
 EXPECTS = {
     "karpathy": "a JSON object with 'images', each with 'filename', 'split' and 'sentences'",
@@ -20,18 +21,18 @@ def wanted(value: str | None, key: str, source: str, what: str) -> Path:
     if not value:
         raise DataError(f"data.{key} is not set, and source '{source}' needs it: --set data.{key}=PATH ({what})")
     path = Path(value).expanduser()
-    if not path.exists():
-        beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"data.{key}: there is no file or folder {path}: --set data.{key}=PATH ({what}){nearest(path.name, beside)}")
+    if not os.path.exists(path):
+        near = nearest(path.name, beside(path))
+        raise DataError(f"data.{key}: there is no file or folder {path}: --set data.{key}=PATH ({what}){near}")
     return path
 
 
 def pictures(value: str | None, source: str, captions: Path, names: tuple[str, ...] = ("images",)) -> Path:
     """The folder in `data.images`, or, where that is not set, the first folder of these names beside the captions."""
     if not value:
-        beside = [captions.parent / name for name in names if (captions.parent / name).is_dir()]
-        if beside:
-            return beside[0]
+        found = [captions.parent / name for name in names if (captions.parent / name).is_dir()]
+        if found:
+            return found[0]
         raise DataError(
             f"data.images is not set, and there is no folder '{names[0]}' beside {captions}: --set data.images=FOLDER"
         )

@@ -27,7 +27,11 @@ class Alignment(nn.Module):
     def forward(self, grid: Tensor, regions: Tensor) -> Tensor:
         """grid (B, G, channels), pooling weights (R, G) or (B, R, G) whose rows sum to one -> (B, R, text). Pooling comes after the first
         layer, with which it commutes: the grid has fewer cells than there are regions."""
-        return self.second(self.act(regions @ self.first(grid)))
+        return self.second(self.inner(grid, regions))
+
+    def inner(self, grid: Tensor, regions: Tensor) -> Tensor:
+        """What the second layer reads of each region, (B, R, inner)."""
+        return self.act(regions @ self.first(grid))
 
 
 class ConceptVocabulary(nn.Module):

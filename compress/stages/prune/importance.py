@@ -72,7 +72,8 @@ def importance(
             for unit in derived:
                 total[unit] += slopes[unit].square().sum(0)
             if len(derived) < len(wanted):
-                regions.append(read_regions(model, grid))
+                with torch.no_grad():
+                    regions.append(model.alignment.inner(grid, model.windows).flatten(0, 1).cpu())
             seen, pieces = seen + len(batch.images), pieces + int(real.sum())
             model.zero_grad(set_to_none=True)
             task.advance()
@@ -118,15 +119,10 @@ def gates(model: LightCap, wanted: Sequence[Unit], picture: Tensor) -> Iterator[
             hook.remove()
 
 
-@torch.no_grad()
-def read_regions(model: LightCap, grid: Tensor) -> Tensor:
-    """What the second layer of the concept extractor reads of each region, (B * R, inner)."""
-    return model.alignment.act(model.windows @ model.alignment.first(grid)).flatten(0, 1).cpu()
-
-
-def given(model: LightCap, regions: Sequence[Tensor]) -> Tensor:
-    """The variance that each inner channel of the concept extractor gives to what it says of a region, (inner,)."""
-    return torch.cat(list(regions)).var(0) * model.alignment.second.weight.detach().square().sum(0)
+def given(model: LightCap, regions: list[Tensor]) -> Tensor:
+    """The variance that each inner channel of the concept extractor gives to what it says of a region, (inner,); `regions` are what its
+    second layer reads, batches of (R, inner)."""
+    return torch.cat(regions).var(0) * model.alignment.second.weight.detach().square().sum(0)
 
 
 @torch.no_grad()

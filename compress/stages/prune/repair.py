@@ -106,7 +106,7 @@ def refit_concepts(model: LightCap, whole: LightCap, grids: Sequence[Tensor]) ->
     what `whole`'s gives, with the least squared error."""
     mine, read, goal = model.alignment, 0.0, 0.0
     for grid in grids:
-        seen = mine.act(model.windows @ mine.first(grid)).flatten(0, 1).double()
+        seen = mine.inner(grid, model.windows).flatten(0, 1).double()
         seen = torch.cat([seen, torch.ones(len(seen), 1, dtype=seen.dtype)], 1)
         read, goal = read + seen.T @ seen, goal + seen.T @ whole.alignment(grid, whole.windows).flatten(0, 1).double()
     read.diagonal().add_(RIDGE * read.diagonal().mean())

@@ -28,6 +28,7 @@ from compress.training.store import found, stored
 from students.lightcap import LightCap
 
 FOLDER = "sensitivity"  # of the cache
+MEASURE = "divergence after repair"  # what is kept there: another measure shall not be taken for it
 LOOKS = 4  # batches at most that a divergence is the mean of
 LEAST = 1e-4  # nats a piece: a smaller divergence is not told from none
 
@@ -77,7 +78,8 @@ def sensitivities(
         if order:
             halves[unit] = order[: max(1, len(order) // 2)]
     gone = {unit: sorted(channel for block in half for channel in block.channels) for unit, half in halves.items()}
-    named = digest(FOLDER, key, LOOKS, IMAGES, context.data.fingerprint, [[unit.kind, unit.name, gone[unit]] for unit in halves])
+    halved = [[unit.kind, unit.name, gone[unit]] for unit in halves]
+    named = digest(FOLDER, MEASURE, key, LOOKS, IMAGES, context.data.fingerprint, halved)
     moves = found(context.cache / FOLDER, named)
     if moves is None:
         units, carried = list(halves), repair.carried(narrow)

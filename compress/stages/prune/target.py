@@ -17,7 +17,6 @@ from compress.config import Prune
 from compress.errors import StageError, TargetError
 from compress.stages.prune.channels import Block, Unit, blocks, dependency_graph, remove
 from students.lightcap import LightCap
-from students.lightcap.concepts import windows
 from students.lightcap.shapes import shapes_of
 
 RETURNS = 12
@@ -243,8 +242,8 @@ def savings(model: LightCap, price: Price) -> dict[tuple[str, str], float]:
                 weights = conv.weight.numel() / (conv.in_channels if handler == tp.prune_conv_in_channels else conv.out_channels)
                 total += weights * (price.encoder * places[conv] + price.weight)
         found["conv", f"encoder.{name}"] = total
-    if model.alignment is not None:
-        cells, regions = model.config.grid**2, len(windows(model.config.grid))
+    if model.concepts is not None:
+        regions, cells = model.windows.shape
         grid, text = model.alignment.first.in_features, model.alignment.second.out_features
         found["concept", "alignment"] = price.prefix * (cells * grid + regions * (cells + text)) + price.weight * (grid + 1 + text)
     hidden, prefix = model.word.shape[1], model.config.prefix
