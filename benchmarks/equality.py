@@ -2,17 +2,18 @@
 
     python benchmarks/equality.py runs/photos
 
-The stage's calibration is run again, from the run's recipe, so the run must be where its data can be read. A difference is where the two
-first choose another piece; its gap is by how much PyTorch's log-probability of its own choice exceeds that of ONNX Runtime's. The last line
-is one JSON document.
+The run's float captioner is quantized again as its recipe says, but not tuned, so the run must be where its data can be read. What was
+calibrated is computed by PyTorch in integers, and written for ONNX Runtime. A difference is where the two first choose another piece; its
+gap is by how much PyTorch's log-probability of its own choice exceeds that of ONNX Runtime's. `grids_equal`: images whose features are the
+same to the last bit. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,46 +29,45 @@ from compress.decode import Special  # noqa: E402
 from compress.errors import LightcapError, ModelError  # noqa: E402
 from compress.process import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
-from compress.stages.quantize import encoder, simulate  # noqa: E402
+from compress.stages.quantize import simulate  # noqa: E402
+from compress.stages.quantize.integers import integer  # noqa: E402
 from students.lightcap.tokenizer import decode_caption  # noqa: E402
 
 BATCH = 25
-BEFORE = {"smoothing": 0.0, "rounding": "nearest"}  # of an artifact that does not say
 
 
 def compare(run: Path) -> dict:
-    """`images`, `equal` and its `share`, and the `differences`, each with both captions and the gap in nats."""
+    """`images`, `equal` and its `share`, `grids_equal`, and the `differences`, each with both captions and the gap in nats."""
     progress, of = Progress(), quantized(run)
-    if of.made is None:
-        raise ModelError(f"{run}: '{of.stage.name}' is not finished")
-    described = of.made.config["quantized"]
-    if described.get("float_parts") or described.get("tune_epochs"):
-        raise ModelError(f"{run}: '{of.stage.name}' was tuned or has float parts, and only calibration can be repeated")
-    if of.made.config.get("mask_piece") is not None:
-        raise ModelError(f"{run}: '{of.stage.name}' predicts masked pieces, which PyTorch's graph here does not")
     model, tokenizer, settings = of.model, of.tokenizer, of.settings
-    config = dataclasses.replace(of.stage.config, **{key: described.get(key, kept) for key, kept in BEFORE.items()})
-    found = quantize.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
-    graphs = encoder.fold(simulate.leave_float(found.encoder, ())), simulate.simulated(found.decoder)
-    concepts = None if found.concepts is None else simulate.simulated(found.concepts)
-    captioner, special = runtime.Captioner(of.made.path), Special.of(tokenizer)
-    val = of.data.split(of.recipe.data.val_split)
-    differences = []
+    if model.config.mask_piece is not None:
+        raise ModelError(f"{run}: '{of.stage.parent}' predicts masked pieces, which PyTorch's graph here does not")
+    found = quantize.calibrate(model, tokenizer, settings, of.stage.config, of.data, of.recipe.seed, progress)
+    encoding, decoding = (integer(simulate.simulated(graph), model.config.prefix) for graph in (found.encoder, found.decoder))
+    concepts = None if found.concepts is None else integer(simulate.simulated(found.concepts))
+    with tempfile.TemporaryDirectory() as folder:
+        quantize.write(Path(folder), of.parent, found, of.stage.config, (), 0.0, progress)
+        captioner = runtime.Captioner(folder)
+    special, val = Special.of(tokenizer), of.data.split(of.recipe.data.val_split)
+    differences, grids_equal = [], 0
     with progress.task("captions", len(val)) as task:
         for start in range(0, len(val), BATCH):
             examples = val.examples[start : start + BATCH]
             pixels = np.stack([runtime.pixels(val.image(example), settings) for example in examples])
+            theirs = captioner.encode(pixels)
             with torch.no_grad():
-                said, logits = simulate.greedy(graphs[1], model, graphs[0](torch.from_numpy(pixels)), special, concepts)
-            theirs = captioner.search(captioner.encode(pixels), 1, model.config.max_tokens)
-            for example, mine, (other, _), chosen in zip(examples, said, theirs, logits.log_softmax(-1), strict=True):
+                grid = encoding(torch.from_numpy(pixels))
+                said, logits = simulate.greedy(decoding, model, grid, special, concepts)
+            grids_equal += int((grid.numpy() == theirs).all((1, 2)).sum())
+            heard = captioner.search(theirs, 1, model.config.max_tokens)
+            for example, mine, (other, _), chosen in zip(examples, said, heard, logits.log_softmax(-1), strict=True):
                 if mine != other:
                     texts = {name: decode_caption(tokenizer, ids) for name, ids in (("pytorch", mine), ("onnxruntime", other))}
                     gap = first_gap([*mine, special.end], [*other, special.end], chosen)
                     differences.append({"image": example.image_id, **texts, "gap": gap})
             task.advance(len(examples))
     equal = len(val) - len(differences)
-    return {"images": len(val), "equal": equal, "share": equal / len(val), "differences": differences,
+    return {"images": len(val), "equal": equal, "share": equal / len(val), "grids_equal": grids_equal, "differences": differences,
             "largest_gap": max((item["gap"] for item in differences), default=0.0)}
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         parser.exit(2, f"equality.py: {error.message}\n")
     for item in found["differences"]:
         print(f"{item['image']}: '{item['pytorch']}' and '{item['onnxruntime']}', {item['gap']:.4f} nats apart")
-    print(f"{found['equal']} of {found['images']} captions are equal")
+    print(f"{found['equal']} of {found['images']} captions are equal, and {found['grids_equal']} grids")
     print(json.dumps(found))
 
 

@@ -147,11 +147,11 @@ class Fusion(nn.Module):
         if concepts is not None:
             tokens = torch.cat([concepts, tokens], 1)
         place = self.position.weight[PREFIX_POSITION : PREFIX_POSITION + tokens.shape[1]]
-        return self.dropout(self.norm(tokens + place + self.segment.weight[1]))
+        return self.dropout(self.norm(tokens + (place + self.segment.weight[1])))
 
     def embed_caption(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens, positions (N, T) -> (N, T, hidden)."""
-        return self.dropout(self.norm(self.word(tokens) + self.position(positions) + self.segment.weight[0]))
+        return self.dropout(self.norm(self.word(tokens) + (self.position(positions) + self.segment.weight[0])))
 
     def forward(
         self, x: Tensor, first: int, past: Past | None = None, mask: Tensor | None = None, probe: list | None = None

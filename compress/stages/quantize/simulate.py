@@ -72,8 +72,8 @@ def greedy(
     decoder: GraphModule, model: LightCap, grid: Tensor, special: Special, concepts: GraphModule | None = None
 ) -> tuple[list[list[int]], Tensor]:
     """The pieces of the most probable captions of `grid` (B, G, C) by a simulated decoder, which is asked anew for each piece, and the
-    logits (B, T, V) that chose them. `concepts`: the simulated scores of concepts, where the model reads some. `model` says the sizes, and
-    how concepts are spelled; not for one that predicts masked pieces."""
+    logits (B, T, V) that chose them, as far as the longest of them goes. `concepts`: the simulated scores of concepts, where the model
+    reads some. `model` says the sizes, and how concepts are spelled; not for one that predicts masked pieces."""
     count, most, prefix = len(grid), model.config.max_tokens, model.config.prefix
     tokens = torch.full((count, most), special.start)
     mask = torch.ones(prefix + most, prefix + most, dtype=torch.bool).tril()
@@ -81,10 +81,16 @@ def greedy(
     positions, mask = torch.arange(most).expand(count, most), mask.expand(count, 1, -1, -1)
     found = () if concepts is None else (model.concepts.choose(concepts(grid), model.config.concepts),)
     chosen = []
+    ended = torch.zeros(count, dtype=torch.bool)
     for place in range(most):
-        logits = decoder(grid, tokens, positions, mask, *found)[:, place].clone()
+        length = max(place + 1, 2)  # the graph takes no single token
+        seen = mask[..., : prefix + length, : prefix + length]
+        logits = decoder(grid, tokens[:, :length], positions[:, :length], seen, *found)[:, place].clone()
         logits[:, list(special.never)] = -torch.inf
         chosen.append(logits)
+        ended |= logits.argmax(-1) == special.end
+        if ended.all():
+            break
         if place + 1 < most:
             tokens[:, place + 1] = logits.argmax(-1)
     pieces = torch.stack([logits.argmax(-1) for logits in chosen], 1).tolist()

@@ -1,0 +1,86 @@
+"""Float functions as ONNX Runtime's CPU kernels compute them: the polynomials and the order of operations of MLAS (onnxruntime 1.32, x86
+with FMA). There they are equal to the last bit; elsewhere, as PyTorch's own are, to some units in it.
+
+Before a rounding to 8 bits a last bit decides to which side a number goes, once in a million numbers. A caption's prefix has 200,000 of
+them, and one that went elsewhere takes others along: with PyTorch's own functions, half of the photos got other logits than in the runtime.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LANES = 8  # float32 in a register
+LOG2E, LOG2_HIGH, LOG2_LOW = 1.4426950408889634, 6.93145752e-1, 1.42860677e-6
+TO_INTEGER = 1.5 * 2**23  # added to a float32, rounds it
+# Coefficients from the highest power down.
+EXP = 1.37805939e-3, 8.37312452e-3, 4.16695364e-2, 1.66664720e-1, 4.99999851e-1, 1.0, 1.0
+EXP_OF_ERF = 1.38319808e-3, 8.37550033e-3, 4.16689515e-2, 1.66664466e-1, 4.99999851e-1, 1.0, 1.0
+ERF_SMALL = -5.99104969e-4, 4.99339588e-3, -2.67667342e-2, 1.12818025e-1, -3.76124859e-1, 1.28379151e-1  # up to ERF_SPLIT
+ERF_LARGE = 1.72948930e-5, -3.83208680e-4, 3.88393435e-3, -2.42545605e-2, 1.06777847e-1, 6.34846687e-1, 1.28717512e-1
+ERF_SPLIT, ERF_ONE = 0.921875, 3.925
+
+
+def fused(x: Tensor | float, y: Tensor | float, z: Tensor | float) -> Tensor:
+    """x * y + z, rounded once to float32. (Of two float32 the product is exact in float64.)"""
+    x, y, z = (torch.as_tensor(value, dtype=torch.float32).double() for value in (x, y, z))
+    return (x * y + z).float()
+
+
+def polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    total = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = fused(total, x, coefficient)
+    return total
+
+
+def exp(x: Tensor, coefficients: tuple[float, ...] = EXP) -> Tensor:
+    """Of what is not above 0."""
+    x = x.clamp_min(-103.9720840454)
+    powers = fused(x, LOG2E, TO_INTEGER) - TO_INTEGER
+    rest = fused(powers, -LOG2_LOW, fused(powers, -LOG2_HIGH, x))
+    return torch.ldexp(polynomial(rest, coefficients), powers)
+
+
+def erf(x: Tensor) -> Tensor:
+    size = x.abs().clamp_max(ERF_ONE)
+    small = fused(polynomial(size * size, ERF_SMALL), size, size)
+    large = 1 - exp(-fused(polynomial(size, ERF_LARGE), size, size), EXP_OF_ERF)
+    return torch.where(x.abs() > ERF_SPLIT, large, small).copysign(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + erf(x * torch.tensor(0.5).sqrt()))
+
+
+def layer_norm(x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: float, *_) -> Tensor:
+    """aten::layer_norm over the last axis."""
+    centred = x - x.double().mean(-1, keepdim=True).float()
+    squares = torch.zeros(*x.shape[:-1], LANES)
+    for part in F.pad(centred, (0, -shape[0] % LANES)).split(LANES, -1):
+        squares = fused(part, part, squares)
+    while squares.shape[-1] > 1:  # halves
+        left, right = squares.chunk(2, -1)
+        squares = left + right
+    deviation = torch.sqrt((squares / shape[0] + eps).double()).float()  # MKL's root of a float32 is not always the nearest
+    return fused(centred * (1 / deviation), weight, bias)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Over the last axis. Registers add to two sums in turn."""
+    powers = exp(x - x.amax(-1, keepdim=True)).masked_fill(x == -torch.inf, 0.0)
+    sums = [torch.zeros(*x.shape[:-1], LANES), torch.zeros(*x.shape[:-1], LANES)]
+    for index, part in enumerate(F.pad(powers, (0, -x.shape[-1] % LANES)).split(LANES, -1)):
+        sums[index % 2] = sums[index % 2] + part
+    total = sums[0] + sums[1]
+    while total.shape[-1] > 1:  # neighbours
+        total = total[..., 0::2] + total[..., 1::2]
+    return powers * (1 / total)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: int) -> Tensor:
+    """aten::scaled_dot_product_attention as `export.DecoderLayer` spells it: what `prefix` gives, and what the caption."""
+    scores = query @ key.transpose(2, 3) * torch.tensor(query.shape[-1] ** -0.5)
+    weights = softmax(scores.masked_fill(~mask, -torch.inf))
+    return weights[..., :prefix] @ value[:, :, :prefix] + weights[..., prefix:] @ value[:, :, prefix:]

@@ -1,0 +1,139 @@
+"""PyTorch's integer graph against what ONNX Runtime makes of the same calibration, and its float functions against closed forms."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import tiny_captioner as tiny
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+
+from compress import graphs, runtime
+from compress.context import Progress
+from compress.decode import Special
+from compress.stages import export, quantize
+from compress.stages.quantize import decoder, encoder, gptq, integers, kernels, observe, simulate, smoothquant
+from students.lightcap import LightCap, preset
+from students.lightcap.tokenizer import encode_captions
+
+aten = torch.ops.aten
+UNIT = 2.0**-24  # half of a last bit, relative
+
+
+def runtimes(kind: str, inputs: dict[str, torch.Tensor], **attributes) -> torch.Tensor:
+    """One operator by ONNX Runtime."""
+    names = list(inputs)
+    nodes = [helper.make_node(kind, names, ["y"], **attributes)]
+    given = [helper.make_tensor_value_info(names[0], TensorProto.FLOAT, inputs[names[0]].shape)]
+    weights = [numpy_helper.from_array(inputs[name].numpy(), name) for name in names[1:]]
+    graph = helper.make_graph(nodes, kind, given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {names[0]: inputs[names[0]].numpy()})[0])
+
+
+def spread(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_float_functions_are_those_of_their_names_and_the_runtimes():
+    """Within some last bits of float64, and nearer to ONNX Runtime, on any processor; on x86 with FMA they are equal to it."""
+    x, weight, bias = spread((50, 72)), spread((72,), 1), spread((72,), 2)
+    ours = {
+        "Gelu": (kernels.gelu(x), F.gelu(x.double()), runtimes("Gelu", {"x": x})),
+        "Erf": (kernels.erf(x), torch.erf(x.double()), runtimes("Erf", {"x": x})),
+        "Softmax": (kernels.softmax(x), x.double().softmax(-1), runtimes("Softmax", {"x": x}, axis=-1)),
+        "LayerNormalization": (
+            kernels.layer_norm(x, [72], weight, bias, 1e-5), F.layer_norm(x.double(), [72], weight.double(), bias.double(), 1e-5),
+            runtimes("LayerNormalization", {"x": x, "weight": weight, "bias": bias}, axis=-1, epsilon=1e-5)),
+    }  # fmt: skip
+    for name, (mine, exact, theirs) in ours.items():
+        assert (mine - exact).abs().max() <= 8 * UNIT * exact.abs().max(), name
+        assert (mine - theirs).abs().max() <= 8 * UNIT * exact.abs().max(), name
+    torch.testing.assert_close(kernels.exp(-x.abs()), torch.exp(-x.abs().double()).float(), rtol=4 * UNIT, atol=0)
+    assert kernels.exp(torch.tensor([0.0, -200.0])).tolist() == pytest.approx([1.0, 0.0], abs=1e-40)
+
+
+def test_attention_is_pytorchs():
+    query, key, value = (spread((2, 3, 7, 8), seed) for seed in range(3))
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    mask[..., :4] = True
+    torch.testing.assert_close(kernels.attention(query, key, value, mask, 4), F.scaled_dot_product_attention(query, key, value, mask))
+
+
+def calibrated_encoder(name: str) -> tuple[LightCap, torch.fx.GraphModule, np.ndarray]:
+    torch.manual_seed(3)
+    model = LightCap(preset("tiny", encoder=name, vocabulary=40)).eval()
+    side = model.config.image_size
+    pixels = np.random.default_rng(0).normal(size=(4, 3, side, side)).astype(np.float32)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model, encoder.calibrated(model, [pixels]), pixels
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("efficientnet-lite0", (49, 9)), ("resnet-small", (11 + 3, 3))])
+def test_the_encoder_is_integer_for_integer_that_of_onnx_runtime(name, kinds, tmp_path):
+    """Strided convolutions with pads, ReLU6 and sums; of a ResNet pools and ReLUs behind sums. On processors without FMA some sums that
+    end in a half are rounded to the other side."""
+    model, calibrated, pixels = calibrated_encoder(name)
+    graph = integers.integer(simulate.simulated(calibrated))
+    made = [type(module) for module in graph.modules()]
+    left = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert not left & (integers.PRODUCTS | integers.SUMS | observe.ACTIVATIONS)
+    assert (made.count(integers.Product), made.count(integers.Sum)) == kinds
+    path = tmp_path / "encoder.onnx"
+    graphs.write(graphs.clean(encoder.quantized_encoder(model, calibrated)), path)
+    theirs = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"pixels": pixels})[0]
+    with torch.no_grad():
+        grid = graph(torch.from_numpy(pixels)).numpy()
+        near = simulate.simulated(calibrated)(torch.from_numpy(pixels)).numpy()
+    assert len(np.unique(theirs)) > 50
+    wrong = float((grid != theirs).mean())
+    assert wrong < 0.02 and wrong <= float((near != theirs).mean())
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    """A trained captioner, its graphs calibrated with SmoothQuant and GPTQ, and pixels of other pictures."""
+    model = tiny.build(tiny.PRUNED, steps=120)
+    pixels = torch.from_numpy(tiny.pixels(tiny.pictures(16)))
+    captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
+    with torch.no_grad():
+        forced = [decoder.teacher_forced(model, *sample) for sample in zip(model.encode(pixels).split(1), captions, strict=True)]
+    model = smoothquant.smoothed(model, forced, 0.8)
+    encoding, decoding = encoder.calibrated(model, [pixels.numpy()]), decoder.calibrated(model, forced)
+    gptq.gptq(encoding, [(pixels,)], Progress(quiet=True))
+    gptq.gptq(decoding, forced, Progress(quiet=True))
+    return model, encoding, decoding, tiny.pixels(tiny.pictures(16, seed=5))
+
+
+def test_captions_and_their_probabilities_are_those_of_onnx_runtime(captioner, tmp_path):
+    model, encoding, decoding, pixels = captioner
+    parent = tiny.artifact(model, tmp_path / "float")
+    quantize.describe(tmp_path, parent, model, {})
+    graphs.write(graphs.clean(encoder.quantized_encoder(model, encoding)), tmp_path / "encoder.onnx")
+    export.write_decoder(*decoder.quantized_decoder(model, decoding), tmp_path)
+    theirs = runtime.Captioner(tmp_path, threads=1)
+    grid = theirs.encode(pixels)
+    with torch.no_grad():
+        mine = integers.integer(simulate.simulated(encoding))(torch.from_numpy(pixels))
+        assert float((mine.numpy() != grid).mean()) < 0.02
+        graph = integers.integer(simulate.simulated(decoding), model.config.prefix)
+        said, logits = simulate.greedy(graph, model, torch.from_numpy(grid), Special.of(tiny.tokenizer()))
+    heard = theirs.search(grid, 1, model.config.max_tokens)
+    assert said == [pieces for pieces, _ in heard]
+    for pieces, chosen, (_, logprob) in zip(said, logits.log_softmax(-1).amax(-1), heard, strict=True):
+        assert logprob == pytest.approx(float(chosen[: len(pieces) + 1].sum()), abs=0.02)
+
+
+def test_what_is_rounded_on_one_side_alone_stays_float(captioner):
+    """A part that is left in float keeps its products, and the rest its integers."""
+    _, encoding, decoding, pixels = captioner
+    graph = integers.integer(simulate.simulated(simulate.leave_float(encoding, ("encoder.blocks.1",))))
+    left = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert left.count(aten.conv2d.default) > 0 and any(isinstance(module, integers.Product) for module in graph.modules())
+    with torch.no_grad():
+        grid = graph(torch.from_numpy(pixels))
+        near = simulate.simulated(simulate.leave_float(encoding, ("encoder.blocks.1",)))(torch.from_numpy(pixels))
+    assert float((grid - near).square().mean()) < 1e-2 * float(near.var())
