@@ -1,5 +1,7 @@
 """PyTorch's integer graph against what ONNX Runtime makes of the same calibration, and its float functions against closed forms."""
 
+import dataclasses
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -9,11 +11,13 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
 from compress import graphs, runtime
+from compress.config import Quantize
 from compress.context import Progress
 from compress.decode import Special
-from compress.stages import export, quantize
-from compress.stages.quantize import decoder, encoder, gptq, integers, kernels, observe, simulate, smoothquant
+from compress.stages import quantize
+from compress.stages.quantize import concepts, decoder, encoder, gptq, integers, kernels, observe, simulate, smoothquant
 from students.lightcap import LightCap, preset
+from students.lightcap.modulator import Modulator
 from students.lightcap.tokenizer import encode_captions
 
 aten = torch.ops.aten
@@ -93,43 +97,64 @@ def test_the_encoder_is_integer_for_integer_that_of_onnx_runtime(name, kinds, tm
     assert wrong < 0.02 and wrong <= float((near != theirs).mean())
 
 
-@pytest.fixture(scope="module")
-def captioner():
-    """A trained captioner, its graphs calibrated with SmoothQuant and GPTQ, and pixels of other pictures."""
-    model = tiny.build(tiny.PRUNED, steps=120)
+def with_concepts() -> LightCap:
+    """A captioner with random concepts and a modulator, on which no word depends."""
+    model = tiny.build()
+    count, text = 24, 16
+    generator = torch.Generator().manual_seed(5)
+    embeddings = F.normalize(torch.randn(count, text, generator=generator), dim=1)
+    model.start_concepts(embeddings, torch.arange(10, 10 + count).unsqueeze(1), torch.zeros(count), 32, 6)
+    model.config = dataclasses.replace(model.config, modulator=8)
+    torch.manual_seed(6)
+    model.modulator = Modulator(model.config.hidden, 8, model.config.channels)
+    with torch.no_grad():
+        model.alignment.second.weight.mul_(8)
+        model.modulator.down.weight.mul_(20)
+        model.fusion.word.weight.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["trained", "with concepts and a modulator"])
+def captioner(request):
+    """A captioner, its graphs calibrated with SmoothQuant and GPTQ, and pixels of other pictures."""
+    model = tiny.build(tiny.PRUNED, steps=120) if request.param == "trained" else with_concepts()
     pixels = torch.from_numpy(tiny.pixels(tiny.pictures(16)))
     captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
     with torch.no_grad():
-        forced = [decoder.teacher_forced(model, *sample) for sample in zip(model.encode(pixels).split(1), captions, strict=True)]
+        grids = model.encode(pixels).split(1)
+        forced = [decoder.teacher_forced(model, *sample) for sample in zip(grids, captions, strict=True)]
     model = smoothquant.smoothed(model, forced, 0.8)
     encoding, decoding = encoder.calibrated(model, [pixels.numpy()]), decoder.calibrated(model, forced)
     gptq.gptq(encoding, [(pixels,)], Progress(quiet=True))
     gptq.gptq(decoding, forced, Progress(quiet=True))
-    return model, encoding, decoding, tiny.pixels(tiny.pictures(16, seed=5))
+    finding = concepts.calibrated(model, grids, Quantize(), Progress(quiet=True)) if model.config.concepts else None
+    return quantize.Calibrated(model, encoding, decoding, finding, [], captions), tiny.pixels(tiny.pictures(16, seed=5))
 
 
 def test_captions_and_their_probabilities_are_those_of_onnx_runtime(captioner, tmp_path):
-    model, encoding, decoding, pixels = captioner
-    parent = tiny.artifact(model, tmp_path / "float")
-    quantize.describe(tmp_path, parent, model, {})
-    graphs.write(graphs.clean(encoder.quantized_encoder(model, encoding)), tmp_path / "encoder.onnx")
-    export.write_decoder(*decoder.quantized_decoder(model, decoding), tmp_path)
+    found, pixels = captioner
+    parent = tiny.artifact(found.model, tmp_path / "float")
+    quantize.write(tmp_path, parent, found, Quantize(max_weight_ratio=1.0), (), 0.0, Progress(quiet=True))
     theirs = runtime.Captioner(tmp_path, threads=1)
     grid = theirs.encode(pixels)
     with torch.no_grad():
-        mine = integers.integer(simulate.simulated(encoding))(torch.from_numpy(pixels))
+        mine = integers.integer(simulate.simulated(found.encoder))(torch.from_numpy(pixels))
         assert float((mine.numpy() != grid).mean()) < 0.02
-        graph = integers.integer(simulate.simulated(decoding), model.config.prefix)
-        said, logits = simulate.greedy(graph, model, torch.from_numpy(grid), Special.of(tiny.tokenizer()))
-    heard = theirs.search(grid, 1, model.config.max_tokens)
+        graph = integers.integer(simulate.simulated(found.decoder), found.model.config.prefix)
+        scores = None if found.concepts is None else integers.integer(simulate.simulated(found.concepts))
+        assert not {node.target for node in graph.graph.nodes} & {*integers.FLOAT, *integers.PRODUCTS}
+        said, logits = simulate.greedy(graph, found.model, torch.from_numpy(grid), Special.of(tiny.tokenizer()), scores)
+    heard = theirs.search(grid, 1, found.model.config.max_tokens)
     assert said == [pieces for pieces, _ in heard]
+    if found.concepts is not None:  # untrained, it gives pieces that are never said some of its probability
+        return
     for pieces, chosen, (_, logprob) in zip(said, logits.log_softmax(-1).amax(-1), heard, strict=True):
         assert logprob == pytest.approx(float(chosen[: len(pieces) + 1].sum()), abs=0.02)
 
 
 def test_what_is_rounded_on_one_side_alone_stays_float(captioner):
     """A part that is left in float keeps its products, and the rest its integers."""
-    _, encoding, decoding, pixels = captioner
+    encoding, pixels = captioner[0].encoder, captioner[1]
     graph = integers.integer(simulate.simulated(simulate.leave_float(encoding, ("encoder.blocks.1",))))
     left = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert left.count(aten.conv2d.default) > 0 and any(isinstance(module, integers.Product) for module in graph.modules())

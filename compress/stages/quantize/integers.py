@@ -101,7 +101,7 @@ def integer(simulated: GraphModule, prefix: int = 0) -> GraphModule:
             node.target, node.args = kernels.attention, (*node.args, prefix)
         elif node.target in FLOAT:
             node.target = FLOAT[node.target]
-        chain = rounded(graph, node)
+        chain = [node] if node.target is aten.linear.default else rounded(graph, node)
         module, inputs = in_integers(graph, node, chain)
         if module is not None:
             graph.add_submodule(f"integer_{number}", module)
@@ -131,14 +131,14 @@ def rounded(graph: GraphModule, node: Node) -> list[Node]:
 
 def in_integers(graph: GraphModule, node: Node, chain: list[Node]) -> tuple[nn.Module | None, tuple[Node, ...]]:
     """What computes `chain`, which begins at `node`, and its inputs; None where that has no integer form."""
-    target, ends = node.target, module_of(graph, chain[-1])
-    if target not in SUMS | PRODUCTS or not isinstance(ends, ActivationRounding) and target is not aten.linear.default:
+    target = node.target
+    if target not in SUMS | PRODUCTS or len(chain) == 1 and target is not aten.linear.default:
         return None, ()
     inputs = tuple(unpadded(graph, source) for source in node.args[: 2 if target in SUMS else 1] if isinstance(source, Node))
     sources = [rounding_of(graph, source) for source in inputs]
     if None in sources or len(sources) != (2 if target in SUMS else 1):
         return None, ()
-    rounding = Rounding(ends, limits(chain[1:-1])) if len(chain) > 1 else None
+    rounding = Rounding(module_of(graph, chain[-1]), limits(chain[1:-1])) if len(chain) > 1 else None
     if target in SUMS:
         return Sum(*sources, rounding), inputs
     if target is aten.avg_pool2d.default:
@@ -146,8 +146,8 @@ def in_integers(graph: GraphModule, node: Node, chain: list[Node]) -> tuple[nn.M
     rule = module_of(graph, node.args[1])
     if not isinstance(rule, WeightRounding):
         return None, ()
-    weight, bias = value(graph, node.args[1].args[0]), None if len(node.args) < 3 else value(graph, node.args[2])
-    bias = torch.zeros(len(weight)) if bias is None else bias
+    weight = value(graph, node.args[1].args[0])
+    bias = torch.zeros(len(weight)) if len(node.args) < 3 or node.args[2] is None else value(graph, node.args[2])
     return Product(target, sources[0], rule(weight), rule.scale(weight), bias, rounding, node.args[3:]), inputs
 
 
