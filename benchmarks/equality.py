@@ -1,11 +1,9 @@
 """The captions of a run's INT8 model by PyTorch's quantized graph and by ONNX Runtime, greedy: how many are equal, how near the others are.
 
-    python benchmarks/equality.py runs/photos
+    python benchmarks/equality.py runs/photos [--floats]
 
-The run's float captioner is quantized again as its recipe says, but not tuned, so the run must be where its data can be read. What was
-calibrated is computed by PyTorch in integers, and written for ONNX Runtime. A difference is where the two first choose another piece; its
-gap is by how much PyTorch's log-probability of its own choice exceeds that of ONNX Runtime's. `grids_equal`: images whose features are the
-same to the last bit. The last line is one JSON document.
+The run's float captioner is quantized again as its recipe says, but neither tuned nor with parts in float, so the run must be where its
+data can be read. README.md says what each number is. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -36,15 +34,18 @@ from students.lightcap.tokenizer import decode_caption  # noqa: E402
 BATCH = 25
 
 
-def compare(run: Path) -> dict:
-    """`images`, `equal` and its `share`, `grids_equal`, and the `differences`, each with both captions and the gap in nats."""
+def compare(run: Path, floats: bool) -> dict:
+    """By sums of integers, or of rounded `floats`: `images`, `equal` and its `share`, `grids_equal`, and the `differences`, each with both
+    captions and the gap in nats."""
     progress, of = Progress(), quantized(run)
     model, tokenizer, settings = of.model, of.tokenizer, of.settings
     if model.config.mask_piece is not None:
         raise ModelError(f"{run}: '{of.stage.parent}' predicts masked pieces, which PyTorch's graph here does not")
     found = quantize.calibrate(model, tokenizer, settings, of.stage.config, of.data, of.recipe.seed, progress)
-    encoding, decoding = (integer(simulate.simulated(graph), model.config.prefix) for graph in (found.encoder, found.decoder))
-    concepts = None if found.concepts is None else integer(simulate.simulated(found.concepts))
+    computed = [simulate.simulated(graph) for graph in (found.encoder, found.decoder, found.concepts) if graph is not None]
+    if not floats:
+        computed = [integer(graph, model.config.prefix) for graph in computed]
+    encoding, decoding, *concepts = computed
     with tempfile.TemporaryDirectory() as folder:
         quantize.write(Path(folder), of.parent, found, of.stage.config, (), 0.0, progress)
         captioner = runtime.Captioner(folder)
@@ -57,7 +58,7 @@ def compare(run: Path) -> dict:
             theirs = captioner.encode(pixels)
             with torch.no_grad():
                 grid = encoding(torch.from_numpy(pixels))
-                said, logits = simulate.greedy(decoding, model, grid, special, concepts)
+                said, logits = simulate.greedy(decoding, model, grid, special, *concepts)
             grids_equal += int((grid.numpy() == theirs).all((1, 2)).sum())
             heard = captioner.search(theirs, 1, model.config.max_tokens)
             for example, mine, (other, _), chosen in zip(examples, said, heard, logits.log_softmax(-1), strict=True):
@@ -80,10 +81,11 @@ def first_gap(mine: list[int], theirs: list[int], logs: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run with a quantize stage")
+    parser.add_argument("--floats", action="store_true", help="PyTorch adds rounded floats, as where parts are measured and weights tuned")
     arguments = parser.parse_args()
     torch.set_num_threads(thread_count())
     try:
-        found = compare(arguments.run)
+        found = compare(arguments.run, arguments.floats)
     except LightcapError as error:
         parser.exit(2, f"equality.py: {error.message}\n")
     for item in found["differences"]:

@@ -124,14 +124,14 @@ def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -
     code = (
         "import sys; from compress import cli\n"
         "try: cli.main(['caption', sys.argv[1], 'photo.png', '--json'])\n"
-        "finally: print('torch' in sys.modules, file=sys.stderr)\n"
+        "finally: print({'torch', 'transformers'} & {*sys.modules}, file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, f"runs/{name}"], capture_output=True, text=True, cwd=folder,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr
     [answer] = json.loads(done.stdout)
     assert set(answer) == {"image", "caption", "logprob", "ms"} and answer["logprob"] < 0
-    assert done.stderr.splitlines()[-1] == "False"
+    assert done.stderr.splitlines()[-1] == "set()"
 
 
 def test_every_shipped_recipe_is_tested_here():
@@ -171,9 +171,9 @@ def test_pretrained_weights_fit_every_student_that_starts_from_them(name):
 @pytest.mark.timeout(1200)
 def test_quickstart(tmp_path):
     check("quickstart", QUICKSTART, tmp_path, ["teacher", "student", "vocabulary", "pruned", "int8", "export"])
-    # Its INT8 graphs say what PyTorch's quantized graph does, calibrated again from what the run wrote down.
+    # What ONNX Runtime says is what PyTorch says of the same calibration.
     found = benchmark("equality", "runs/quickstart", cwd=tmp_path)
-    assert found["images"] == 12 and (found["share"] == 1.0 or found["largest_gap"] < 0.05)
+    assert found["images"] == 12 and found["equal"] >= 11 and found["largest_gap"] < 0.05
 
 
 @pytest.mark.slow

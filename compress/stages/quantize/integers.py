@@ -24,7 +24,7 @@ from compress.stages.quantize.simulate import ActivationRounding, WeightRounding
 EXACT = 2**24  # float32 holds all integers up to it
 RELU = {aten.relu.default, aten.relu_.default}
 SUMS = {aten.add.Tensor, aten.add_.Tensor}
-FLOAT = {aten.layer_norm.default: kernels.layer_norm, aten.gelu.default: kernels.gelu}
+FLOAT = {aten.layer_norm.default: kernels.layer_norm, aten.gelu.default: kernels.gelu, aten.sigmoid.default: kernels.sigmoid}
 PRODUCTS = {aten.conv2d.default, aten.avg_pool2d.default, aten.linear.default}
 
 
@@ -93,8 +93,8 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 
 def integer(simulated: GraphModule, prefix: int = 0) -> GraphModule:
     """A copy of what `simulate.simulated` gives, computed in integers: every Linear of rounded inputs, and every convolution, average pool
-    and sum of two whose result is rounded too. Norms, GELU and attention are those of `kernels`; `prefix`: what a caption's pieces see
-    before it."""
+    and sum of two whose result is rounded too. Norms, GELU, sigmoid and attention are those of `kernels`; means and the concepts'
+    exponentials are PyTorch's. `prefix`: how many places a caption's pieces see before it."""
     graph = copy.deepcopy(simulated)
     for number, node in enumerate(list(graph.graph.nodes)):
         if node.target is aten.scaled_dot_product_attention.default:
@@ -152,24 +152,27 @@ def in_integers(graph: GraphModule, node: Node, chain: list[Node]) -> tuple[nn.M
 
 
 def pool(node: Node, source: ActivationRounding | Rounding, rounding: Rounding) -> Product | None:
-    """An average pool as `encoder.integer_pools` writes it, a depthwise convolution with ones; None where windows overlap or are padded."""
-    if len(node.args) > 3 or len(set(node.args[1])) > 1 or node.args[1] != node.args[2]:
+    """An average pool as `encoder.integer_pools` writes it, a depthwise convolution with ones; None where it pads, or does more."""
+    if len(node.args) != 3 or len(set(node.args[1])) > 1:
         return None
     count, side = node.meta["val"].shape[1], node.args[1][0]
-    scales = torch.full((count,), 1 / side**2)
-    ones = torch.ones(count, 1, side, side)
-    return Product(aten.conv2d.default, source, ones / side**2, scales, torch.zeros(count), rounding, (node.args[2], [0, 0], [1, 1], count))
+    weight, scales = torch.full((count, 1, side, side), 1 / side**2), torch.full((count,), 1 / side**2)
+    return Product(aten.conv2d.default, source, weight, scales, torch.zeros(count), rounding, (node.args[2], [0, 0], [1, 1], count))
 
 
 def unpadded(graph: GraphModule, rounding: Node) -> Node:
-    """What a product reads: not the rounding of a Pad of what is rounded, which `encoder.fold_pads` leaves out."""
+    """What a product reads: not the rounding of zeros around what is rounded, which `encoder.fold_pads` leaves out."""
     below = rounding.args[0] if isinstance(module_of(graph, rounding), ActivationRounding) else rounding
-    return below if below.target is aten.pad.default and rounding_of(graph, below) is not None else rounding
+    return below if pads_zeros(below) and rounding_of(graph, below) is not None else rounding
+
+
+def pads_zeros(node: Node) -> bool:
+    return node.target is aten.pad.default and node.args[2:3] in ((), ("constant",)) and not any(node.args[3:])
 
 
 def rounding_of(graph: GraphModule, node: Node) -> ActivationRounding | Rounding | None:
     """How the numbers that `node` gives were rounded, before a Pad or not; None where they were not."""
-    module = module_of(graph, node.args[0] if node.target is aten.pad.default else node)
+    module = module_of(graph, node.args[0] if pads_zeros(node) else node)
     return module if isinstance(module, ActivationRounding) else module.rounding if isinstance(module, Product | Sum) else None
 
 

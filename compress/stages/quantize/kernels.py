@@ -1,8 +1,8 @@
 """Float functions as ONNX Runtime's CPU kernels compute them: the polynomials and the order of operations of MLAS (onnxruntime 1.32, x86
-with FMA). There they are equal to the last bit; elsewhere, as PyTorch's own are, to some units in it.
+with FMA). There they are equal to the last bit (norms from 8 numbers up); elsewhere, as PyTorch's own are, to some units in it.
 
-Before a rounding to 8 bits a last bit decides to which side a number goes, once in a million numbers. A caption's prefix has 200,000 of
-them, and one that went elsewhere takes others along: with PyTorch's own functions, half of the photos got other logits than in the runtime.
+Before a rounding to 8 bits a last bit decides, rarely, to which side a number goes. But a caption's prefix is rounded many times, and one
+number that went elsewhere takes others along in every layer behind it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ EXP_OF_ERF = 1.38319808e-3, 8.37550033e-3, 4.16689515e-2, 1.66664466e-1, 4.99999
 ERF_SMALL = -5.99104969e-4, 4.99339588e-3, -2.67667342e-2, 1.12818025e-1, -3.76124859e-1, 1.28379151e-1  # up to ERF_SPLIT
 ERF_LARGE = 1.72948930e-5, -3.83208680e-4, 3.88393435e-3, -2.42545605e-2, 1.06777847e-1, 6.34846687e-1, 1.28717512e-1
 ERF_SPLIT, ERF_ONE = 0.921875, 3.925
+SIGMOID_OVER = 4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03, 2.48287947061529e-01
+SIGMOID_UNDER = (6.10247389755681e-13, 5.76102136993427e-09, 6.29106785017040e-06, 1.70198817374094e-03, 1.16817656904453e-01,
+                 9.93151921023180e-01)
+SIGMOID_ONE = 18.0
 
 
 def fused(x: Tensor | float, y: Tensor | float, z: Tensor | float) -> Tensor:
@@ -54,15 +58,24 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + erf(x * torch.tensor(0.5).sqrt()))
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    x = x.clamp(-SIGMOID_ONE, SIGMOID_ONE)
+    square = x * x
+    return (polynomial(square, SIGMOID_OVER) * x / polynomial(square, SIGMOID_UNDER) + 0.5).clamp(0, 1)
+
+
 def layer_norm(x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: float, *_) -> Tensor:
     """aten::layer_norm over the last axis."""
     centred = x - x.double().mean(-1, keepdim=True).float()
+    full = shape[0] // LANES * LANES
     squares = torch.zeros(*x.shape[:-1], LANES)
-    for part in F.pad(centred, (0, -shape[0] % LANES)).split(LANES, -1):
+    for part in centred[..., :full].split(LANES, -1):
         squares = fused(part, part, squares)
     while squares.shape[-1] > 1:  # halves
         left, right = squares.chunk(2, -1)
         squares = left + right
+    for place in range(full, shape[0]):
+        squares = squares + centred[..., place : place + 1].square()
     deviation = torch.sqrt((squares / shape[0] + eps).double()).float()  # MKL's root of a float32 is not always the nearest
     return fused(centred * (1 / deviation), weight, bias)
 

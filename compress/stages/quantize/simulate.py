@@ -1,6 +1,6 @@
 """The quantized model in PyTorch: calibrated observers become roundings, which can be switched on and off part by part.
 
-With all of them on, its grids and logits are those of the integer graphs up to the order of summation; with those of one part on, they say
+With all of them on, its grids and logits are near those of the integer graphs (`integers` has those); with those of one part on, they say
 what that part costs (`sensitivity`); and gradients pass through them as if nothing were rounded, so that weights can be tuned (`tune`).
 """
 
