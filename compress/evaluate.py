@@ -33,6 +33,7 @@ BEAM = 5  # for accuracy
 BATCH = 32
 TIMED_IMAGES = 20
 VARIED = 10  # different captions
+MENDS = {"quantize": "more calibration_images, or trials", "prune": "more steps, or a lower encoder_learning_rate"}
 
 
 def measure(artifact: Artifact, against: Artifact | None, context: Context) -> dict:
@@ -54,8 +55,8 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
         earlier = {item["image"]: item for item in json.loads(captions_file(against.path, split).read_text())}
-        if artifact.quantized:
-            check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()])
+        if (mend := MENDS.get(context.stage.kind)) is not None:
+            check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()], mend)
         before = [earlier[item["image"]]["cider"] for item in spoken]
         pair = paired(np.array([item["cider"] for item in spoken]), np.array(before))
         row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
@@ -63,13 +64,13 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     return row | latency(artifact, parent, pictures)
 
 
-def check_variety(said: Sequence[str], before: Sequence[str]) -> None:
-    """StageError where every image gets one caption, and VARIED or more from what it is compared with: graphs that run, and whose numbers
-    are broken. (A model that was hardly trained says few captions in float too.)"""
+def check_variety(said: Sequence[str], before: Sequence[str], mend: str) -> None:
+    """StageError where every image gets one caption, and VARIED or more from what it is compared with: a model that runs, and whose numbers
+    are broken. (One that was hardly trained says few captions before, too.)"""
     different = len(set(before))
     if len(set(said)) == 1 and different >= VARIED:
-        raise StageError(f"all {len(said)} images get the same caption, '{said[0]}', where the float model has {different} different ones; "
-                         "try more calibration_images, or trials")
+        raise StageError(f"all {len(said)} images get the same caption, '{said[0]}', where there were {different} different ones before; "
+                         f"try {mend}")
 
 
 def scored(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress) -> tuple[list[tuple[str, float]], metrics.Scores]:

@@ -292,10 +292,13 @@ def test_one_caption_for_all_images_is_an_error(data, broken, tmp_path, monkeypa
     (graphs_only / "config.json").write_text(json.dumps({"quantized": {}}))
     monkeypatch.setattr(evaluate, "captions", lambda *arguments: [("a dog", -1.0)] * 16)
     monkeypatch.setattr(evaluate, "costs", lambda artifact: {})
-    with pytest.raises(StageError, match="all 16 images get the same caption, 'a dog', where the float model has 12 different ones"):
-        evaluate.measure(Artifact(graphs_only), Artifact(before), context(tmp_path, data, Quantize()))
-    evaluate.check_variety(["a dog"] * 16, ["a cat"] * 16)
-    evaluate.check_variety(["a dog", "a cat"], [str(i) for i in range(16)])
+    where = context(tmp_path, data, Quantize())
+    for kind, mend in (("quantize", "try more calibration_images"), ("prune", "try more steps, or a lower encoder_learning_rate")):
+        with pytest.raises(StageError, match=f"all 16 images get the same caption, 'a dog', where there were 12 .* before; {mend}"):
+            evaluate.measure(
+                Artifact(graphs_only), Artifact(before), dataclasses.replace(where, stage=dataclasses.replace(where.stage, kind=kind)))
+    evaluate.check_variety(["a dog"] * 16, ["a cat"] * 16, "nothing")
+    evaluate.check_variety(["a dog", "a cat"], [str(i) for i in range(16)], "nothing")
 
 
 def test_what_was_measured_is_not_said_again(data, tmp_path, monkeypatch):
