@@ -2,8 +2,8 @@
 
     python benchmarks/equality.py runs/photos [--floats]
 
-The run's float captioner is quantized again as its recipe says, but neither tuned nor with parts in float, so the run must be where its
-data can be read. README.md says what each number is. The last line is one JSON document.
+The run's float captioner is quantized again as its INT8 artifact says, tuned too, so the run must be where its data can be read. README.md
+says what each number is. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -19,36 +19,50 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from quantized import quantized  # noqa: E402
+from quantized import Quantized, quantized  # noqa: E402
 
 from compress import runtime  # noqa: E402
-from compress.context import Progress  # noqa: E402
+from compress.artifact import GRAPH_PATTERNS  # noqa: E402
+from compress.cache import cache_of  # noqa: E402
+from compress.context import Context, Progress  # noqa: E402
 from compress.decode import Special  # noqa: E402
 from compress.errors import LightcapError, ModelError  # noqa: E402
 from compress.process import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import simulate  # noqa: E402
 from compress.stages.quantize.integers import integer  # noqa: E402
+from compress.stages.quantize.tune import tune  # noqa: E402
 from students.lightcap.tokenizer import decode_caption  # noqa: E402
 
 BATCH = 25
 
 
 def compare(run: Path, floats: bool) -> dict:
-    """By sums of integers, or of rounded `floats`: `images`, `equal` and its `share`, `grids_equal`, and the `differences`, each with both
-    captions and the gap in nats."""
+    """By sums of integers, or of rounded `floats`: `same_graphs`, `images`, `equal` and its `share`, `grids_equal`, and the `differences`,
+    each with both captions and the gap in nats."""
     progress, of = Progress(), quantized(run)
-    model, tokenizer, settings = of.model, of.tokenizer, of.settings
+    if of.made is None:
+        raise ModelError(f"{run}: '{of.stage.name}' is not finished")
+    model, tokenizer, settings, config = of.model, of.tokenizer, of.settings, of.stage.config
     if model.config.mask_piece is not None:
-        raise ModelError(f"{run}: '{of.stage.parent}' predicts masked pieces, which PyTorch's graph here does not")
-    found = quantize.calibrate(model, tokenizer, settings, of.stage.config, of.data, of.recipe.seed, progress)
-    computed = [simulate.simulated(graph) for graph in (found.encoder, found.decoder, found.concepts) if graph is not None]
+        raise ModelError(f"{run}: '{of.stage.name}' predicts masked pieces, which PyTorch's graph here does not")
+    described = of.made.config["quantized"]
+    floating, epochs = described["float_parts"], described["tune_epochs"]
+    found = quantize.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "int8"
+        written.mkdir()
+        if epochs:
+            found = tune(found, tokenizer, settings, config, context(run, of, Path(folder), progress))
+        quantize.write(written, of.parent, found, config, floating, epochs, progress)
+        captioner = runtime.Captioner(written)
+        files = [file for pattern in GRAPH_PATTERNS for file in written.glob(pattern)]
+        same = all((of.made.path / file.name).read_bytes() == file.read_bytes() for file in files)
+    observed = [simulate.leave_float(found.encoder, floating), simulate.leave_float(found.decoder, floating)]
+    computed = [simulate.simulated(graph) for graph in (*observed, found.concepts) if graph is not None]
     if not floats:
         computed = [integer(graph, model.config.prefix) for graph in computed]
     encoding, decoding, *concepts = computed
-    with tempfile.TemporaryDirectory() as folder:
-        quantize.write(Path(folder), of.parent, found, of.stage.config, (), 0.0, progress)
-        captioner = runtime.Captioner(folder)
     special, val = Special.of(tokenizer), of.data.split(of.recipe.data.val_split)
     differences, grids_equal = [], 0
     with progress.task("captions", len(val)) as task:
@@ -68,8 +82,14 @@ def compare(run: Path, floats: bool) -> dict:
                     differences.append({"image": example.image_id, **texts, "gap": gap})
             task.advance(len(examples))
     equal = len(val) - len(differences)
-    return {"images": len(val), "equal": equal, "share": equal / len(val), "grids_equal": grids_equal, "differences": differences,
-            "largest_gap": max((item["gap"] for item in differences), default=0.0)}
+    return {"same_graphs": same, "images": len(val), "equal": equal, "share": equal / len(val), "grids_equal": grids_equal,
+            "differences": differences, "largest_gap": max((item["gap"] for item in differences), default=0.0)}
+
+
+def context(run: Path, of: Quantized, folder: Path, progress: Progress) -> Context:
+    """What the stage would get; its resume state in `folder`."""
+    return Context(recipe=of.recipe, stage=of.stage, data=of.data, seed=of.recipe.seed, threads=thread_count(), output=folder,
+                   work=folder / "work", cache=cache_of(run), artifacts={}, progress=progress)
 
 
 def first_gap(mine: list[int], theirs: list[int], logs: torch.Tensor) -> float:
@@ -90,6 +110,7 @@ def main() -> None:
         parser.exit(2, f"equality.py: {error.message}\n")
     for item in found["differences"]:
         print(f"{item['image']}: '{item['pytorch']}' and '{item['onnxruntime']}', {item['gap']:.4f} nats apart")
+    print(f"the graphs are {'' if found['same_graphs'] else 'not '}those of the run, byte for byte")
     print(f"{found['equal']} of {found['images']} captions are equal, and {found['grids_equal']} grids")
     print(json.dumps(found))
 

@@ -21,10 +21,11 @@ from students.lightcap import LightCap  # noqa: E402
 
 
 class Quantized(NamedTuple):
-    """A run's quantize stage, and the float captioner that it works on."""
+    """A run's quantize stage, what it made (None: it missed its gate), and the float captioner that it works on."""
 
     recipe: Recipe
     stage: Stage
+    made: Artifact | None
     parent: Artifact
     data: CaptionSet
     model: LightCap
@@ -38,5 +39,5 @@ def quantized(run: Path) -> Quantized:
     stage = next((stage for stage in wanted.stages if stage.kind == "quantize"), None)
     if stage is None or stage.parent not in rows:
         raise ModelError(f"{run}: no quantize stage with a finished float captioner before it")
-    parent = Artifact(run / rows[stage.parent]["artifact"])
-    return Quantized(wanted, stage, parent, data.load(wanted.data, cache_of(run)), *read_captioner(parent.path))
+    made, parent = (Artifact(run / rows[name]["artifact"]) if name in rows else None for name in (stage.name, stage.parent))
+    return Quantized(wanted, stage, made, parent, data.load(wanted.data, cache_of(run)), *read_captioner(parent.path))

@@ -55,7 +55,7 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
         earlier = {item["image"]: item for item in json.loads(captions_file(against.path, split).read_text())}
-        if (mend := MENDS.get(context.stage.kind)) is not None:
+        if (mend := MENDS.get("quantize" if artifact.quantized else context.stage.kind)) is not None:
             check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()], mend)
         before = [earlier[item["image"]]["cider"] for item in spoken]
         pair = paired(np.array([item["cider"] for item in spoken]), np.array(before))

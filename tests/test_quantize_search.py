@@ -19,6 +19,7 @@ from compress.errors import StageError
 from compress.ledger import captions_file
 from compress.stages import export, quantize
 from compress.stages.quantize import decoder, encoder, gptq, observe, search, sensitivity, simulate, smoothquant, tune
+from compress.stages.quantize.integers import integer
 from students.lightcap.tokenizer import decode_caption, encode_captions
 
 WORST = "fusion.layers.1.attention"
@@ -104,13 +105,16 @@ def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, tmp_path):
                 np.testing.assert_allclose(got[0], logits[position].numpy(), atol=1e-4)
 
 
-def test_pytorchs_quantized_graph_and_onnx_runtime_say_the_same(calibrated, tmp_path):
+@pytest.mark.parametrize("integers", [False, True], ids=["rounded floats", "integers"])
+def test_pytorchs_quantized_graph_and_onnx_runtime_say_the_same(calibrated, integers, tmp_path):
     model, encoding, decoding, *_ = calibrated
     captioner = runtime.Captioner(written(calibrated, tmp_path), threads=1)
     pixels = tiny.pixels(tiny.pictures(16, seed=5))
+    computed = [simulate.simulated(encoding), simulate.simulated(decoding)]
+    if integers:
+        computed = [integer(graph, model.config.prefix) for graph in computed]
     with torch.no_grad():
-        grid = encoder.fold(simulate.leave_float(encoding, ()))(torch.from_numpy(pixels))
-        said, logits = simulate.greedy(simulate.simulated(decoding), model, grid, Special.of(tiny.tokenizer()))
+        said, logits = simulate.greedy(computed[1], model, computed[0](torch.from_numpy(pixels)), Special.of(tiny.tokenizer()))
     theirs = captioner.captions(pixels, beam=1)
     assert [decode_caption(tiny.tokenizer(), pieces) for pieces in said] == [text for text, _ in theirs]
     for pieces, chosen, (_, logprob) in zip(said, logits.log_softmax(-1).amax(-1), theirs, strict=True):
@@ -289,12 +293,14 @@ def test_one_caption_for_all_images_is_an_error(data, broken, tmp_path, monkeypa
     captions_file(before, "val").write_text(json.dumps(spoken))
     graphs_only = tmp_path / "int8"
     graphs_only.mkdir()
-    (graphs_only / "config.json").write_text(json.dumps({"quantized": {}}))
     monkeypatch.setattr(evaluate, "captions", lambda *arguments: [("a dog", -1.0)] * 16)
     monkeypatch.setattr(evaluate, "costs", lambda artifact: {})
     where = context(tmp_path, data, Quantize())
-    for kind, mend in (("quantize", "try more calibration_images"), ("prune", "try more steps, or a lower encoder_learning_rate")):
-        with pytest.raises(StageError, match=f"all 16 images get the same caption, 'a dog', where there were 12 .* before; {mend}"):
+    rounded, cut = "more calibration_images, or trials", "more steps, or a lower encoder_learning_rate"
+    mends = {"quantize": rounded, "export": rounded, "prune": cut}
+    for kind, mend in mends.items():
+        (graphs_only / "config.json").write_text(json.dumps({} if kind == "prune" else {"quantized": {}}))
+        with pytest.raises(StageError, match=f"all 16 images get the same caption, 'a dog', where there were 12 .* before; try {mend}"):
             evaluate.measure(
                 Artifact(graphs_only), Artifact(before), dataclasses.replace(where, stage=dataclasses.replace(where.stage, kind=kind)))
     evaluate.check_variety(["a dog"] * 16, ["a cat"] * 16, "nothing")

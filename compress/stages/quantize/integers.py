@@ -101,6 +101,8 @@ def integer(simulated: GraphModule, prefix: int = 0) -> GraphModule:
             node.target, node.args = kernels.attention, (*node.args, prefix)
         elif node.target in FLOAT:
             node.target = FLOAT[node.target]
+        if node.target not in SUMS | PRODUCTS:
+            continue
         chain = [node] if node.target is aten.linear.default else rounded(graph, node)
         module, inputs = in_integers(graph, node, chain)
         if module is not None:
@@ -130,9 +132,9 @@ def rounded(graph: GraphModule, node: Node) -> list[Node]:
 
 
 def in_integers(graph: GraphModule, node: Node, chain: list[Node]) -> tuple[nn.Module | None, tuple[Node, ...]]:
-    """What computes `chain`, which begins at `node`, and its inputs; None where that has no integer form."""
+    """What computes `chain`, which begins at the product or sum `node`, and its inputs; None where a neighbour is not rounded."""
     target = node.target
-    if target not in SUMS | PRODUCTS or len(chain) == 1 and target is not aten.linear.default:
+    if len(chain) == 1 and target is not aten.linear.default:
         return None, ()
     inputs = tuple(unpadded(graph, source) for source in node.args[: 2 if target in SUMS else 1] if isinstance(source, Node))
     sources = [rounding_of(graph, source) for source in inputs]
