@@ -15,6 +15,7 @@ from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
 INTEGER = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT16, TensorProto.UINT16}
 SHARED_FROM, ALIGNMENT = 256, 64  # bytes: smaller tensors stay in their graphs; where a shared one begins
+PRODUCTS = {"MatMul", "FusedMatMul"}
 FLOAT = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 
 
@@ -121,7 +122,8 @@ def attribute(node: NodeProto, name: str, default=None):
 
 
 def kernels(path: Path) -> Counter[str]:
-    """Operators of the graph that ONNX Runtime makes of `path` on this processor, counted: what really runs, after its fusions."""
+    """Operators of the graph that ONNX Runtime makes of `path` on this processor, counted: what really runs, after its fusions. A MatMul by
+    a weight counts as the Gemm that it is without a bias, so that MatMuls are an attention's, of two activations."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -130,7 +132,8 @@ def kernels(path: Path) -> Counter[str]:
         options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    return Counter(node.op_type for node in optimized.graph.node)
+    weights = initializers(optimized.graph)
+    return Counter("Gemm" if node.op_type in PRODUCTS and node.input[1] in weights else node.op_type for node in optimized.graph.node)
 
 
 def weight_bytes(folder: str | Path) -> dict[str, int]:

@@ -167,6 +167,7 @@ def test_parts_left_in_float_are_float_kernels_and_all_others_integer_ones(calib
     assert encoding["QLinearAdd"] == 1  # the block before hands on floats, and so adds them
     products = [kinds["MatMulInteger"] + kinds["MatMulIntegerToFloat"] for kinds in (before, decoding)]
     assert products == [6 - 2 - 1, 11 - 2 - 3 - 1 - 1]
+    assert quantize.summary(encoding, before + decoding) == "int8 kernels: 11 of 14 convolutions, 7 of 17 matrix products"
     whole = sum(graphs.weight_bytes(folder).values())
     assert whole > 1.5 * sum(graphs.weight_bytes(written(calibrated, tmp_path / "int8")).values())
     said = [text for text, _ in runtime.Captioner(folder, threads=1).captions(tiny.pixels(tiny.pictures(16, seed=5)))]

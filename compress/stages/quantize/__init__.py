@@ -165,19 +165,20 @@ def describe(folder: Path, parent, model, quantized: dict) -> None:
 def check(folder: Path, model, most: float, large: Sequence[str], progress) -> None:
     """Logs what runs as integers, and the bytes; StageError where the weights exceed `most` of the float model's, naming those that are
     `large` and still in float."""
-    encoder, prefix, step = (graphs.kernels(folder / name) for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"))
-    progress.log(summary(encoder, prefix + step))
+    found = {path.name: graphs.kernels(path) for path in sorted(folder.glob("*.onnx"))}
+    encoder = found.pop("encoder.onnx")
+    progress.log(summary(encoder, sum(found.values(), Counter())))
     kept, whole = graphs.weight_bytes(folder), float_bytes(model)
     share = sum(kept.values()) / whole
     progress.log(f"int8 weights: {kept['integer']} integer and {kept['float']} float bytes, {share:.3f} of the parent's {whole}")
     check_ratio(kept, whole, most, large)
 
 
-def summary(encoder: Counter[str], decoder: Counter[str]) -> str:
+def summary(encoder: Counter[str], others: Counter[str]) -> str:
     """What ONNX Runtime runs as integers: a pattern that its fusions miss costs tens of times, and shows nowhere else."""
     whole = encoder["QLinearConv"] + encoder["Conv"] + encoder["FusedConv"]
-    products = decoder["MatMulInteger"] + decoder["MatMulIntegerToFloat"]
-    return f"int8 kernels: {encoder['QLinearConv']} of {whole} convolutions, {products} of {products + decoder['Gemm']} matrix products"
+    products = others["MatMulInteger"] + others["MatMulIntegerToFloat"]
+    return f"int8 kernels: {encoder['QLinearConv']} of {whole} convolutions, {products} of {products + others['Gemm']} matrix products"
 
 
 def float_bytes(model) -> int:
