@@ -58,8 +58,8 @@ def compare(run: Path, floats: bool) -> dict:
         captioner = runtime.Captioner(written)
         files = [file for pattern in GRAPH_PATTERNS for file in written.glob(pattern)]
         same = all((of.made.path / file.name).read_bytes() == file.read_bytes() for file in files)
-    observed = [simulate.leave_float(found.encoder, floating), simulate.leave_float(found.decoder, floating)]
-    computed = [simulate.simulated(graph) for graph in (*observed, found.concepts) if graph is not None]
+    calibrated = [graph for graph in (found.encoder, found.decoder, found.concepts) if graph is not None]
+    computed = [simulate.simulated(simulate.leave_float(graph, floating)) for graph in calibrated]
     if not floats:
         computed = [integer(graph, model.config.prefix) for graph in computed]
     encoding, decoding, *concepts = computed

@@ -54,7 +54,7 @@ def compare(run: Path, count: int) -> dict:
         seen = quantize.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
         with torch.no_grad():
             error = float((grids(simulate.simulated(seen.encoder), batches) - goal).square().mean() / goal.var())
-        lost = sensitivity(seen.model, seen.encoder, seen.decoder, pixels, captions, progress, names=())
+        lost = sensitivity(seen.model, seen.encoder, seen.decoder, seen.concepts, pixels, captions, progress, names=())
         with tempfile.TemporaryDirectory() as folder:
             quantize.write(Path(folder), of.parent, seen, config, (), 0.0, progress)
             difference = paired(evaluate.ciders(Artifact(Path(folder)), val, cache_of(run), progress), before)

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from compress.data import Example
 from compress.decode import Special
 from compress.errors import ModelError, StageError
 from compress.stages import export, quantize
-from compress.stages.quantize import decoder, encoder, observe, simulate
+from compress.stages.quantize import decoder, encoder, observe, sensitivity, simulate
 from compress.training.start import read_captioner
 
 
@@ -306,3 +307,20 @@ def test_concepts_are_quantized_too(tmp_path):
         special, decoding = Special.of(tiny.tokenizer()), simulate.simulated(again.decoder)
         said, _ = simulate.greedy(decoding, again.model, torch.from_numpy(grid), special, finding)
     assert said == [pieces for pieces, _ in captioner.search(grid, 1, model.config.max_tokens)]
+
+
+def test_the_extractors_layers_are_parts_that_can_stay_in_float(tmp_path):
+    model = tiny.build(steps=0)
+    torch.manual_seed(5)
+    text = torch.nn.functional.normalize(torch.randn(24, 16), dim=1)
+    model.start_concepts(text, torch.arange(10, 34).unsqueeze(1), torch.zeros(24), 32, 6)
+    parent, where, config = tiny.artifact(model.eval(), tmp_path / "float"), context(tmp_path / "int8"), Quantize(calibration_images=12)
+    found = quantize.calibrate(*read_captioner(parent.path), config, where.data, where.seed, where.progress)
+    assert list(simulate.parts(found.concepts)) == ["concepts.first", "concepts.matching.0"]
+    pixels = tiny.pixels(tiny.pictures(12))
+    lost = sensitivity.sensitivity(found.model, found.encoder, found.decoder, found.concepts, pixels, found.captions, where.progress)
+    assert lost["concepts.first"] >= 0 and lost["concepts.matching.0"] >= 0 and len(lost) == 1 + sum(
+        len(simulate.parts(graph)) for graph in (found.encoder, found.decoder, found.concepts))
+    quantize.write(where.output, parent, found, dataclasses.replace(config, max_weight_ratio=1.0), ["concepts.first"], 0.0, where.progress)
+    kernels = graphs.kernels(where.output / "concepts.onnx")
+    assert (kernels["MatMulInteger"] + kernels["MatMulIntegerToFloat"], kernels["Gemm"]) == (1, 1)

@@ -152,7 +152,7 @@ def test_a_part_is_named_by_where_it_stands(module, part):
 
 def test_the_part_that_loses_most_is_named_first(calibrated):
     model, encoding, decoding, pixels, captions = calibrated
-    found = sensitivity.sensitivity(model, encoding, decoding, pixels, captions, Progress(quiet=True))
+    found = sensitivity.sensitivity(model, encoding, decoding, None, pixels, captions, Progress(quiet=True))
     assert set(found) == {sensitivity.ALL, *simulate.parts(encoding), *simulate.parts(decoding)}
     assert list(found.values()) == sorted(found.values(), reverse=True) and min(found.values()) >= 0
     del found[sensitivity.ALL]

@@ -48,7 +48,7 @@ def run(parent, config, context) -> None:
     def measured(tuned: bool) -> dict[str, float]:
         seen, few = state(tuned), slice(SENSITIVITY_IMAGES)
         pictures = [picture for batch in pixel_batches(context.data, seen.examples[few], settings) for picture in batch]
-        lost = sensitivity(seen.model, seen.encoder, seen.decoder, pictures, seen.captions[few], context.progress)
+        lost = sensitivity(seen.model, seen.encoder, seen.decoder, seen.concepts, pictures, seen.captions[few], context.progress)
         context.progress.log("KL divergence by part, nats a token: " + ", ".join(f"{part} {value:.2g}" for part, value in lost.items()))
         return lost
 
@@ -77,7 +77,7 @@ def write(folder: Path, parent, found: Calibrated, config, floating: Sequence[st
     model = found.model
     alone = {"encoder": encoder.quantized_encoder(model, found.encoder, floating)}
     if found.concepts is not None:
-        alone["concepts"] = concepts.quantized_concepts(model, found.concepts)
+        alone["concepts"] = concepts.quantized_concepts(model, found.concepts, floating)
     prefix, step = decoder.quantized_decoder(model, found.decoder, floating)
     large = graphs.float_weights(alone | {"prefix": prefix, "decoder": step})  # before their names are cleaned away
     for name, proto in alone.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from onnx import ModelProto
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
@@ -16,15 +16,27 @@ from compress.stages import export
 from compress.stages.quantize import observe
 from compress.stages.quantize.decoder import make_integer
 from compress.stages.quantize.gptq import IMAGES, gptq
+from compress.stages.quantize.simulate import part_named
 from students.lightcap import LightCap
 
 LARGEST = 4096  # batch
 
 
+class Extractor(nn.Module):
+    """`export.ConceptScores` under the name that its parts have."""
+
+    def __init__(self, model: LightCap) -> None:
+        super().__init__()
+        self.concepts = export.ConceptScores(model)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return self.concepts(grid)
+
+
 def calibrated(model: LightCap, grids: Sequence[Tensor], config: Quantize, progress: Progress) -> GraphModule:
     """grid -> scores of the concepts, with observers that saw `grids`, (1, G, C) each."""
     grid = torch.zeros(2, model.config.grid**2, model.config.channels)
-    prepared = observe.prepare(export.ConceptScores(model), (grid,), ({0: Dim("images", min=1, max=LARGEST)},), config.reduce_range)
+    prepared = observe.prepare(Extractor(model), (grid,), ({0: Dim("images", min=1, max=LARGEST)},), config.reduce_range)
     samples = [(grid,) for grid in grids]
     observe.run(prepared, samples)
     if config.rounding == "gptq":
@@ -32,8 +44,12 @@ def calibrated(model: LightCap, grids: Sequence[Tensor], config: Quantize, progr
     return prepared
 
 
-def quantized_concepts(model: LightCap, prepared: GraphModule) -> ModelProto:
-    """grid -> word pieces of the concepts, by what `calibrated` gives."""
+def quantized_concepts(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> ModelProto:
+    """grid -> word pieces of the concepts. `prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float
+    weights."""
+    found = observe.linear_scales(prepared)
+    names = {name: name.replace("concepts.", "scores.", 1) for name in found}  # in `export.Extractor`
+    float_weights = {names[name] for name in found if part_named(name.removesuffix(".weight")) in floating}
     proto = export.concepts_graph(model)
-    make_integer(proto.graph, {f"scores.{name}": scale for name, scale in observe.linear_scales(prepared).items()})
+    make_integer(proto.graph, {names[name]: scale for name, scale in found.items()}, float_weights)
     return proto

@@ -19,32 +19,38 @@ ALL = "all"
 
 @torch.no_grad()
 def sensitivity(
-    model: LightCap, encoder: GraphModule, decoder: GraphModule, pixels: Sequence[np.ndarray], captions: Sequence[list[list[int]]],
-    progress: Progress, names: Sequence[str] | None = None,
+    model: LightCap, encoder: GraphModule, decoder: GraphModule, concepts: GraphModule | None, pixels: Sequence[np.ndarray],
+    captions: Sequence[list[list[int]]], progress: Progress, names: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Part -> the mean KL divergence, in nats a token, of the graphs' own token probabilities from those with that part rounded; the
     greatest first, and `ALL` for all of them together.
 
-    `encoder` and `decoder` are calibrated graphs; `pixels` are images (3, S, S) as the encoder takes them, `captions` the ids of each one's
-    captions with [CLS] and [SEP]; `names` are the parts, if not all. Concepts stay those of the float model: their extractor is not rounded
-    here."""
-    graphs, mask = (simulated(encoder), simulated(decoder)), model.config.mask_piece
+    `encoder`, `decoder` and, where the model has concepts, `concepts` are calibrated graphs; `pixels` are images (3, S, S) as the encoder
+    takes them, `captions` the ids of each one's captions with [CLS] and [SEP]; `names` are the parts, if not all. Concepts are those found
+    in the grid as it then is."""
+    graphs, mask = [simulated(graph) for graph in (encoder, decoder, concepts) if graph is not None], model.config.mask_piece
     encoding = parts(encoder)
-    names = [*encoding, *parts(decoder)] if names is None else names
+    names = [name for graph in graphs for name in parts(graph)] if names is None else names
+
+    def said(grid: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """What is said of a grid (1, G, C), and of the concepts found in it, with the tokens, positions and mask of `inputs`."""
+        concepts = [model.concepts.choose(extractor(grid), model.config.concepts) for extractor in graphs[2:]]
+        return logs(graphs[1], (grid, *inputs[1:4], *concepts), mask)
+
     batches = [torch.from_numpy(np.stack(pixels[start : start + 8])) for start in range(0, len(pixels), 8)]
     with progress.task("sensitivity", len(names) + 2) as task:
         switch(graphs, [])
         plain = grids(graphs[0], batches)
-        forced = [teacher_forced(model, grid[None], ids) for grid, ids in zip(plain, captions, strict=True)]
-        expected = [logs(graphs[1], inputs, mask) for inputs in forced]
+        forced = [teacher_forced(model, grid, ids) for grid, ids in zip(plain.split(1), captions, strict=True)]
+        expected = [said(inputs[0], inputs) for inputs in forced]
         task.advance(1)
         found = {}
         for name in [ALL, *names]:
             switch(graphs, None if name == ALL else [name])
             moved = grids(graphs[0], batches) if name == ALL or name in encoding else plain
             total = count = 0.0
-            for grid, inputs, before in zip(moved, forced, expected, strict=True):
-                after = logs(graphs[1], (grid[None], *inputs[1:]), mask)
+            for grid, inputs, before in zip(moved.split(1), forced, expected, strict=True):
+                after = said(grid, inputs)
                 total += float((before.exp() * (before - after)).sum())
                 count += len(before)
             found[name] = total / count
