@@ -1,4 +1,5 @@
-"""Multiply-accumulates against milliseconds: LightCap-40M pruned to several shares of its MACs, in fp32 and INT8, on one thread.
+"""Multiply-accumulates against milliseconds: LightCap-40M pruned to several shares of its MACs, in fp32 and INT8, on one thread, beside
+LightCap-40M in PyTorch.
 
     python benchmarks/prune.py [--shares 0.8 0.65 0.5 0.35] [--round-to 8] [--rounds 20] [--images 64] [--keep FOLDER]
 
@@ -20,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models  # noqa: E402
-from latency import Subject, graphs, measure, summary  # noqa: E402
+from latency import Subject, eager, graphs, measure, summary  # noqa: E402
 
 from compress.artifact import Artifact, writing  # noqa: E402
 from compress.config import Prune, Quantize  # noqa: E402
@@ -29,13 +30,15 @@ from compress.cost import TOKENS  # noqa: E402
 from compress.stages.export import export  # noqa: E402
 
 PRECISIONS = ("fp32", "int8")
+EAGER = "eager"  # `latency.py`'s row
 
 
 def build(folder: Path, shares: list[float], roundings: list[int], images: int) -> list[Subject]:
-    """Both precisions of the whole model and of each share with its widths rounded in each way, made in `folder` or found there."""
+    """LightCap-40M in PyTorch with all word pieces, then both precisions of the whole model and of each share with its widths rounded in
+    each way, made in `folder` or found there."""
     progress, data = Progress(), models.scenes(images)
-    whole = models.build("small", folder, images)
-    found = []
+    full, whole = models.build("eager", folder, images), models.build("small", folder, images)
+    found = [Subject(EAGER, "", eager(full), {"share": 1.0, "round_to": 1, "precision": EAGER} | models.row(full))]
     for share, rounding in [(1.0, 1), *((share, rounding) for share in shares for rounding in roundings)]:
         name = "1" if share == 1.0 else f"{share:g} by {rounding}"
         cut = folder / f"share-{name.replace(' ', '-')}-{images}"
@@ -60,7 +63,8 @@ def build(folder: Path, shares: list[float], roundings: list[int], images: int) 
 
 def ratios(rows: list[dict], unit: str) -> dict[str, float]:
     """Of each pruned model: the share of the whole model's milliseconds that was saved, over the share of its MACs that was saved. 1: a
-    saved MAC is a saved millisecond; for the encoder over its own MACs, for the caption over all."""
+    saved MAC is a saved millisecond; for the encoder over its own MACs, for the caption over all. `..._vs_eager`: PyTorch's milliseconds
+    over its own."""
     whole = {row["precision"]: row for row in rows if row["share"] == 1.0}
     found = {}
     for row in rows:
@@ -69,7 +73,9 @@ def ratios(rows: list[dict], unit: str) -> dict[str, float]:
             for part in ("encoder", "caption"):
                 macs = 1 - row[f"gmacs_{part}"] / before[f"gmacs_{part}"]
                 time = 1 - row[f"{part}_{unit}"] / before[f"{part}_{unit}"]
-                found[f"{part}_{row['precision']}_at_{row['share']:g}_by_{row['round_to']}"] = round(time / macs, 3)
+                name = f"{part}_{row['precision']}_at_{row['share']:g}_by_{row['round_to']}"
+                found[name] = round(time / macs, 3)
+                found[f"{name}_vs_eager"] = round(whole[EAGER][f"{part}_{unit}"] / row[f"{part}_{unit}"], 2)
     return found
 
 

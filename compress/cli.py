@@ -106,7 +106,7 @@ def _print(drawn) -> None:
     """A rich table or text on standard output, wide enough for a whole row where there is no terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 140
+    width = None if sys.stdout.isatty() else 160
     Console(file=sys.stdout, width=width, highlight=False).print(drawn)
 
 

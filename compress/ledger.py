@@ -122,6 +122,17 @@ def compared(runs: Sequence[str]) -> dict:
     return {"runs": found, "pareto": [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]}
 
 
+def side_by_side(runs: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:
+    """The rows of `runs` ([{"run", "rows"}]) for people: those that are the same in all of several runs once, as EVERY, then each run's
+    others."""
+    if len(runs) == 1:
+        return [(runs[0]["run"], runs[0]["rows"])]
+    shared = [row for row in runs[0]["rows"] if all(row in entry["rows"] for entry in runs)] if runs else []
+    groups = [(EVERY, shared), *((entry["run"], [row for row in entry["rows"] if row not in shared]) for entry in runs)]
+    return [(name, rows) for name, rows in groups if rows]
+
+
+EVERY = "every run"
 HEADINGS = ("name", "CIDEr [95 %]", "delta [95 %]", "params", "GMACs", "MB", "ms")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
@@ -33,14 +34,24 @@ def plan(planned: Mapping) -> Group:
 
 
 def compare(value: Mapping) -> Group:
-    best = {(entry["run"], entry["name"]) for entry in value["pareto"]}
+    groups = ledger.side_by_side(value["runs"])
+    flat = [(run if place == 0 else "", row) for run, rows in groups for place, row in enumerate(rows)]
+    best = set(ledger.pareto([row for _, row in flat]))
     drawn = Table()
     for index, heading in enumerate(("run", *ledger.HEADINGS, "best")):
-        drawn.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
-    for entry in value["runs"]:
-        for row in entry["rows"]:
-            drawn.add_row(entry["run"], *ledger.cells(row), "*" if (entry["run"], row["name"]) in best else "")
+        folds = index < 2 or "95 %" in heading  # in a narrow terminal; a number is never cut
+        drawn.add_column(heading, justify="left" if index < 2 else "right", no_wrap=not folds, overflow="fold")
+    for index, (run, row) in enumerate(flat):
+        if run:
+            drawn.add_section()
+        drawn.add_row(_short(run, value["runs"]), *ledger.cells(row), "*" if index in best else "")
     return Group(drawn, "* nothing here is at least as good in CIDEr, bytes and, in the same runtime, time, and better in one")
+
+
+def _short(run: str, runs: Sequence[Mapping]) -> str:
+    """A run's folder without the folders that all of several runs lie in."""
+    parents = {str(Path(entry["run"]).parent) for entry in runs}
+    return Path(run).name if len(runs) > 1 and len(parents) == 1 else run
 
 
 def fit(value: Mapping) -> Group:

@@ -99,7 +99,11 @@ def test_prunes_ratio_is_the_share_of_time_saved_over_the_share_of_macs_saved():
     whole = {"share": 1.0, "round_to": 1, "precision": "int8", "gmacs_encoder": 5.0, "gmacs_caption": 6.0}
     half = {"share": 0.5, "round_to": 8, "precision": "int8", "gmacs_encoder": 2.5, "gmacs_caption": 3.0}
     whole, half = whole | {"encoder_ms": 30.0, "caption_ms": 40.0}, half | {"encoder_ms": 18.0, "caption_ms": 30.0}
-    assert prune.ratios([whole, half], "ms") == {"encoder_int8_at_0.5_by_8": 0.8, "caption_int8_at_0.5_by_8": 0.5}
+    eager = whole | {"precision": "eager", "encoder_ms": 90.0, "caption_ms": 240.0}
+    assert prune.ratios([eager, whole, half], "ms") == {
+        "encoder_int8_at_0.5_by_8": 0.8, "encoder_int8_at_0.5_by_8_vs_eager": 5.0,
+        "caption_int8_at_0.5_by_8": 0.5, "caption_int8_at_0.5_by_8_vs_eager": 8.0,
+    }  # fmt: skip
 
 
 def test_the_made_up_vocabulary_spells_every_concept_and_every_word():
@@ -187,10 +191,10 @@ def test_latency_measures_every_row_and_ratio(tiny_models, capsys, monkeypatch, 
 def test_prune_measures_each_share_in_both_precisions(tiny_models, capsys, monkeypatch, tmp_path):
     found = document(prune, capsys, monkeypatch, "--rounds", 2, "--images", 16, "--shares", 0.8, 0.6, "--round-to", 4, 8)
     cuts = ["1", *(f"{share} by {rounding}" for share in (0.8, 0.6) for rounding in (4, 8))]
-    assert [row["name"] for row in found["rows"]] == [f"{cut} {precision}" for cut in cuts for precision in ("fp32", "int8")]
-    macs = [row["gmacs_caption"] for row in found["rows"][::2]]
+    assert [row["name"] for row in found["rows"]] == ["eager", *(f"{cut} {precision}" for cut in cuts for precision in ("fp32", "int8"))]
+    macs = [row["gmacs_caption"] for row in found["rows"][1::2]]
     assert all(cut <= share * macs[0] + 0.001 for share, cut in zip((0.8, 0.8, 0.6, 0.6), macs[1:], strict=True))
-    assert len(found["ratios"]) == 2 * 2 * 2 * 2
+    assert len(found["ratios"]) == 2 * 2 * 2 * 2 * 2
 
 
 @pytest.mark.slow

@@ -148,6 +148,23 @@ def test_compare(lightcap, tmp_path):
     assert "teacher" in lightcap("compare", "a", "b")[1]
 
 
+def test_compare_shows_what_all_runs_share_once_and_cuts_no_number(lightcap, tmp_path):
+    shared = {"stage": "train", "name": "teacher", "artifact": "../.cache/x", "cider": 50.0, "cider_ci95": [46.0, 54.0], "bytes": 115.73e6}
+    for share in ("0.8", "0.65"):
+        name = f"a-long-name-{'of-a-run-' * 10}{share}"
+        own = {"stage": "prune", "name": "pruned", "artifact": f"../.cache/{share}", "cider": 48.0, "delta_cider": -2.0,
+               "delta_ci95": [-3.0, -1.0], "bytes": 49.89e6}  # fmt: skip
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        ledger.write(tmp_path / "runs" / name / "ledger.jsonl", [shared, own])
+    names = [str(path.relative_to(tmp_path)) for path in sorted((tmp_path / "runs").iterdir())]
+    status, output, _ = lightcap("compare", *names, "--html", "report.html")
+    assert status == 0 and output.count("teacher") == output.count("every run") == 1 and output.count("pruned") == 2
+    assert output.count("115.73") == 1 and output.count("49.89") == output.count("-2.0 [-3.0, -1.0]") == 2 and "…" not in output
+    assert "runs/" not in output  # the folder that both lie in
+    assert (tmp_path / "report.html").read_text().count("115.73") == 1
+    assert lightcap("compare", names[0])[1].count("every run") == 0
+
+
 def test_score(lightcap, tmp_path, monkeypatch):
     references = {
         "images": [{"id": 1}, {"id": 2}],

@@ -76,13 +76,13 @@ def test_the_table_shows_the_rows():
 
 def test_the_report_is_one_file_without_a_network(tmp_path):
     path = tmp_path / "report.html"
-    report.write([{"run": "runs/<a>", "rows": ROWS}, {"run": "runs/b", "rows": ROWS[:2]}], path)
+    report.write([{"run": "runs/<a>", "rows": ROWS}, {"run": "runs/b", "rows": [ROWS[0], ROWS[1] | {"name": "other"}]}], path)
     text = path.read_text()
     assert "runs/&lt;a&gt;" in text and "<a>" not in text
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
     assert text.count("<svg") == 2 and text.count("<circle") == 2 * 6  # the baseline has no size
     assert text.count('class="best"') == 5
-    assert text.count("<tr") == 1 + len(ROWS) + 2
+    assert text.count("<tr") == 1 + len(ROWS) + 1 and text.count("every run") == 2  # the baseline, once, and in the legend
     with pytest.raises(ModelError, match="cannot be written"):
         report.write([], tmp_path / "none" / "report.html")
 

@@ -17,7 +17,8 @@ def write(runs: Sequence[Mapping], path: Path) -> None:
     """Writes the report of `runs` ([{"run", "rows"}]) to `path`. ModelError where the folder cannot be written."""
     from jinja2 import Environment, PackageLoader
 
-    flat = [(number, entry["run"], row) for number, entry in enumerate(runs) for row in entry["rows"]]
+    groups = ledger.side_by_side(runs)
+    flat = [(number, run, row) for number, (run, rows) in enumerate(groups) for row in rows]
     best = set(ledger.pareto([row for _, _, row in flat]))
     rows = [
         {"run": run, "colour": COLOURS[number % len(COLOURS)], "cells": ledger.cells(row), "best": index in best}
@@ -29,7 +30,7 @@ def write(runs: Sequence[Mapping], path: Path) -> None:
     ]
     environment = Environment(loader=PackageLoader("compress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.get_template("report.html.j2")
-    legend = [{"run": entry["run"], "colour": COLOURS[number % len(COLOURS)]} for number, entry in enumerate(runs)]
+    legend = [{"run": run, "colour": COLOURS[number % len(COLOURS)]} for number, (run, _) in enumerate(groups)]
     text = template.render(rows=rows, headings=ledger.HEADINGS, charts=[chart for chart in charts if chart], legend=legend)
     try:
         write_text(path, text)
