@@ -115,11 +115,15 @@ def pareto(rows: Sequence[Mapping]) -> list[int]:
 
 
 def compared(runs: Sequence[str]) -> dict:
-    """The ledgers of several runs, and the rows that nothing in any of them beats: what `lightcap compare` says."""
+    """The ledgers of several runs, the rows that nothing in any of them beats, and how rows of one name differ on the same images: what
+    `lightcap compare` says."""
+    from compress.differences import differences
+
     found = [{"run": name, "rows": read_run(name)} for name in runs]
     flat = [(entry["run"], row) for entry in found for row in entry["rows"]]
     best = [flat[index] for index in pareto([row for _, row in flat])]
-    return {"runs": found, "pareto": [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]}
+    pareto_rows = [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]
+    return {"runs": found, "pareto": pareto_rows, "differences": differences(found)}
 
 
 def side_by_side(runs: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:

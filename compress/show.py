@@ -45,7 +45,18 @@ def compare(value: Mapping) -> Group:
         if run:
             drawn.add_section()
         drawn.add_row(_short(run, value["runs"]), *ledger.cells(row), "*" if index in best else "")
-    return Group(drawn, "* nothing here is at least as good in CIDEr, bytes and, in the same runtime, time, and better in one")
+    note = "* nothing here is at least as good in CIDEr, bytes and, in the same runtime, time, and better in one"
+    return Group(drawn, note, *([_differences(value)] if value["differences"] else []))
+
+
+def _differences(value: Mapping) -> Table:
+    rows = []
+    for entry in value["differences"]:
+        low, high = entry["delta_ci95"]
+        difference = f"{entry['delta_cider']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        rows.append((_short(entry["run"], value["runs"]), entry["name"], difference, f"{entry['p_value']:.4f}"))
+    first = _short(value["differences"][0]["against"], value["runs"])
+    return _table(("run", "name", "difference [95 %]", "p"), rows, title=f"CIDEr less that of {first}, on the same images")
 
 
 def _short(run: str, runs: Sequence[Mapping]) -> str:

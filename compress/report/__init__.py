@@ -1,4 +1,4 @@
-"""One HTML file that needs no network: the rows of the runs as a table, and CIDEr against megabytes and milliseconds."""
+"""One HTML file that needs no network: the rows of the runs as a table, CIDEr against megabytes and milliseconds, and how rows differ."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress import ledger
 from compress.artifact import write_text
+from compress.differences import differences
 from compress.errors import ModelError
 
 WIDTH, HEIGHT, MARGIN = 460, 300, 48
@@ -31,7 +32,8 @@ def write(runs: Sequence[Mapping], path: Path) -> None:
     environment = Environment(loader=PackageLoader("compress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.get_template("report.html.j2")
     legend = [{"run": run, "colour": COLOURS[number % len(COLOURS)]} for number, (run, _) in enumerate(groups)]
-    text = template.render(rows=rows, headings=ledger.HEADINGS, charts=[chart for chart in charts if chart], legend=legend)
+    text = template.render(rows=rows, headings=ledger.HEADINGS, charts=[chart for chart in charts if chart], legend=legend,
+                           differences=differences(runs))
     try:
         write_text(path, text)
     except OSError as error:

@@ -1,0 +1,64 @@
+"""Rows of one name in several runs: their difference is the mean over the same images, with a paired interval."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from compress import cli, ledger
+from compress.metrics.bootstrap import paired
+
+VALUES = np.random.default_rng(3).uniform(0, 100, 50)
+
+
+def write_run(folder, lock, values, images=None, split="val"):
+    """A run of one row, with what it said."""
+    artifact = folder.parent / ".cache" / lock
+    artifact.mkdir(parents=True)
+    images = images or [f"{index}.jpg" for index in range(len(values))]
+    said = [{"image": image, "caption": "a dog", "cider": float(value)} for image, value in zip(images, values, strict=True)]
+    ledger.captions_file(artifact, split).write_text(json.dumps(said))
+    folder.mkdir()
+    row = {"stage": "prune", "name": "pruned", "artifact": f"../.cache/{lock}", "split": split, "lock": lock}
+    ledger.write(folder / "ledger.jsonl", [row | {"cider": float(np.mean(values))}])
+
+
+def test_the_difference_is_that_of_the_same_images_in_whatever_order(tmp_path):
+    write_run(tmp_path / "a", "1", VALUES)
+    better = VALUES + np.random.default_rng(4).uniform(-2, 6, 50)
+    write_run(tmp_path / "b", "2", better[::-1], [f"{index}.jpg" for index in reversed(range(50))])
+    (found,) = ledger.compared([str(tmp_path / name) for name in "ab"])["differences"]
+    assert (found["run"], found["name"], found["against"]) == (str(tmp_path / "b"), "pruned", str(tmp_path / "a"))
+    assert found["delta_cider"] == pytest.approx(np.mean(better - VALUES))
+    low, high = found["delta_ci95"]
+    assert 0 < low < found["delta_cider"] < high and found["p_value"] < 0.01
+    assert (low, high) == pytest.approx(paired(better[::-1], VALUES[::-1]).ci95)
+
+
+@pytest.mark.parametrize("other", [
+    {"lock": "1"}, {"images": [f"{index}.png" for index in range(50)]}, {"split": "test"},
+], ids=["the same artifact", "other images", "another split"])  # fmt: skip
+def test_what_cannot_be_compared_is_left_out(tmp_path, other):
+    write_run(tmp_path / "a", "1", VALUES)
+    (tmp_path / "elsewhere").mkdir()
+    write_run(tmp_path / "elsewhere" / "b", **{"lock": "2", "values": VALUES} | other)
+    runs = [str(tmp_path / "a"), str(tmp_path / "elsewhere" / "b")]
+    assert ledger.compared(runs)["differences"] == []
+
+
+def test_captions_that_are_gone_leave_the_row(tmp_path):
+    for name, lock in zip("ab", "12", strict=True):
+        write_run(tmp_path / name, lock, VALUES)
+    ledger.captions_file(tmp_path / ".cache" / "1", "val").unlink()
+    assert ledger.compared([str(tmp_path / name) for name in "ab"])["differences"] == []
+
+
+def test_compare_says_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", "1", VALUES)
+    write_run(tmp_path / "b", "2", VALUES + 3)
+    output = CliRunner().invoke(cli.cli, ["compare", "a", "b", "--html", "report.html"], catch_exceptions=False).output
+    assert "CIDEr less that of a, on the same images" in output and "+3.00 [+3.00, +3.00]" in output
+    assert "+3.00 [+3.00, +3.00]" in (tmp_path / "report.html").read_text()
+    assert "same images" not in CliRunner().invoke(cli.cli, ["compare", "a"]).output
