@@ -194,13 +194,13 @@ def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Pat
 @as_json
 def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> None:
     """Put runs side by side, with the rows that nothing else beats. Example: lightcap compare runs/a runs/b --html report.html"""
-    from compress import ledger, show
+    from compress import comparison, show
 
-    value = ledger.compared(runs)
+    value = comparison.compared(runs)
     if html is not None:
         from compress import report
 
-        report.write(value["runs"], html)
+        report.write(value, html)
         click.echo(f"wrote {html}", err=True)
     _answer(as_json, value, lambda: show.compare(value))
 

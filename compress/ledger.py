@@ -114,29 +114,6 @@ def pareto(rows: Sequence[Mapping]) -> list[int]:
     return [index for index, mine in enumerate(points) if mine is not None and not beaten(mine)]
 
 
-def compared(runs: Sequence[str]) -> dict:
-    """The ledgers of several runs, the rows that nothing in any of them beats, and how rows of one name differ on the same images: what
-    `lightcap compare` says."""
-    from compress.differences import differences
-
-    found = [{"run": name, "rows": read_run(name)} for name in runs]
-    flat = [(entry["run"], row) for entry in found for row in entry["rows"]]
-    best = [flat[index] for index in pareto([row for _, row in flat])]
-    pareto_rows = [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]
-    return {"runs": found, "pareto": pareto_rows, "differences": differences(found)}
-
-
-def side_by_side(runs: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:
-    """The rows of `runs` ([{"run", "rows"}]) for people: those that are the same in all of several runs once, as EVERY, then each run's
-    others."""
-    if len(runs) == 1:
-        return [(runs[0]["run"], runs[0]["rows"])]
-    shared = [row for row in runs[0]["rows"] if all(row in entry["rows"] for entry in runs)] if runs else []
-    groups = [(EVERY, shared), *((entry["run"], [row for row in entry["rows"] if row not in shared]) for entry in runs)]
-    return [(name, rows) for name, rows in groups if rows]
-
-
-EVERY = "every run"
 HEADINGS = ("name", "CIDEr [95 %]", "delta [95 %]", "params", "GMACs", "MB", "ms")
 
 

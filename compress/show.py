@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
-from compress import ledger
+from compress import comparison, ledger
 
 
 def recipes(listed: Sequence[Mapping]) -> Table:
@@ -34,7 +34,7 @@ def plan(planned: Mapping) -> Group:
 
 
 def compare(value: Mapping) -> Group:
-    groups = ledger.side_by_side(value["runs"])
+    groups = comparison.side_by_side(value["runs"])
     flat = [(run if place == 0 else "", row) for run, rows in groups for place, row in enumerate(rows)]
     best = set(ledger.pareto([row for _, row in flat]))
     drawn = Table()
@@ -50,11 +50,7 @@ def compare(value: Mapping) -> Group:
 
 
 def _differences(value: Mapping) -> Table:
-    rows = []
-    for entry in value["differences"]:
-        low, high = entry["delta_ci95"]
-        difference = f"{entry['delta_cider']:+.2f} [{low:+.2f}, {high:+.2f}]"
-        rows.append((_short(entry["run"], value["runs"]), entry["name"], difference, f"{entry['p_value']:.4f}"))
+    rows = [(_short(entry["run"], value["runs"]), *comparison.cells(entry)) for entry in value["differences"]]
     first = _short(value["differences"][0]["against"], value["runs"])
     return _table(("run", "name", "difference [95 %]", "p"), rows, title=f"CIDEr less that of {first}, on the same images")
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress import ledger, pipeline
+from compress import comparison, pipeline
 from compress.config import Recipe
 from compress.context import Progress
 from compress.errors import UsageError
@@ -45,7 +45,7 @@ def run(wanted: Sequence[tuple[Path, tuple[str, ...], Recipe]], progress: Progre
         if result.error is not None:
             result.error.show()
             failed.append({"run": str(folder), "error": result.error.message})
-    return ledger.compared(done) | {"ok": not failed, "failed": failed}
+    return comparison.compared(done) | {"ok": not failed, "failed": failed}
 
 
 def recipes(name: str, sets: Sequence[str], vary: Sequence[str], out: Path | None) -> list[tuple[Path, tuple[str, ...], Recipe]]:

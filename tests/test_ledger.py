@@ -76,7 +76,8 @@ def test_the_table_shows_the_rows():
 
 def test_the_report_is_one_file_without_a_network(tmp_path):
     path = tmp_path / "report.html"
-    report.write([{"run": "runs/<a>", "rows": ROWS}, {"run": "runs/b", "rows": [ROWS[0], ROWS[1] | {"name": "other"}]}], path)
+    runs = [{"run": "runs/<a>", "rows": ROWS}, {"run": "runs/b", "rows": [ROWS[0], ROWS[1] | {"name": "other"}]}]
+    report.write({"runs": runs, "differences": []}, path)
     text = path.read_text()
     assert "runs/&lt;a&gt;" in text and "<a>" not in text
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
@@ -84,7 +85,7 @@ def test_the_report_is_one_file_without_a_network(tmp_path):
     assert text.count('class="best"') == 5
     assert text.count("<tr") == 1 + len(ROWS) + 1 and text.count("every run") == 2  # the baseline, once, and in the legend
     with pytest.raises(ModelError, match="cannot be written"):
-        report.write([], tmp_path / "none" / "report.html")
+        report.write({"runs": [], "differences": []}, tmp_path / "none" / "report.html")
 
 
 def test_the_frontier_of_the_picture():

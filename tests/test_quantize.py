@@ -314,13 +314,16 @@ def test_the_extractors_layers_are_parts_that_can_stay_in_float(tmp_path):
     torch.manual_seed(5)
     text = torch.nn.functional.normalize(torch.randn(24, 16), dim=1)
     model.start_concepts(text, torch.arange(10, 34).unsqueeze(1), torch.zeros(24), 32, 6)
+    with torch.no_grad():  # one hidden channel of many times the others' range, which nothing reads: their steps become as coarse
+        model.alignment.first.weight[0].abs_().mul_(300)
+        model.alignment.second.weight[:, 0] = 0
     parent, where, config = tiny.artifact(model.eval(), tmp_path / "float"), context(tmp_path / "int8"), Quantize(calibration_images=12)
     found = quantize.calibrate(*read_captioner(parent.path), config, where.data, where.seed, where.progress)
     assert list(simulate.parts(found.concepts)) == ["concepts.first", "concepts.matching.0"]
     pixels = tiny.pixels(tiny.pictures(12))
     lost = sensitivity.sensitivity(found.model, found.encoder, found.decoder, found.concepts, pixels, found.captions, where.progress)
-    assert lost["concepts.first"] >= 0 and lost["concepts.matching.0"] >= 0 and len(lost) == 1 + sum(
-        len(simulate.parts(graph)) for graph in (found.encoder, found.decoder, found.concepts))
+    assert lost["concepts.matching.0"] > 10 * max(lost["concepts.first"], 1e-7)  # other concepts are found, and move what is said
+    assert len(lost) == 1 + sum(len(simulate.parts(graph)) for graph in (found.encoder, found.decoder, found.concepts))
     quantize.write(where.output, parent, found, dataclasses.replace(config, max_weight_ratio=1.0), ["concepts.first"], 0.0, where.progress)
     kernels = graphs.kernels(where.output / "concepts.onnx")
     assert (kernels["MatMulInteger"] + kernels["MatMulIntegerToFloat"], kernels["Gemm"]) == (1, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 BLOCK = 1 << 20  # values drawn at once
 
@@ -29,7 +30,7 @@ def mean_ci(values: np.ndarray, resamples: int = 10000, seed: int = 17, level: f
     return float(low), float(high)
 
 
-def paired(a: np.ndarray, b: np.ndarray, resamples: int = 10000, seed: int = 17) -> Paired:
+def paired(a: npt.ArrayLike, b: npt.ArrayLike, resamples: int = 10000, seed: int = 17) -> Paired:
     """How much higher the mean of `a` is than that of `b`, both (images,) over the same images in the same order.
 
     The p-value is the share of resampled mean differences, shifted to a mean of zero, that are at least as far from zero as the

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compress import ledger
+from compress import comparison, ledger
 from compress.artifact import write_text
-from compress.differences import differences
 from compress.errors import ModelError
 
 WIDTH, HEIGHT, MARGIN = 460, 300, 48
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 
 
-def write(runs: Sequence[Mapping], path: Path) -> None:
-    """Writes the report of `runs` ([{"run", "rows"}]) to `path`. ModelError where the folder cannot be written."""
+def write(value: Mapping, path: Path) -> None:
+    """Writes the report of what `comparison.compared` says to `path`. ModelError where the folder cannot be written."""
     from jinja2 import Environment, PackageLoader
 
-    groups = ledger.side_by_side(runs)
+    groups = comparison.side_by_side(value["runs"])
     flat = [(number, run, row) for number, (run, rows) in enumerate(groups) for row in rows]
     best = set(ledger.pareto([row for _, _, row in flat]))
     rows = [
@@ -33,7 +32,8 @@ def write(runs: Sequence[Mapping], path: Path) -> None:
     template = environment.get_template("report.html.j2")
     legend = [{"run": run, "colour": COLOURS[number % len(COLOURS)]} for number, (run, _) in enumerate(groups)]
     text = template.render(rows=rows, headings=ledger.HEADINGS, charts=[chart for chart in charts if chart], legend=legend,
-                           differences=differences(runs))
+                           differences=[(entry["run"], *comparison.cells(entry)) for entry in value["differences"]],
+                           against=value["runs"][0]["run"] if value["runs"] else "")
     try:
         write_text(path, text)
     except OSError as error:

@@ -29,28 +29,30 @@ def sensitivity(
     takes them, `captions` the ids of each one's captions with [CLS] and [SEP]; `names` are the parts, if not all. Concepts are those found
     in the grid as it then is."""
     graphs, mask = [simulated(graph) for graph in (encoder, decoder, concepts) if graph is not None], model.config.mask_piece
-    encoding = parts(encoder)
+    encoding, decoding = parts(encoder), parts(decoder)
     names = [name for graph in graphs for name in parts(graph)] if names is None else names
 
-    def said(grid: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """What is said of a grid (1, G, C), and of the concepts found in it, with the tokens, positions and mask of `inputs`."""
-        concepts = [model.concepts.choose(extractor(grid), model.config.concepts) for extractor in graphs[2:]]
-        return logs(graphs[1], (grid, *inputs[1:4], *concepts), mask)
+    def read(grid: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The `inputs` of the decoder with another grid (1, G, C), and the concepts found there."""
+        return grid, *inputs[1:4], *(model.concepts.choose(extractor(grid), model.config.concepts) for extractor in graphs[2:])
 
     batches = [torch.from_numpy(np.stack(pixels[start : start + 8])) for start in range(0, len(pixels), 8)]
     with progress.task("sensitivity", len(names) + 2) as task:
         switch(graphs, [])
         plain = grids(graphs[0], batches)
         forced = [teacher_forced(model, grid, ids) for grid, ids in zip(plain.split(1), captions, strict=True)]
-        expected = [said(inputs[0], inputs) for inputs in forced]
+        expected = [logs(graphs[1], inputs, mask) for inputs in forced]
         task.advance(1)
         found = {}
         for name in [ALL, *names]:
             switch(graphs, None if name == ALL else [name])
-            moved = grids(graphs[0], batches) if name == ALL or name in encoding else plain
+            moved = forced
+            if name not in decoding:
+                seen = grids(graphs[0], batches) if name == ALL or name in encoding else plain
+                moved = [read(grid, inputs) for grid, inputs in zip(seen.split(1), forced, strict=True)]
             total = count = 0.0
-            for grid, inputs, before in zip(moved.split(1), forced, expected, strict=True):
-                after = said(grid, inputs)
+            for inputs, before in zip(moved, expected, strict=True):
+                after = logs(graphs[1], inputs, mask)
                 total += float((before.exp() * (before - after)).sum())
                 count += len(before)
             found[name] = total / count

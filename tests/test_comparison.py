@@ -1,4 +1,4 @@
-"""Rows of one name in several runs: their difference is the mean over the same images, with a paired interval."""
+"""Runs side by side. Rows of one name in several runs: their difference is the mean over the same images, with a paired interval."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from compress import cli, ledger
+from compress import cli, comparison, ledger
 from compress.metrics.bootstrap import paired
 
 VALUES = np.random.default_rng(3).uniform(0, 100, 50)
@@ -28,7 +28,7 @@ def test_the_difference_is_that_of_the_same_images_in_whatever_order(tmp_path):
     write_run(tmp_path / "a", "1", VALUES)
     better = VALUES + np.random.default_rng(4).uniform(-2, 6, 50)
     write_run(tmp_path / "b", "2", better[::-1], [f"{index}.jpg" for index in reversed(range(50))])
-    (found,) = ledger.compared([str(tmp_path / name) for name in "ab"])["differences"]
+    (found,) = comparison.compared([str(tmp_path / name) for name in "ab"])["differences"]
     assert (found["run"], found["name"], found["against"]) == (str(tmp_path / "b"), "pruned", str(tmp_path / "a"))
     assert found["delta_cider"] == pytest.approx(np.mean(better - VALUES))
     low, high = found["delta_ci95"]
@@ -44,14 +44,14 @@ def test_what_cannot_be_compared_is_left_out(tmp_path, other):
     (tmp_path / "elsewhere").mkdir()
     write_run(tmp_path / "elsewhere" / "b", **{"lock": "2", "values": VALUES} | other)
     runs = [str(tmp_path / "a"), str(tmp_path / "elsewhere" / "b")]
-    assert ledger.compared(runs)["differences"] == []
+    assert comparison.compared(runs)["differences"] == []
 
 
 def test_captions_that_are_gone_leave_the_row(tmp_path):
     for name, lock in zip("ab", "12", strict=True):
         write_run(tmp_path / name, lock, VALUES)
     ledger.captions_file(tmp_path / ".cache" / "1", "val").unlink()
-    assert ledger.compared([str(tmp_path / name) for name in "ab"])["differences"] == []
+    assert comparison.compared([str(tmp_path / name) for name in "ab"])["differences"] == []
 
 
 def test_compare_says_it(tmp_path, monkeypatch):

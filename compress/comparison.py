@@ -1,0 +1,62 @@
+"""Runs side by side: the rows that all share, those that nothing beats, and how rows of one name differ on the same images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from compress.ledger import captions_file, pareto, read_run
+
+EVERY = "every run"
+
+
+def compared(runs: Sequence[str]) -> dict:
+    """The ledgers of several runs, the rows that nothing in any of them beats, and the `differences`: what `lightcap compare` says."""
+    found = [{"run": name, "rows": read_run(name)} for name in runs]
+    flat = [(entry["run"], row) for entry in found for row in entry["rows"]]
+    best = [flat[index] for index in pareto([row for _, row in flat])]
+    unbeaten = [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]
+    return {"runs": found, "pareto": unbeaten, "differences": differences(found)}
+
+
+def side_by_side(runs: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:
+    """The rows of `runs` ([{"run", "rows"}]) for people: those that are the same in all of several runs once, as EVERY, then each run's
+    others."""
+    if len(runs) == 1:
+        return [(runs[0]["run"], runs[0]["rows"])]
+    shared = [row for row in runs[0]["rows"] if all(row in entry["rows"] for entry in runs)] if runs else []
+    groups = [(EVERY, shared), *((entry["run"], [row for row in entry["rows"] if row not in shared]) for entry in runs)]
+    return [(name, rows) for name, rows in groups if rows]
+
+
+def differences(runs: Sequence[Mapping]) -> list[dict]:
+    """What each row of the later `runs` ([{"run", "rows"}]) has more than the first run's of that name: {"run", "name", "against" (that
+    run), "delta_cider", "delta_ci95", "p_value"}, CIDEr-D x100 by a paired bootstrap over images. Left out are rows that are one artifact,
+    and those not measured on the same images, or whose captions are no longer there."""
+    from compress.metrics.bootstrap import paired  # numpy, which no other command that draws a table waits for
+
+    found = []
+    for entry in runs[1:]:
+        for row in entry["rows"]:
+            first = next((other for other in runs[0]["rows"] if other["name"] == row["name"]), None)
+            if first is None or first.get("lock") == row.get("lock") or first.get("split") != row.get("split"):
+                continue
+            mine, theirs = (ciders(Path(run["run"]), values) for run, values in ((entry, row), (runs[0], first)))
+            if mine and mine.keys() == theirs.keys():
+                pair = paired(list(mine.values()), [theirs[image] for image in mine])
+                found.append({"run": entry["run"], "name": row["name"], "against": runs[0]["run"], "delta_cider": pair.delta,
+                              "delta_ci95": list(pair.ci95), "p_value": pair.p_value})
+    return found
+
+
+def ciders(run: Path, row: Mapping) -> dict[str, float]:
+    """Image -> CIDEr-D x100 of what the row's artifact said of it; empty where that was not measured, or is gone."""
+    path = captions_file(run / row["artifact"], row.get("split") or "")
+    return {item["image"]: item["cider"] for item in json.loads(path.read_text())} if path.is_file() else {}
+
+
+def cells(difference: Mapping) -> tuple[str, str, str]:
+    """One of `differences` as a table shows it: its name, the difference with its interval, and p."""
+    low, high = difference["delta_ci95"]
+    return difference["name"], f"{difference['delta_cider']:+.2f} [{low:+.2f}, {high:+.2f}]", f"{difference['p_value']:.4f}"
