@@ -33,6 +33,7 @@ BEAM = 5  # for accuracy
 BATCH = 32
 TIMED_IMAGES = 20
 VARIED = 10  # different captions
+UNTRAINED = ("vocabulary", "prune", "quantize", "export")  # stages that train nothing but to recover
 MENDS = {"quantize": "more calibration_images, or trials", "prune": "more steps, or a lower encoder_learning_rate"}
 
 
@@ -55,13 +56,25 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
         earlier = {item["image"]: item for item in json.loads(captions_file(against.path, split).read_text())}
-        if (mend := MENDS.get("quantize" if artifact.quantized else context.stage.kind)) is not None:
+        if (mend := MENDS.get("quantize" if artifact.quantized else context.stage.kind)) is not None and recovered(context):
             check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()], mend)
         before = [earlier[item["image"]]["cider"] for item in spoken]
         pair = paired(np.array([item["cider"] for item in spoken]), np.array(before))
         row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
     pictures = pixels(data, settings_of(artifact), context.cache, context.progress)[:TIMED_IMAGES]
     return row | latency(artifact, parent, pictures)
+
+
+def recovered(context: Context) -> bool:
+    """False of a model that is pruned and was not to be recovered, and of what is made of it: little is known of it but its size and speed,
+    and little is asked."""
+    stages = {stage.name: stage for stage in context.recipe.stages}
+    stage = context.stage
+    while stage is not None and stage.kind in UNTRAINED:
+        if stage.kind == "prune" and not (stage.config.recover_epochs or stage.config.recover_encoder_epochs):
+            return False
+        stage = stages.get(stage.parent)
+    return True
 
 
 def check_variety(said: Sequence[str], before: Sequence[str], mend: str) -> None:

@@ -1,7 +1,7 @@
 """The least pruning that brings a recipe's last artifact under limits of size and time, and whether its CIDEr holds there.
 
-Bytes and milliseconds follow from shapes, not from what weights say: the share of MACs is found by bisection over runs whose pruned models
-are not recovered, minutes each; then the recipe runs once in full.
+Bytes and milliseconds follow from shapes, not from what weights say: the share of MACs is found by bisection over runs in which nothing is
+trained from the pruning on, minutes each; then the recipe runs once in full.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import pipeline
-from compress.config import Recipe, Stage
+from compress.config import Recipe, Stage, references
 from compress.context import Progress
 from compress.errors import GateError, TargetError, UsageError
 from compress.recipe import read_recipe
 
 LEAST, MOST, STEP = 0.2, 0.98, 0.02  # shares of the parent's MACs that are looked at
-MARGIN = 0.97  # of a limit that is aimed at where the end differs: a time is taken again, and of several steps the later ones choose anew
+MARGIN = 0.97  # of a limit that is aimed at where the end differs: a time is taken again, later steps choose anew, parts go back to float
+SAME_SHAPES = ("train", "scst", "average")  # stages that change weights alone of what they work on
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Limits:
     def hold(self, mb: float, ms: float) -> bool:
         return (self.mb is None or mb <= self.mb) and (self.ms is None or ms <= self.ms)
 
-    def aimed(self, steps: int) -> Limits:
+    def aimed(self, recipe: Recipe) -> Limits:
         """Those that a model which is not recovered is held to."""
-        return Limits(self.mb and self.mb * (MARGIN if steps > 1 else 1.0), self.ms and self.ms * MARGIN)
+        exact = all(getattr(stage.config, "steps", 1) == 1 and not getattr(stage.config, "trials", 0) for stage in recipe.stages)
+        return Limits(self.mb and self.mb * (1.0 if exact else MARGIN), self.ms and self.ms * MARGIN)
 
 
 def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progress: Progress) -> dict:
@@ -47,13 +49,14 @@ def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progre
     stage = pruning(wanted)
     out = Path("runs") / f"{wanted.name}-fit" if out is None else out
     beside = out.with_name(f"{out.name}.unrecovered")
-    aimed, tried = limits.aimed(stage.config.steps), []
+    aimed, tried = limits.aimed(wanted), []
 
     def holds(share: float) -> bool | None:
-        result = pipeline.run(pruned_to(wanted, stage, share, recovered=False), beside, progress)
+        bare, name = untrained(pruned_to(wanted, stage, share), stage)
+        result = pipeline.run(bare, beside, progress, gates=False)
         if isinstance(result.error, TargetError):
             return None
-        last = result.check().rows[-1]
+        last = next(row for row in result.check().rows if row["name"] == name)
         found = {"macs": share, "mb": last["bytes"] / 1e6, "ms": last["latency_ms"]["p50"]}
         held = aimed.hold(found["mb"], found["ms"])
         tried.append(found | {"held": held})
@@ -70,7 +73,7 @@ def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progre
     if share is None:
         last = min(tried, key=lambda item: item["macs"])
         raise GateError(f"the limits cannot be held: {last['macs']:g} of MACs is still {last['mb']:.2f} MB and {last['ms']:.1f} ms")
-    rows = pipeline.run(pruned_to(wanted, stage, share, recovered=True), out, progress).check().rows
+    rows = pipeline.run(pruned_to(wanted, stage, share), out, progress, gates=False).check().rows
     mb, ms = rows[-1]["bytes"] / 1e6, rows[-1]["latency_ms"]["p50"]
     drop = next(row["cider"] for row in rows if row["name"] == stage.parent) - rows[-1]["cider"]
     met = limits.hold(mb, ms) and (limits.drop_cider is None or drop <= limits.drop_cider)
@@ -85,24 +88,37 @@ def pruning(recipe: Recipe) -> Stage:
     return found[0]
 
 
-def pruned_to(recipe: Recipe, stage: Stage, share: float, recovered: bool) -> Recipe:
-    """`recipe` with its `prune` at `share` of its parent's MACs and no gates, since CIDEr is judged at the end; not `recovered`: with
-    nothing trained, either."""
-    prune = {"macs": share, "params": None, "mb": None, "ms": None, "max_drop_cider": None}
-    quantize: dict = {}
-    if not recovered:
-        prune |= {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0}
-        quantize = {"trials": 0, "tune_epochs": 0.0, "sensitivity": False}
+def pruned_to(recipe: Recipe, stage: Stage, share: float) -> Recipe:
+    """`recipe` with its `prune` at `share` of its parent's MACs, every step of it, whatever CIDEr that costs: it is judged at the end."""
+    config = dataclasses.replace(stage.config, macs=share, params=None, mb=None, ms=None, max_drop_cider=None)
+    stages = (dataclasses.replace(other, config=config) if other.name == stage.name else other for other in recipe.stages)
+    return dataclasses.replace(recipe, stages=tuple(stages))
 
-    def changed(other: Stage) -> Stage:
-        config = other.config
-        if other.name == stage.name:
-            config = dataclasses.replace(config, **prune)
-        elif other.kind == "quantize":
-            config = dataclasses.replace(config, **quantize, **({"max_drop_cider": None} if not (recovered and config.trials) else {}))
-        return dataclasses.replace(other, config=config)
 
-    return dataclasses.replace(recipe, stages=tuple(map(changed, recipe.stages)))
+def untrained(recipe: Recipe, stage: Stage) -> tuple[Recipe, str]:
+    """`recipe` with nothing trained or tried from its `prune` on, and its stage that has the shapes of the last one. Stages behind the
+    pruning that change weights alone are left out."""
+    first = [other.name for other in recipe.stages].index(stage.name)
+    named, left_out = set(), {}  # by stages that stay; {name: parent}
+    for other in reversed(recipe.stages[first + 1 :]):
+        if other.kind in SAME_SHAPES and other.parent and other.name not in named:
+            left_out[other.name] = other.parent
+        else:
+            named.update(references(other.config), {other.parent} if other.kind in SAME_SHAPES else ())
+
+    def stands(name: str | None) -> str | None:
+        return stands(left_out[name]) if name in left_out else name
+
+    off = {
+        "prune": {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0},
+        "quantize": {"trials": 0, "tune_epochs": 0.0, "sensitivity": False},
+    }
+    stages = []
+    for other in recipe.stages:
+        if other.name not in left_out:
+            config = dataclasses.replace(other.config, **off.get(other.kind, {}))
+            stages.append(dataclasses.replace(other, config=config, parent=stands(other.parent), against=stands(other.against)))
+    return dataclasses.replace(recipe, stages=tuple(stages)), stands(recipe.stages[-1].name)
 
 
 def largest(holds: Callable[[float], bool | None]) -> float | None:

@@ -31,7 +31,8 @@ def world(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = []
 
-    def run(wanted, out, progress):
+    def run(wanted, out, progress, gates):
+        assert not gates
         asked.append((wanted, out))
         prune = next(stage for stage in wanted.stages if stage.kind == "prune").config
         if prune.macs < 0.25:
@@ -57,11 +58,48 @@ def test_no_more_is_pruned_than_the_limits_ask_for(world):
     assert all((p.recover_epochs, p.recover_encoder_epochs, p.max_drop_cider) == (0.0, 0.0, None) for p in prunes[:-1])
     own = next(stage for stage in read_recipe("quickstart").stages if stage.kind == "prune").config
     assert (prunes[-1].macs, prunes[-1].recover_epochs) == (0.7, own.recover_epochs) and last.seed == 3
-    assert all((q.max_drop_cider, q.trials, q.tune_epochs) == (None, 0, 0.0) for q in quantizes)
+    assert all((q.trials, q.tune_epochs) == (0, 0.0) for q in quantizes)
     assert [item["held"] for item in found["tried"]] == [item["macs"] <= 0.7 for item in found["tried"]]
 
     slow = fit.fit("quickstart", [], fit.Limits(ms=5.0), None, Progress(quiet=True))
     assert slow["ok"] and 5.0 * fit.MARGIN - 0.2 < slow["ms"] <= 5.0 * fit.MARGIN
+
+
+def test_probes_leave_out_what_trains_behind_the_pruning(world):
+    """photos: CIDEr optimisation stands between pruning and INT8, which searches."""
+    found = fit.fit("photos", [], fit.Limits(mb=71.0), None, Progress(quiet=True))
+    *probes, last = [recipe for recipe, _ in world]
+    own = read_recipe("photos")
+    assert last.stages[:-4] == own.stages[:-4] and [stage.name for stage in last.stages] == [stage.name for stage in own.stages]
+    assert last.stages[-3:] == own.stages[-3:] and found["macs"] == 0.68 <= 71.0 * fit.MARGIN / 100  # parts may go back to float
+    for probe in probes:
+        assert probe.stages[:-3] == own.stages[:-4]
+        pruned, int8, export = probe.stages[-3:]
+        assert (pruned.name, int8.name, int8.parent, int8.against, export.parent) == ("pruned", "int8", "pruned", "pruned", "int8")
+        assert (pruned.config.recover_epochs, int8.config.trials, int8.config.tune_epochs) == (0.0, 0, 0.0)
+
+
+BRANCHED = """
+extends: quickstart
+after: vocabulary
+stages:
+  - prune:    {as: pruned, macs: 0.8}
+  - quantize: {as: int8}
+  - scst:     {as: end, from: pruned, epochs: 1}
+  - scst:     {as: end-2, from: pruned, seed: 18, epochs: 1}
+  - average:  {as: mean, from: end, others: [end-2]}
+"""
+
+
+def test_the_size_of_a_last_stage_that_is_left_out_is_its_parents(tmp_path):
+    (tmp_path / "branched.yaml").write_text(BRANCHED)
+    wanted = read_recipe(str(tmp_path / "branched.yaml"))
+    bare, name = fit.untrained(wanted, fit.pruning(wanted))
+    assert ([stage.name for stage in bare.stages[-2:]], name) == (["pruned", "int8"], "pruned")
+    (tmp_path / "taught.yaml").write_text(BRANCHED + "  - distill: {as: small, teachers: [mean], epochs: 1}\n")
+    wanted = read_recipe(str(tmp_path / "taught.yaml"))  # what teaches a model of another shape stays
+    bare, name = fit.untrained(wanted, fit.pruning(wanted))
+    assert [stage.name for stage in bare.stages[-6:]] == ["pruned", "int8", "end", "end-2", "mean", "small"] and name == "small"
 
 
 def test_limits_that_cannot_be_held_fail_in_one_line(world):
@@ -76,7 +114,7 @@ def test_limits_that_cannot_be_held_fail_in_one_line(world):
 def test_a_stage_that_may_remove_next_to_nothing_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     unreachable = TargetError("prune: macs 1 cannot be reached")
-    monkeypatch.setattr(pipeline, "run", lambda wanted, out, progress: pipeline.Result(out, (), unreachable))
+    monkeypatch.setattr(pipeline, "run", lambda wanted, out, progress, gates: pipeline.Result(out, (), unreachable))
     with pytest.raises(GateError, match="nothing that 'pruned' may remove comes to 0.98 of MACs"):
         fit.fit("quickstart", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
 

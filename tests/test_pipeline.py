@@ -216,6 +216,8 @@ def test_a_missed_gate_stops_the_run(tmp_path):
     again, stages, _ = go(tmp_path)
     assert isinstance(again.error, GateError) and stages.runs == []  # measured already
     assert result.json()["ok"] is False and result.json()["error"] == result.error.message
+    passed, *_ = go(tmp_path, evaluation=Evaluation({"pruned": -2.5}), gates=False)
+    assert passed.ok and passed.rows[-1]["name"] == "export"
     met, *_ = go(tmp_path, read(tmp_path, RECIPE, "pruned.max_drop_cider=3"), evaluation=Evaluation({"pruned": -2.5}))
     assert met.ok
 

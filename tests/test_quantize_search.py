@@ -11,7 +11,7 @@ import torch
 
 from compress import evaluate, graphs, runtime
 from compress.artifact import Artifact
-from compress.config import Data, Quantize, Recipe, Stage, Student
+from compress.config import Data, Prune, Quantize, Recipe, Stage, Student
 from compress.context import Context, Progress
 from compress.data import CaptionSet, Example
 from compress.decode import Special
@@ -296,7 +296,7 @@ def test_one_caption_for_all_images_is_an_error(data, broken, tmp_path, monkeypa
     graphs_only.mkdir()
     monkeypatch.setattr(evaluate, "captions", lambda *arguments: [("a dog", -1.0)] * 16)
     monkeypatch.setattr(evaluate, "costs", lambda artifact: {})
-    where = context(tmp_path, data, Quantize())
+    where = context(tmp_path, data, Prune())
     rounded, cut = "more calibration_images, or trials", "more steps, or a lower encoder_learning_rate"
     mends = {"quantize": rounded, "export": rounded, "prune": cut}
     for kind, mend in mends.items():
@@ -304,6 +304,13 @@ def test_one_caption_for_all_images_is_an_error(data, broken, tmp_path, monkeypa
         with pytest.raises(StageError, match=f"all 16 images get the same caption, 'a dog', where there were 12 .* before; try {mend}"):
             evaluate.measure(
                 Artifact(graphs_only), Artifact(before), dataclasses.replace(where, stage=dataclasses.replace(where.stage, kind=kind)))
+    kept = dataclasses.replace(where.stage, kind="prune", config=Prune(recover_epochs=0.0, recover_encoder_epochs=0.0))
+    bare = dataclasses.replace(where, stage=kept)
+    monkeypatch.setattr(evaluate, "settings_of", lambda artifact: {})
+    monkeypatch.setattr(evaluate, "pixels", lambda *arguments: [])
+    monkeypatch.setattr(evaluate, "latency", lambda *arguments: {})
+    (graphs_only / "config.json").write_text("{}")
+    assert evaluate.measure(Artifact(graphs_only), Artifact(before), bare)["images"] == 16  # nothing was to recover it
     evaluate.check_variety(["a dog"] * 16, ["a cat"] * 16, "nothing")
     evaluate.check_variety(["a dog", "a cat"], [str(i) for i in range(16)], "nothing")
 
