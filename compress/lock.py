@@ -1,16 +1,14 @@
 """The lock of a stage: SHA-256 over everything that its artifact depends on, so that a lock names a finished artifact.
 
 Settings, what the stage reads of the student section, seed, the files that they name, the locks of parent and teachers, the data's
-fingerprint, the project's modules that the stage imports (their text, found by reading import statements, nothing is imported here),
-library versions, and the number of threads. The name (`as`) of a stage is no part of it, nor is a module that the stage does not import.
+fingerprint, the project's modules that the stage imports and library versions (sources.py), and the number of threads. The name (`as`) of
+a stage is no part of it, nor is a module that the stage does not import.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,31 +17,10 @@ from pathlib import Path
 from compress.config import Recipe, Stage, Student, references
 from compress.data.concepts import SHIPPED
 from compress.recipe import resolved
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("compress", "students", "teachers")
-LIBRARIES = {  # top-level import name: distribution
-    "torch": "torch",
-    "torchvision": "torchvision",
-    "numpy": "numpy",
-    "open_clip": "open_clip_torch",
-    "timm": "timm",
-    "torch_pruning": "torch-pruning",
-    "transformers": "transformers",
-    "neural_compressor": "neural-compressor",
-    "torchao": "torchao",
-    "onnx": "onnx",
-    "onnxruntime": "onnxruntime",
-    "onnxscript": "onnxscript",
-    "tokenizers": "tokenizers",
-    "safetensors": "safetensors",
-    "PIL": "pillow",
-}
-
+from compress.sources import ROOT, imported, versions
 
 # Settings that may name a file or a folder.
 FILES = ("vocabulary", "regions", "boxes", "image_sizes", "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")
-DECLARATIONS = "compress.config"  # what it declares reaches a stage as its resolved settings, which the lock holds
 
 
 def parts(
@@ -130,66 +107,3 @@ def digest(lock_parts: Mapping) -> str:
 
 def _is(entry: Mapping, stage: Stage) -> bool:
     return stage.kind in entry and entry[stage.kind]["as"] == stage.name
-
-
-def versions(libraries: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in libraries:
-        try:
-            found[name] = importlib.metadata.version(LIBRARIES[name])
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def imported(starts: Sequence[str], root: Path = ROOT) -> tuple[dict[str, str], list[str]]:
-    """Project modules that `starts` import, directly or not, with the SHA-256 of each one's text; and the libraries among them."""
-    waiting, sources, libraries = list(starts), {}, set()
-    while waiting:
-        module = waiting.pop()
-        top = module.partition(".")[0]
-        if top in LIBRARIES:
-            libraries.add(top)
-        if module in sources or top not in PACKAGES:
-            continue
-        file = _file(module, root)
-        if module == DECLARATIONS:
-            continue
-        if file is None:  # a name inside a module, such as compress.errors.DataError
-            continue
-        text = file.read_bytes()
-        sources[module] = hashlib.sha256(text).hexdigest()
-        waiting.extend(_imports(text, module, file.name == "__init__.py"))
-        if "." in module:
-            waiting.append(module.rpartition(".")[0])  # importing a.b runs a/__init__.py too
-    return dict(sorted(sources.items())), sorted(libraries)
-
-
-def _file(module: str, root: Path) -> Path | None:
-    base = root.joinpath(*module.split("."))
-    for file in (base / "__init__.py", base.with_suffix(".py")):
-        if file.is_file():
-            return file
-    return None
-
-
-@lru_cache(maxsize=512)
-def _imports(text: bytes, module: str, is_package: bool) -> tuple[str, ...]:
-    """Absolute names of what a module's text imports anywhere, inside functions and by `import_module("name")` too; `from a import b`
-    gives a and a.b."""
-    names = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                steps = alias.name.split(".")
-                names.extend(".".join(steps[: count + 1]) for count in range(len(steps)))
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                package = module.split(".") if is_package else module.split(".")[:-1]
-                base = ".".join(package[: len(package) - node.level + 1] + ([base] if base else []))
-            names.append(base)
-            names.extend(f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
-            names.extend(text.value for text in node.args[:1] if isinstance(text, ast.Constant))
-    return tuple(names)

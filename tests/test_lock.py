@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from compress import lock
+from compress import lock, sources
 from compress.recipe import read_recipe
 
 RECIPE = """\
@@ -18,7 +18,7 @@ stages:
 """
 
 
-def locks_of(tmp_path: Path, text: str = RECIPE, fingerprint="f", threads=2, root=lock.ROOT) -> dict[str, str]:
+def locks_of(tmp_path: Path, text: str = RECIPE, fingerprint="f", threads=2, root=sources.ROOT) -> dict[str, str]:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     recipe, locks = read_recipe(path), {}
@@ -143,8 +143,8 @@ def test_sources_follow_imports(tmp_path):
         students__lightcap__parts="import safetensors.torch\nfrom . import model\n",
     )
     (root / "compress" / "__init__.py").write_text("")
-    sources, libraries = lock.imported(("compress.stages.train", "compress.evaluate"), root)
-    assert list(sources) == [
+    texts, libraries = sources.imported(("compress.stages.train", "compress.evaluate"), root)
+    assert list(texts) == [
         "compress",
         "compress.cost",
         "compress.errors",
@@ -164,19 +164,19 @@ def test_sources_follow_imports(tmp_path):
 
 
 def test_the_real_stages_are_covered():
-    sources, libraries = lock.imported(("compress.stages.train",))
+    texts, libraries = sources.imported(("compress.stages.train",))
     expected = {"compress.stages.train", "compress.training.loop", "compress.data.karpathy", "compress.artifact", "students.lightcap.model"}
-    assert expected <= set(sources)
+    assert expected <= set(texts)
     others = {"cli", "pipeline", "stages.prune", "evaluate", "runtime", "config", "metrics.cider"}  # a change there trains nothing anew
-    assert not {f"compress.{name}" for name in others} & set(sources)
+    assert not {f"compress.{name}" for name in others} & set(texts)
     assert {"torch", "numpy"} <= set(libraries)
-    versions = lock.versions(libraries)
+    versions = sources.versions(libraries)
     assert all(version != "absent" for version in versions.values()), versions
 
 
 def test_the_libraries_of_quantize_and_prune():
-    assert {"neural_compressor", "torchao", "onnx", "onnxruntime"} <= set(lock.imported(("compress.stages.quantize",))[1])
-    assert "torch_pruning" in lock.imported(("compress.stages.prune",))[1]
+    assert {"neural_compressor", "torchao", "onnx", "onnxruntime"} <= set(sources.imported(("compress.stages.quantize",))[1])
+    assert "torch_pruning" in sources.imported(("compress.stages.prune",))[1]
 
 
 def test_the_seed_of_a_stage_is_a_setting(tmp_path):

@@ -393,7 +393,7 @@ class Pictures:
         return np.random.default_rng(number).integers(0, 256, (self.size, self.size + number, 3), dtype=np.uint8)
 
 
-def test_features_are_the_encoder_s_and_computed_once(tmp_path):
+def test_features_are_the_encoder_s_and_computed_once(tmp_path, monkeypatch):
     from compress import runtime
     from students.lightcap.encoder import preprocessor
 
@@ -409,8 +409,11 @@ def test_features_are_the_encoder_s_and_computed_once(tmp_path):
     assert np.array_equal(features.grids(model, data, settings, tmp_path, QUIET), grids) and data.read == []
     with torch.no_grad():
         model.encoder.blocks[0].bn1.running_mean += 0.5  # a buffer counts, too
-    assert not np.array_equal(features.grids(model, data, settings, tmp_path, QUIET), grids)
+    changed = features.grids(model, data, settings, tmp_path, QUIET)
+    assert not np.array_equal(changed, grids)
     assert data.read == []  # the pictures were decoded already
+    monkeypatch.setattr(features, "made_by", lambda module: "other code")
+    assert np.array_equal(features.grids(model, data, settings, tmp_path, QUIET), changed) and len(data.read) == len(data.examples)
 
 
 def test_pictures_are_disturbed_alike_in_every_precision():

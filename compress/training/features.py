@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.context import Progress
 from compress.data import CaptionSet
+from compress.sources import made_by
 from compress.training.store import found, stored
 from students.lightcap import LightCap
 from students.lightcap.norms import folded
@@ -29,7 +30,8 @@ def device() -> torch.device:
 def pixels(data: CaptionSet, settings: dict, cache: Path, progress: Progress) -> np.ndarray:
     """Every picture of `data`, decoded and squashed to (N, S, S, 3) uint8."""
     size = settings["image_size"]
-    key = digest("pixels", size, settings["resize"], settings["interpolation"], data.fingerprint, [e.image_id for e in data.examples])
+    how = size, settings["resize"], settings["interpolation"], made_by(__name__)
+    key = digest("pixels", *how, data.fingerprint, [e.image_id for e in data.examples])
     if (whole := found(cache / "pixels", key)) is not None:
         return whole
 
@@ -71,8 +73,9 @@ def variance(grids: np.ndarray) -> float:
 
 
 def grids_key(model: LightCap, data: CaptionSet, settings: dict) -> str:
-    """The digest under which `grids` are kept: of the encoder's weights, the preprocessor and the pictures."""
-    return digest("grids", encoder_digest(model.encoder), settings, data.fingerprint, [e.image_id for e in data.examples])
+    """The digest under which `grids` are kept: of the encoder's weights, the preprocessor, the pictures and the code that reads them."""
+    how = encoder_digest(model.encoder), settings, made_by(__name__)
+    return digest("grids", *how, data.fingerprint, [e.image_id for e in data.examples])
 
 
 def squash(picture: np.ndarray, settings: dict) -> np.ndarray:

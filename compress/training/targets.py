@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.context import Progress
+from compress.sources import made_by
 from compress.training.batches import IGNORED, pack
 from compress.training.corpus import Corpus
 from compress.training.features import device, digest
@@ -28,7 +29,8 @@ def targets(
     captions = data.captions
     where = device()
     chosen = settled("auto", where)
-    key = digest("targets", teacher_digest, data.features, fingerprint, top_k, temperature, data.keep.tolist(), captions.pieces, chosen)
+    how = teacher_digest, data.features, top_k, temperature, chosen, made_by(__name__)
+    key = digest("targets", *how, fingerprint, data.keep.tolist(), captions.pieces)
     count, width = len(captions.images), min(top_k, len(data.keep))
     longest = max(captions.length(i) for i in range(count))
     teacher.to(where)
