@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from compress.config import Concepts, Distill, Prune, Recipe, Stage, Train
+from compress.config import Average, Concepts, Distill, Prune, Recipe, Stage, Train
 from compress.errors import RecipeError
 from compress.training.distillation import feed_forward
 from compress.training.start import captioner_config
@@ -23,9 +23,11 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
     teachers.
     """
     models: dict[str, LightCapConfig] = {}
+    encoders: dict[str, str] = {}
     for stage in recipe.stages:
         try:
             models[stage.name] = _architecture(recipe, stage, models, vocabulary)
+            encoders[stage.name] = _encoder(recipe, stage, encoders)
         except ValueError as error:
             raise RecipeError(f"{stage.place}stage '{stage.name}': {error}") from None
     return models
@@ -66,6 +68,27 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
     return model
 
 
+def _encoder(recipe: Recipe, stage: Stage, encoders: Mapping[str, str]) -> str:
+    """The stage that last changed the encoder of what `stage` makes; "" where that is still the pretrained one. ValueError for a teacher
+    with another encoder than its student, whose grid it reads."""
+    config = stage.config
+    if isinstance(config, Distill):
+        first = stage.parent or config.teachers[0]
+        for teacher in config.teachers:
+            if encoders[teacher] != encoders[first]:
+                own, other = (f"that of '{encoders[name]}'" if encoders[name] else "the pretrained one" for name in (first, teacher))
+                raise ValueError(f"teacher '{teacher}' would read grids of another encoder, {own}, than its own, {other}; name teachers "
+                                 "that share their student's encoder")
+        return encoders[first]
+    changes = (isinstance(config, Train) and config.encoder == "tuned") or (isinstance(config, Prune) and "encoder" in config.parts)
+    averaged = isinstance(config, Average) and {encoders[name] for name in config.others} != {encoders[stage.parent]}
+    if changes or averaged:
+        return stage.name
+    if stage.parent or getattr(config, "extractor", None):
+        return encoders[stage.parent or config.extractor]
+    return stage.name if recipe.student.encoder_weights in (None, "none") else ""
+
+
 def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, teacher: LightCapConfig, vocabulary: int) -> LightCapConfig:
     if parent is None:
         ffn = feed_forward(recipe.student.ffn, config.ffn_share, teacher.ffn)
@@ -82,6 +105,8 @@ def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, tea
         raise ValueError(f"heads: {config.heads} asked of a captioner that has {parent.heads}; only one that has 1 can get more")
     if len(config.teachers) == 1:
         raise ValueError(f"heads: {config.heads} copies of one head, taught by one teacher, stay equal; name a teacher for each")
+    if "tokens" not in config.match:
+        raise ValueError(f"heads: {config.heads} copies of one head, which match no tokens, stay equal; add tokens to 'match'")
     return dataclasses.replace(parent, heads=config.heads)
 
 

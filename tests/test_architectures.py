@@ -62,6 +62,8 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
         ("  - distill: {as: x, from: teacher, teachers: teacher, heads: 3}\n", "stage 'x': heads: 3 asked of a captioner that has 2; only"),
         ("  - distill: {as: x, modulator: 8}\n", "stage 'x': a modulator is steered by concepts, but the teacher reads none"),
         ("  - distill: {as: x, heads: 1, ensemble: running}\n", "stage 'x': ensemble: running is of several heads; leave it out"),
+        ("  - distill: {heads: 1}\n  - distill: {as: x, from: distill, teachers: [teacher, teacher], heads: 2, match: hidden}\n",
+         "stage 'x': heads: 2 copies of one head, which match no tokens"),
         ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
         ("  - prune: {as: x, macs: 0.5, layers: 2}\n", "stage 'x': layers: 2 shall stay of 2; name less, or leave it out"),
         ("  - concepts: {as: x, from: teacher, pieces: 40}\n", "stage 'x': pieces: 40 need 129 positions, and there are 128; at most 39"),
@@ -77,3 +79,36 @@ def test_what_does_not_fit_is_one_line(tmp_path, stages, what):
 def test_sizes_that_no_captioner_has(tmp_path):
     with pytest.raises(RecipeError, match="stage 'teacher': hidden .33. must be a multiple of attention_heads"):
         models(tmp_path, RECIPE.format("").replace("heads: 2", "hidden: 33"))
+
+
+ENCODERS = """\
+student: {{preset: tiny, heads: 2, encoder: clip-rn50, encoder_weights: openai}}
+stages:
+  - train: {{as: teacher, preset: tiny}}
+  - train: {{as: teacher-2, seed: 18, preset: tiny}}
+  - distill: {{as: student, teachers: [teacher, teacher-2]}}
+  - train: {{as: tuned, from: teacher, encoder: tuned}}
+  - scst: {{as: end, epochs: 1}}
+  - train: {{as: end-2, from: tuned, epochs: 1}}
+  - average: {{as: mean, from: end, others: [end-2]}}
+  - prune: {{as: cut, macs: 0.5, parts: fusion}}
+  - prune: {{as: pruned, macs: 0.5}}
+{}"""
+
+
+@pytest.mark.parametrize(
+    ("distill", "what"),
+    [
+        ("teachers: [end, mean]", None),
+        ("from: cut, teachers: [tuned, end-2]", None),
+        ("teachers: [teacher, tuned]", "'tuned' would read grids of another encoder, the pretrained one, than its own, that of 'tuned'"),
+        ("from: pruned, teachers: mean", "'mean' would read grids of another encoder, that of 'pruned', than its own, that of 'tuned'"),
+    ],
+)
+def test_teachers_read_their_students_grid(tmp_path, distill, what):
+    text = ENCODERS.format(f"  - distill: {{as: last, {distill}}}\n")
+    if what is None:
+        assert "last" in models(tmp_path, text)
+    else:
+        with pytest.raises(RecipeError, match=f"x.yaml.*stage 'last': teacher {what}"):
+            models(tmp_path, text)

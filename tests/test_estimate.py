@@ -21,7 +21,7 @@ student: {preset: tiny, heads: 2}
 stages:
   - train: {as: teacher, preset: tiny, epochs: 2}
   - train: {as: tuned, from: teacher, encoder: tuned, epochs: 3}
-  - distill: {as: student, teachers: [teacher, tuned], epochs: 4}
+  - distill: {as: student, teachers: [teacher, teacher], epochs: 4}
   - distill: {as: matched, teachers: teacher, match: [tokens, hidden], match_epochs: 1, epochs: 4}
   - scst: {epochs: 1, samples: 5}
   - prune: {as: pruned, macs: 0.5, recover_epochs: 2, recover_encoder_epochs: 1}
