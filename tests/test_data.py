@@ -118,10 +118,11 @@ def test_one_coco_file_is_split_by_a_hash_of_ids(tmp_path):
     names = [f"{number}.png" for number in range(120)]
     for name in names:
         picture(tmp_path / "images", name, size=(4, 4))
-    write_coco(tmp_path / "captions.json", names, first=0)
-    found = load(Data(source="coco", captions=str(tmp_path / "captions.json")))
-    assert [example.split for example in found.examples] == [hashed_split(str(number)) for number in range(120)]
-    assert found.splits() == {"train": 99, "val": 10, "test": 11}
+    for name in ("captions.json", "latest_retrieval_evaluation.json"):  # neither is a split's
+        write_coco(tmp_path / name, names, first=0)
+        found = load(Data(source="coco", captions=str(tmp_path / name)))
+        assert [example.split for example in found.examples] == [hashed_split(str(number)) for number in range(120)]
+        assert found.splits() == {"train": 99, "val": 10, "test": 11}
 
 
 def test_hashed_split_is_80_10_10():

@@ -100,6 +100,9 @@ def test_what_is_masked():
     assert len(set(batch.positions[chosen].tolist())) == 12  # each place, [SEP]'s too
     lengths = captions.offsets[:-1].repeat(2)
     assert np.array_equal(batch.rows, lengths + batch.positions[chosen].numpy() - 1)
+    assert (batch.said() == torch.where((batch.segments > 0) & (batch.positions > 0), 100 + batch.positions, IGNORED)).all()
+    plain = pack(captions, range(40))
+    assert torch.equal(plain.said(), plain.targets)
     again = pack_masked(captions, range(40), masking, np.random.default_rng(3))
     assert torch.equal(again.tokens, batch.tokens)
     short = pack_masked(Captions.of([[[2, 3]], [[2, *range(5, 60), 3]]]), range(2), masking, np.random.default_rng(0))

@@ -27,12 +27,12 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
     folder = layout.pictures(data.images, SOURCE, paths[0])
     examples, files = [], {}
     for path in paths:
-        split = re.search("train|val|test", path.name.lower())
+        split = re.search(r"(?<![a-z])(train|val|test)(?![a-z])", path.name.lower())  # a word: not in `latest` or `evaluation`
         if not split and len(paths) > 1:
             raise DataError(
                 f"data.captions: the name of {path} says neither train, val nor test; of several files each must"
             )
-        added = _file(path, split.group() if split else None)
+        added = _file(path, split[1] if split else None)
         examples += added
         years = [folder_name.group()] if (folder_name := re.search(r"(train|val|test)\d{4}", path.name.lower())) else []
         files |= find(folder, [example.image_id for example in added], years)

@@ -62,7 +62,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         logits = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1))
         loss = caption_loss(logits, config.label_smoothing)
         if words is not None:
-            loss = loss + config.word_weight * words.loss(grid.float(), batch.targets)
+            loss = loss + config.word_weight * words.loss(grid.float(), batch.said())
         if matching is not None:
             loss = loss + config.matching_weight * matching.loss(states[:, 0], replaced)
         return loss

@@ -80,6 +80,11 @@ class Batch:
         same = segments.unsqueeze(1) == segments.unsqueeze(2)
         return ((segments == 0).unsqueeze(1) | (same & earlier)).unsqueeze(1)
 
+    def said(self) -> Tensor:
+        """(B, T) every piece of the captions but [CLS], masked ones too, or IGNORED."""
+        seen = torch.where((self.segments > 0) & (self.positions > 0), self.tokens, IGNORED)
+        return torch.where(self.targets == IGNORED, seen, self.targets)
+
     def probing(self, mask_piece: int | None) -> Batch:
         """The same predictions from a model of masked pieces, as it decodes: for each target a [MASK] at its place, which sees the caption
         before it. For a model of the next piece (None) the batch is as it was."""

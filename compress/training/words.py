@@ -21,8 +21,9 @@ class Words(nn.Module):
         nn.init.normal_(self.classify.weight, std=0.01)
         self.classify.bias.data.copy_(torch.logit(shares.clamp(1e-3, 1 - 1e-3)) - math.log(places))
 
-    def loss(self, grid: Tensor, targets: Tensor) -> Tensor:
-        """grid (B, G, channels), targets (B, T) ids or IGNORED -> binary cross-entropy summed over words, averaged over pictures."""
+    def loss(self, grid: Tensor, said: Tensor) -> Tensor:
+        """grid (B, G, channels), `said` (B, T) ids of the captions' pieces or IGNORED -> binary cross-entropy summed over words, averaged
+        over pictures."""
         logits = self.classify(grid).logsumexp(1)
-        present = torch.zeros_like(logits).scatter_add_(1, targets.clamp(min=0), (targets != IGNORED).to(logits.dtype))
+        present = torch.zeros_like(logits).scatter_add_(1, said.clamp(min=0), (said != IGNORED).to(logits.dtype))
         return F.binary_cross_entropy_with_logits(logits, present.clamp(max=1), reduction="sum") / len(grid)
