@@ -228,7 +228,7 @@ class Step(Decoder):
         """tokens, positions (N, T): a token, and for a model of masked pieces [MASK] behind it, which it does not see; keys and values of
         the prefix, and of the caption so far, layer by layer, each (N, heads, length, width).
 
-        Returns logits (N, T, V), then the keys and values of past and of what was read here."""
+        Returns logits (N, 1, V) of the last, then the keys and values of past and of what was read here."""
         x = self.norm(self.lookup(tokens) + F.embedding(positions, self.places))
         unseen = later_tokens(tokens.shape[1], past[0].shape[2], x) if tokens.shape[1] > 1 else None
         present: list[Tensor] = []
@@ -236,7 +236,8 @@ class Step(Decoder):
             pair = slice(2 * index, 2 * index + 2)
             x, *seen = layer.step(x, prefix[pair], past[pair], unseen)
             present += seen
-        return self.branches(x) @ self.vocabulary + self.bias, *present
+        last = x if x.shape[1] == 1 else x[:, -1:]
+        return self.branches(last) @ self.vocabulary + self.bias, *present
 
 
 def stacks(model: LightCap) -> dict[str, list[str]]:
