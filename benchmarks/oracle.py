@@ -3,9 +3,10 @@
     python benchmarks/oracle.py runs/ablation NAME [--json]
 
 NAME is a row of the run whose model reads concepts. Its word pieces of concepts are replaced, nothing else, and val is captioned again with
-a beam of 5: by none at all; by those of another image; by those of its own that a reference mentions, and no false one (`precise`); and by
-all that a reference mentions (`oracle`), the most that any extractor over this list of concepts could give. Differences are to the model's
-own, on the same images, with paired bootstrap intervals. Markdown, or with --json one JSON document.
+a beam of 5: by those of another image; by those of its own that a reference mentions, and no false one, again and again until there are as
+many as it was trained with (`precise`; where there are none its own stay); and by all that a reference mentions, then its own best ones
+(`oracle`), the most that any extractor over this list of concepts could give. Differences are to the model's own, on the same images, with
+paired bootstrap intervals. Markdown, or with --json one JSON document.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ from students.lightcap.tokenizer import decode_caption  # noqa: E402
 BATCH, BEAM = 50, 5
 
 
-def spelled(wanted: Tensor, scores: Tensor, pieces: Tensor, most: int) -> Tensor:
-    """wanted (N, count) bool, scores (N, count), word pieces (count, longest) -> (N, most) ids: the wanted concepts' pieces, the best
-    scored first, cut at `most` and padded with 0, as the model writes those that it finds."""
-    rows = torch.zeros(len(wanted), most, dtype=torch.int64)
+def repeated(wanted: Tensor, scores: Tensor, pieces: Tensor, found: Tensor) -> Tensor:
+    """wanted (N, count) bool, scores (N, count), word pieces (count, longest), `found` (N, most) ids -> (N, most) ids: the wanted concepts'
+    pieces, the best scored first, and again from the first until the row is full; a row of `found` where nothing is wanted."""
+    rows = found.clone()
     for row, order in enumerate(scores.argsort(1, descending=True)):
-        ids = [piece for concept in order[wanted[row, order]] for piece in pieces[concept].tolist() if piece != NONE][:most]
-        rows[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        ids = [piece for concept in order[wanted[row, order]] for piece in pieces[concept].tolist() if piece != NONE]
+        if ids:
+            rows[row] = torch.tensor(ids).repeat(-(-found.shape[1] // len(ids)))[: found.shape[1]]
     return rows
 
 
@@ -68,7 +70,7 @@ def captions(model: LightCap, special: Special, features: np.ndarray, given: Ten
 
 
 def compare(run: Path, name: str) -> list[dict]:
-    """A row for each kind of concepts: its CIDEr, how many word pieces an image has, and the difference to the model's own."""
+    """A row for each kind of concepts: their precision and recall over all images, CIDEr, and the difference to the model's own."""
     rows, wanted = {row["name"]: row for row in ledger.read_run(run)}, recipe.read_recipe(run / "recipe.yaml")
     if name not in rows:
         raise ModelError(f"{run}: no finished row '{name}'; there are {', '.join(rows)}")
@@ -86,25 +88,32 @@ def compare(run: Path, name: str) -> list[dict]:
                             for start in range(0, len(features), BATCH)])  # fmt: skip
         found = model.concepts.choose(scores, most)
     own = best_concepts(scores, pieces, most)
-    kinds = {"found": found, "none": torch.zeros_like(found), "of another image": found.roll(1, 0),
-             "precise": spelled(own & true, scores, pieces, most), "oracle": spelled(true, scores, pieces, most)}
+    precise = own & true
+    first = scores + (scores.max() - scores.min() + 1) * true
+    kinds = {"found": (found, own), "of another image": (found.roll(1, 0), own.roll(1, 0)),
+             "precise": (repeated(precise, scores, pieces, found), torch.where(precise.any(1, keepdim=True), precise, own)),
+             "oracle": (model.concepts.choose(first, most), best_concepts(first, pieces, most))}
     references = [list(example.captions) for example in val.examples]
     answers: list[dict] = []
-    for kind, given in kinds.items():
+    for kind, (given, shown) in kinds.items():
         with progress.task(kind, len(val)) as task:
             said = captions(model, special, features, given, task)
         texts = [decode_caption(tokenizer, spoken[ids].tolist()) for ids in said]
         each = metrics.score(texts, references).per_image
-        first = each if not answers else answers[0]["each"]
-        gain = paired(each, first) if answers else None
-        answers.append({"concepts": kind, "pieces": float((given != 0).sum(1).float().mean()), "cider": float(np.mean(each)), "each": each,
-                        "delta": gain.delta if gain else None, "delta_ci95": list(gain.ci95) if gain else None})
+        gain = paired(each, answers[0]["each"]) if answers else None
+        hits = int((shown & true).sum())
+        answers.append({
+            "concepts": kind, "precision": hits / max(int(shown.sum()), 1), "recall": hits / max(int(true.sum()), 1),
+            "cider": float(np.mean(each)), "each": each,
+            "delta": gain.delta if gain else None, "delta_ci95": list(gain.ci95) if gain else None,
+        })  # fmt: skip
     return [{key: value for key, value in answer.items() if key != "each"} for answer in answers]
 
 
 COLUMNS = {
     "concepts": lambda row: row["concepts"],
-    "word pieces": lambda row: number(row["pieces"], ".1f"),
+    "precision": lambda row: number(row["precision"], ".2f"),
+    "recall": lambda row: number(row["recall"], ".2f"),
     "CIDEr": lambda row: number(row["cider"], ".1f"),
     "difference": lambda row: f"{number(row['delta'], '+.1f')} {interval(row['delta_ci95'], '+.1f')}".strip(),
 }
