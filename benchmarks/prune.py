@@ -62,9 +62,9 @@ def build(folder: Path, shares: list[float], roundings: list[int], images: int) 
 
 
 def ratios(rows: list[dict], unit: str) -> dict[str, float]:
-    """Of each pruned model: the share of the whole model's milliseconds that was saved, over the share of its MACs that was saved. 1: a
-    saved MAC is a saved millisecond; for the encoder over its own MACs, for the caption over all. `..._vs_eager`: PyTorch's milliseconds
-    over its own."""
+    """Of each pruned model: the share of the whole model's milliseconds that was saved, over the share of its MACs that was saved (None
+    where none were). 1: a saved MAC is a saved millisecond; for the encoder over its own MACs, for the caption over all. `..._vs_eager`:
+    PyTorch's milliseconds over its own."""
     whole = {row["precision"]: row for row in rows if row["share"] == 1.0}
     found = {}
     for row in rows:
@@ -74,7 +74,7 @@ def ratios(rows: list[dict], unit: str) -> dict[str, float]:
                 macs = 1 - row[f"gmacs_{part}"] / before[f"gmacs_{part}"]
                 time = 1 - row[f"{part}_{unit}"] / before[f"{part}_{unit}"]
                 name = f"{part}_{row['precision']}_at_{row['share']:g}_by_{row['round_to']}"
-                found[name] = round(time / macs, 3)
+                found[name] = round(time / macs, 3) if macs else None
                 found[f"{name}_vs_eager"] = round(whole[EAGER][f"{part}_{unit}"] / row[f"{part}_{unit}"], 2)
     return found
 

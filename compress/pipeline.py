@@ -29,6 +29,7 @@ from compress.parallel import ALONE, Share, until
 from compress.process import only_writer, thread_count
 
 BASELINE = "nearest"
+FILES = ("vocabulary", "regions", "boxes", "image_sizes")  # settings of stages that name files on disk, and nothing else
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def run(
     cache = cache_of(out)
     try:
         data = _load(wanted, cache) if data is None else data
+        _check_files(wanted)
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
         run_ = making.Run(wanted, out, cache, data, progress or Progress(), stages, evaluation, share)
         try:
@@ -224,6 +226,16 @@ def _explained(error: LightcapError, stage: Stage | None, artifacts: Mapping, ro
 
 def _refuse(process: str) -> None:
     raise StageError(f"process {process} is writing this run now; wait for it, or run elsewhere with --out DIR")
+
+
+def _check_files(wanted: Recipe) -> None:
+    """DataError for a file that a stage will read and that is not there, before any stage has taken its time."""
+    for stage in wanted.stages:
+        for key in FILES:
+            named = getattr(stage.config, key, None)
+            if named and not Path(named).expanduser().exists():
+                raise DataError(f"{stage.place}stage '{stage.name}', key '{key}': there is no file {named}; put it there, or name another "
+                                f"with --set {stage.name}.{key}=FILE")
 
 
 def _load(wanted: Recipe, cache: Path):

@@ -18,10 +18,12 @@ from compress import runtime
 from compress.config import Student
 from compress.errors import ModelError
 from compress.training.start import new_captioner
+from compress.training.text import embed_texts
 from students.lightcap import LightCap, preset
 from students.lightcap.bert import copy_layers, layer_map, load_bert
 from students.lightcap.encoder import clip_rn50, lite0_file, load_encoder, preprocessor, read_tensors
 from students.lightcap.fusion import Fusion
+from students.lightcap.tokenizer import load_tokenizer
 
 DATA = Path(os.environ.get("LIGHTCAP_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
 HIDDEN, LAYERS, VOCABULARY = 32, 4, 50
@@ -429,3 +431,68 @@ def test_the_preprocessor_is_the_encoder_s(tmp_path):
     assert black.shape == (3, 224, 224)
     np.testing.assert_allclose(black, -127 / 128, atol=1e-6)  # (x - 127) / 128, as the Lite models were trained
     np.testing.assert_allclose(white, 1.0, atol=1e-6)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Makes a repository's folder in the hub's cache, which is one of this test; the hub itself is out of reach."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+    def repository(name: str) -> Path:
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (folder / "snapshots" / COMMIT).mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+        return folder / "snapshots" / COMMIT
+
+    return repository
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "layout"),
+    [
+        ("huawei-noah/TinyBERT_General_4L_312D", "pytorch_model.bin", "old bin"),
+        ("bert-base-uncased", "model.safetensors", "prefixed safetensors"),
+    ],
+)
+def test_bert_and_its_pieces_by_their_hub_name(bert, hub, name, file, layout):
+    folder, state = hub(name), LAYOUTS[layout]({key: value.contiguous() for key, value in bert.state_dict().items()})
+    torch.save(state, folder / file) if file.endswith(".bin") else save_file(state, folder / file)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s"]) + "\n")
+    filled = fusion()
+    load_bert(filled, name)
+    torch.testing.assert_close(filled.word.weight, bert.embeddings.word_embeddings.weight)
+    tokenizer = load_tokenizer(name)
+    assert tokenizer.decode(tokenizer.encode("a dogs").ids) == "a dogs"
+    with pytest.raises(FileNotFoundError, match="neither here nor on the hub; download them and set fusion_weights=FOLDER"):
+        load_bert(fusion(), "someone/absent")
+    with pytest.raises(FileNotFoundError, match="no tokenizer at 'someone/absent'"):
+        load_tokenizer("someone/absent")
+
+
+@pytest.mark.slow
+def test_clip_by_its_hub_name(hub):
+    """RN50 `openai`, in the file that open_clip fetches: its whole model, whose trunk sees images and whose text encoder reads concepts."""
+    import open_clip
+
+    torch.manual_seed(4)
+    with warnings.catch_warnings(action="ignore"):
+        whole = open_clip.create_model("RN50-quickgelu").eval()
+    state = {key: value.contiguous() for key, value in whole.state_dict().items()}
+    save_file(state, hub("timm/resnet50_clip.openai") / "open_clip_model.safetensors")
+    torch.manual_seed(5)
+    trunk = clip_rn50(224)
+    load_encoder(trunk, "clip-rn50", "openai")
+    for key, value in trunk.state_dict().items():
+        torch.testing.assert_close(value, state[f"visual.{key}"], msg=key)
+    words = ["a photo of a dog", "a photo of a red car"]
+    with torch.no_grad():
+        wanted = F.normalize(whole.encode_text(open_clip.get_tokenizer("RN50")(words)), dim=-1)
+    torch.testing.assert_close(embed_texts(words, "openai"), wanted, atol=1e-5, rtol=1e-4)

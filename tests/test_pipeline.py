@@ -222,6 +222,14 @@ def test_a_missed_gate_stops_the_run(tmp_path):
     assert met.ok
 
 
+def test_a_file_that_a_later_stage_reads_is_missed_at_once(tmp_path):
+    text = RECIPE + "  - concepts: {as: extractor, preset: tiny, regions: objects.json}\n"
+    result, stages, _ = go(tmp_path, read(tmp_path, text))
+    assert isinstance(result.error, DataError) and stages.runs == [] and not (tmp_path / "runs").exists()
+    assert result.error.message.endswith("stage 'extractor', key 'regions': there is no file objects.json; put it there, or name another "
+                                         "with --set extractor.regions=FILE")
+
+
 class Failing(Stages):
     def __init__(self, name: str, error: Exception) -> None:
         super().__init__()

@@ -148,7 +148,7 @@ def load_encoder(encoder: nn.Module, name: str, source: str | None) -> None:
             import open_clip
 
             try:
-                state = open_clip.create_model("RN50", pretrained="openai").visual.state_dict()
+                state = open_clip.create_model("RN50", pretrained="openai", force_quick_gelu=True).visual.state_dict()
             except Exception as error:
                 raise FileNotFoundError(
                     f"CLIP RN50 'openai' could not be fetched ({type(error).__name__}); download its safetensors once and set "

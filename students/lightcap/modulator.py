@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Modulator(nn.Module):
-    """hidden -> inner -> ReLU -> channels -> sigmoid, averaged over concepts (PAPER: 312 -> 39 -> 2048, 94,127 parameters)."""
+    """hidden -> inner -> ReLU -> channels -> sigmoid, averaged over concepts' word pieces (PAPER: 312 -> 39 -> 2048, 94,127 parameters)."""
 
     def __init__(self, hidden: int, inner: int, channels: int) -> None:
         super().__init__()
