@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_recipes import COCO, coco, settings, small_bert
 
 import compress
 from compress.parallel import ALONE, Share, share
+from compress.recipe import read_recipe
 
 ROOT = Path(compress.__file__).resolve().parent.parent
 RECIPE = """
@@ -113,3 +115,19 @@ def test_a_run_of_two_processes(tmp_path):
     assert [status for status, *_ in again] == [0, 0] and json.loads(again[0][1])["ledger"] == result["ledger"]
     (alone, out, _), = start(command, tmp_path, 1)
     assert alone == 0 and {row["lock"] for row in json.loads(out)["ledger"]}.isdisjoint(kept)  # another number of processes: another lock
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_paper_s_course_by_two_processes(tmp_path):
+    """lightcap-coco on ten images: the concept extractor, masked pieces and matching, too; the last batch is smaller than the others."""
+    coco(tmp_path)
+    small_bert(tmp_path / "bert")
+    command = ["-m", "compress", "run", "lightcap-coco", *settings(COCO), "--json"]
+    (status, out, errors), (other, quiet, _) = start(command, tmp_path, 2)
+    assert (status, other, quiet) == (0, 0, ""), errors
+    result = json.loads(out)
+    made = [stage.name for stage in read_recipe("lightcap-coco").stages]
+    assert result["ok"] and [row["name"] for row in result["ledger"]] == ["nearest", *made]
+    files = [tmp_path / "runs/.cache" / row["lock"] / "model.safetensors" for row in result["ledger"][1:-2]]
+    assert all(torch.isfinite(tensor).all() for file in files for tensor in load_file(file).values() if tensor.is_floating_point())
