@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from compress.data.captions import CaptionSet, Example, UnreadableImage, fingerprint
 from compress.errors import DataError
+from compress.sources import made_by
 
 THREADS = 2
 WHOLE = 2 << 30  # bytes: a data set up to this size is hashed in full
@@ -61,11 +62,12 @@ def readable(
     """The caption set of those examples whose image decodes; `contents` holds the file of each image name.
 
     What does not decode is listed in `unreadable`; a share above `allowed` raises DataError with the first names. With
-    a `cache` folder the outcome is kept as JSON under the fingerprint, which is over file contents and so never stale.
+    a `cache` folder the outcome is kept as JSON under the fingerprint, which is over file contents, and under the code that decodes:
+    another Pillow may read what this one cannot.
     """
     digests = _digests(examples, contents)
     mark = fingerprint(source, examples, digests)
-    record = cache / f"images-{mark}.json" if cache else None
+    record = cache / f"images-{mark}-{made_by(__name__)[:16]}.json" if cache else None
     problems = _recorded(record)
     if problems is None:
         problems = _problems(examples, contents)
