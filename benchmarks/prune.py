@@ -61,7 +61,7 @@ def build(folder: Path, shares: list[float], roundings: list[int], images: int) 
     return found
 
 
-def ratios(rows: list[dict], unit: str) -> dict[str, float]:
+def ratios(rows: list[dict], unit: str) -> dict[str, float | None]:
     """Of each pruned model: the share of the whole model's milliseconds that was saved, over the share of its MACs that was saved (None
     where none were). 1: a saved MAC is a saved millisecond; for the encoder over its own MACs, for the caption over all. `..._vs_eager`:
     PyTorch's milliseconds over its own."""

@@ -215,7 +215,7 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
 def sweep_command(
     ctx: click.Context, recipe: str, vary: tuple[str, ...], sets: tuple[str, ...], out: Path | None, as_json: bool
 ) -> None:
-    """Run a recipe with several values, and compare. Example: lightcap sweep photos --vary pruned.macs=0.8,0.65,0.5,0.35"""
+    """Run a recipe with several values, and compare. Example: lightcap sweep photos --vary pruned.macs=0.8,0.65,0.5"""
     from compress import show, sweep
     from compress.context import Progress
 
@@ -239,7 +239,7 @@ def fit_command(
     ctx: click.Context, recipe: str, max_mb: float | None, max_ms: float | None, max_drop_cider: float | None, sets: tuple[str, ...],
     out: Path | None, as_json: bool,
 ) -> None:
-    """Prune no more than limits of size and time ask for. Example: lightcap fit photos --max-mb 8 --max-ms 10 --max-drop-cider 2"""
+    """Prune no more than limits of size and time ask for. Example: lightcap fit photos --max-mb 11 --max-ms 16 --max-drop-cider 2"""
     from compress import fit, show
     from compress.context import Progress
 

@@ -71,7 +71,8 @@ def recovered(context: Context) -> bool:
     stages = {stage.name: stage for stage in context.recipe.stages}
     stage = context.stage
     while stage is not None and stage.kind in UNTRAINED:
-        if stage.kind == "prune" and not (stage.config.recover_epochs or stage.config.recover_encoder_epochs):
+        config = stage.config
+        if stage.kind == "prune" and not (config.recover_epochs or (config.recover_encoder_epochs and "encoder" in config.parts)):
             return False
         stage = stages.get(stage.parent)
     return True

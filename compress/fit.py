@@ -1,7 +1,7 @@
 """The least pruning that brings a recipe's last artifact under limits of size and time, and whether its CIDEr holds there.
 
-Bytes and milliseconds follow from shapes, not from what weights say: the share of MACs is found by bisection over runs in which nothing is
-trained from the pruning on, minutes each; then the recipe runs once in full.
+Bytes and milliseconds follow from shapes, not from what weights say: the share of MACs is found by bisection over runs that leave out what
+changes weights alone from the pruning on, minutes each; then the recipe runs once in full.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from compress.recipe import read_recipe
 
 LEAST, MOST, STEP = 0.2, 0.98, 0.02  # shares of the parent's MACs that are looked at
 MARGIN = 0.97  # of a limit that is aimed at where the end differs: a time is taken again, later steps choose anew, parts go back to float
-SAME_SHAPES = ("train", "scst", "average")  # stages that change weights alone of what they work on
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,15 @@ def pruned_to(recipe: Recipe, stage: Stage, share: float) -> Recipe:
 
 
 def untrained(recipe: Recipe, stage: Stage) -> tuple[Recipe, str]:
-    """`recipe` with nothing trained or tried from its `prune` on, and its stage that has the shapes of the last one. Stages behind the
-    pruning that change weights alone are left out."""
+    """`recipe` without what trains or tries weights alone from its `prune` on, and its stage that has the shapes of the last one. A stage
+    that makes another shape stays, with those that it names."""
     first = [other.name for other in recipe.stages].index(stage.name)
     named, left_out = set(), {}  # by stages that stay; {name: parent}
     for other in reversed(recipe.stages[first + 1 :]):
-        if other.kind in SAME_SHAPES and other.parent and other.name not in named:
+        if same_shapes(other) and other.name not in named:
             left_out[other.name] = other.parent
         else:
-            named.update(references(other.config), {other.parent} if other.kind in SAME_SHAPES else ())
+            named.update(references(other.config), {other.parent} if same_shapes(other) else ())
 
     def stands(name: str | None) -> str | None:
         return stands(left_out[name]) if name in left_out else name
@@ -113,12 +112,19 @@ def untrained(recipe: Recipe, stage: Stage) -> tuple[Recipe, str]:
         "prune": {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0},
         "quantize": {"trials": 0, "tune_epochs": 0.0, "sensitivity": False},
     }
-    stages = []
-    for other in recipe.stages:
+    stages = list(recipe.stages[:first])
+    for other in recipe.stages[first:]:
         if other.name not in left_out:
             config = dataclasses.replace(other.config, **off.get(other.kind, {}))
             stages.append(dataclasses.replace(other, config=config, parent=stands(other.parent), against=stands(other.against)))
     return dataclasses.replace(recipe, stages=tuple(stages)), stands(recipe.stages[-1].name)
+
+
+def same_shapes(stage: Stage) -> bool:
+    """Whether a stage changes weights alone of the artifact that it works on."""
+    if stage.kind == "distill" and stage.config.heads is not None:
+        return False
+    return stage.parent is not None and stage.kind in ("train", "distill", "scst", "average")
 
 
 def largest(holds: Callable[[float], bool | None]) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import compress
 
@@ -19,6 +20,7 @@ import latency  # noqa: E402
 import memory  # noqa: E402
 import models  # noqa: E402
 import neighbours  # noqa: E402
+import oracle  # noqa: E402
 import prune  # noqa: E402
 
 from compress.artifact import Artifact  # noqa: E402
@@ -104,6 +106,16 @@ def test_prunes_ratio_is_the_share_of_time_saved_over_the_share_of_macs_saved():
         "encoder_int8_at_0.5_by_8": 0.8, "encoder_int8_at_0.5_by_8_vs_eager": 5.0,
         "caption_int8_at_0.5_by_8": 0.5, "caption_int8_at_0.5_by_8_vs_eager": 8.0,
     }  # fmt: skip
+    spared = half | {"gmacs_encoder": 5.0, "encoder_ms": 30.0}  # fusion alone was cut
+    assert prune.ratios([eager, whole, spared], "ms")["encoder_int8_at_0.5_by_8"] is None
+
+
+def test_concepts_that_are_true_fill_the_prefix():
+    pieces = torch.tensor([[10, -1], [20, 21], [30, -1]])
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.1, 0.9, 0.5]])
+    wanted = torch.tensor([[True, True, False], [False, False, True], [False, False, False]])
+    found = torch.tensor([[20, 21, 30, 10, 5]] * 3)
+    assert oracle.repeated(wanted, scores, pieces, found).tolist() == [[20, 21, 10, 20, 21], [30] * 5, [20, 21, 30, 10, 5]]
 
 
 def test_the_made_up_vocabulary_spells_every_concept_and_every_word():

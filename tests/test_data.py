@@ -104,6 +104,9 @@ def test_coco_splits_by_file_name(tmp_path):
     picture(tmp_path / "images" / "val2017", NAMES[3])
     write_coco(tmp_path / "captions_train2017.json", NAMES[:3])
     write_coco(tmp_path / "captions_val2017.json", NAMES[3:4])
+    write_coco(tmp_path / "captionsVal2017.json", NAMES[3:4])
+    both = f"{tmp_path}/captions_train2017.json, {tmp_path}/captionsVal2017.json"
+    assert load(Data(source="coco", captions=both, images=str(tmp_path / "images"))).splits() == {"train": 3, "val": 1}
     both = f"{tmp_path}/captions_train2017.json, {tmp_path}/captions_val2017.json"
     found = load(Data(source="coco", captions=both, images=str(tmp_path / "images")))
     assert [(e.image_id, e.split) for e in found.examples] == list(zip(NAMES[:4], ["train"] * 3 + ["val"], strict=True))

@@ -96,6 +96,9 @@ def test_the_size_of_a_last_stage_that_is_left_out_is_its_parents(tmp_path):
     wanted = read_recipe(str(tmp_path / "branched.yaml"))
     bare, name = fit.untrained(wanted, fit.pruning(wanted))
     assert ([stage.name for stage in bare.stages[-2:]], name) == (["pruned", "int8"], "pruned")
+    (tmp_path / "again.yaml").write_text(BRANCHED + "  - distill: {as: again, from: pruned, teachers: vocabulary, epochs: 1}\n")
+    bare, name = fit.untrained(again := read_recipe(str(tmp_path / "again.yaml")), fit.pruning(again))
+    assert ([stage.name for stage in bare.stages[-2:]], name) == (["pruned", "int8"], "pruned")
     (tmp_path / "taught.yaml").write_text(BRANCHED + "  - distill: {as: small, teachers: [mean], epochs: 1}\n")
     wanted = read_recipe(str(tmp_path / "taught.yaml"))  # what teaches a model of another shape stays
     bare, name = fit.untrained(wanted, fit.pruning(wanted))

@@ -306,6 +306,13 @@ def test_one_caption_for_all_images_is_an_error(data, broken, tmp_path, monkeypa
                 Artifact(graphs_only), Artifact(before), dataclasses.replace(where, stage=dataclasses.replace(where.stage, kind=kind)))
     kept = dataclasses.replace(where.stage, kind="prune", config=Prune(recover_epochs=0.0, recover_encoder_epochs=0.0))
     bare = dataclasses.replace(where, stage=kept)
+    behind = dataclasses.replace(where.recipe, stages=(kept, dataclasses.replace(where.stage, name="eight", parent=kept.name)))
+    assert not evaluate.recovered(dataclasses.replace(where, recipe=behind, stage=behind.stages[1]))  # INT8 of it
+    trained = dataclasses.replace(kept, kind="scst", name="end", parent=kept.name)
+    behind = dataclasses.replace(behind, stages=(kept, trained, dataclasses.replace(where.stage, name="eight", parent="end")))
+    assert evaluate.recovered(dataclasses.replace(where, recipe=behind, stage=behind.stages[2]))
+    encoder_only = Prune(recover_epochs=0.0, recover_encoder_epochs=1.0, parts=("fusion",))
+    assert not evaluate.recovered(dataclasses.replace(bare, stage=dataclasses.replace(kept, config=encoder_only)))
     monkeypatch.setattr(evaluate, "settings_of", lambda artifact: {})
     monkeypatch.setattr(evaluate, "pixels", lambda *arguments: [])
     monkeypatch.setattr(evaluate, "latency", lambda *arguments: {})

@@ -13,6 +13,8 @@ import numpy as np
 
 from compress.errors import DataError, nearest
 
+SPLITS = {"validation": "val", "valid": "val", "dev": "val", "restval": "train", "training": "train", "testing": "test"}  # other names
+
 
 class UnreadableImage(DataError):
     """An image that is missing or cannot be decoded; the message names it."""

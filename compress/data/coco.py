@@ -2,9 +2,9 @@
 
     {"images": [{"id": 9, "file_name": "a.jpg"}, ...], "annotations": [{"image_id": 9, "caption": "A dog."}, ...]}
 
-`data.captions` may name several files, separated by commas. The split is the first of `train`, `val`, `test` in the
-file's name. A single file without such a word is split by a hash of each image id: 80 % train, 10 % val, 10 % test, the
-same ones every time.
+`data.captions` may name several files, separated by commas. The split is the first word for one (`train`, `Val`,
+`validation`) in the file's name. A single file without such a word is split by a hash of each image id: 80 % train,
+10 % val, 10 % test, the same ones every time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from compress.data import layout
-from compress.data.captions import Example, clean, hashed_split
+from compress.data.captions import SPLITS, Example, clean, hashed_split
 from compress.data.photos import find
 from compress.errors import DataError
 
@@ -27,12 +27,13 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
     folder = layout.pictures(data.images, SOURCE, paths[0])
     examples, files = [], {}
     for path in paths:
-        split = re.search(r"(?<![a-z])(train|val|test)(?![a-z])", path.name.lower())  # a word: not in `latest` or `evaluation`
+        words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", path.stem)]  # whole ones: not `latest`
+        split = next((name for word in words if (name := SPLITS.get(word, word)) in ("train", "val", "test")), None)
         if not split and len(paths) > 1:
             raise DataError(
                 f"data.captions: the name of {path} says neither train, val nor test; of several files each must"
             )
-        added = _file(path, split[1] if split else None)
+        added = _file(path, split)
         examples += added
         years = [folder_name.group()] if (folder_name := re.search(r"(train|val|test)\d{4}", path.name.lower())) else []
         files |= find(folder, [example.image_id for example in added], years)

@@ -15,13 +15,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from compress.data.captions import Example, clean, hashed_split
+from compress.data.captions import SPLITS, Example, clean, hashed_split
 from compress.errors import DataError, nearest
 
 SOURCE = "datasets"
 CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "description")
 TABLES = (".csv", ".jsonl", ".json", ".parquet", ".arrow", ".tar")  # what can hold captions
-SPLITS = {"validation": "val", "valid": "val", "dev": "val", "restval": "train", "training": "train", "testing": "test"}
 
 
 def read(data) -> tuple[str, list[Example], dict[str, Path | Callable[[], bytes]]]:

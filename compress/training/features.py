@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,7 @@ def device() -> torch.device:
 def pixels(data: CaptionSet, settings: dict, cache: Path, progress: Progress) -> np.ndarray:
     """Every picture of `data`, decoded and squashed to (N, S, S, 3) uint8."""
     size = settings["image_size"]
-    how = size, settings["resize"], settings["interpolation"], made_by(__name__)
+    how = size, settings["resize"], settings["interpolation"], made_by("compress.data.photos"), inspect.getsource(squash)
     key = digest("pixels", *how, data.fingerprint, [e.image_id for e in data.examples])
     if (whole := found(cache / "pixels", key)) is not None:
         return whole

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from compress.context import Context
+from compress.sources import made_by
 from compress.stages.prune.channels import Unit, blocks
 from compress.stages.prune.importance import IMAGES
 from compress.stages.prune.repair import Repair
@@ -28,7 +29,6 @@ from compress.training.store import found, stored
 from students.lightcap import LightCap
 
 FOLDER = "sensitivity"  # of the cache
-MEASURE = "divergence after repair"  # what is kept there: another measure shall not be taken for it
 LOOKS = 4  # batches at most that a divergence is the mean of
 LEAST = 1e-4  # nats a piece: a smaller divergence is not told from none
 
@@ -79,7 +79,7 @@ def sensitivities(
             halves[unit] = order[: max(1, len(order) // 2)]
     gone = {unit: sorted(channel for block in half for channel in block.channels) for unit, half in halves.items()}
     halved = [[unit.kind, unit.name, gone[unit]] for unit in halves]
-    named = digest(FOLDER, MEASURE, key, LOOKS, IMAGES, context.data.fingerprint, halved)
+    named = digest(FOLDER, made_by(__name__), key, LOOKS, IMAGES, context.data.fingerprint, halved)
     moves = found(context.cache / FOLDER, named)
     if moves is None:
         units, carried = list(halves), repair.carried(narrow)
