@@ -5,13 +5,15 @@
 Stages that differ in their seed alone are one row. Its gain is the mean over seeds of the difference in CIDEr-D,
 seed by seed; its 95 % interval is a bootstrap over images of each image's mean over seeds: it holds the variance of images, and of seeds no
 more than what their mean leaves. `3 against 1` seeds: what they are compared with was trained once, and its luck is in all three gains,
-which stand beside. With --json, one JSON document.
+which stand beside. `same` is the share of images of which both say the very same caption, `seeds alike` that of which two seeds do, mean
+over pairs. With --json, one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,9 +45,16 @@ def groups(stages: Sequence[Stage]) -> dict[str, list[str]]:
     return {names[0]: names for names in found.values()}
 
 
-def scores(run: Path, row: Mapping) -> dict[str, float]:
-    """{image: CIDEr-D x100 of its caption}."""
-    return {item["image"]: item["cider"] for item in json.loads(ledger.captions_file(run / row["artifact"], row["split"]).read_text())}
+def captions(run: Path, row: Mapping) -> dict[str, tuple[str, float]]:
+    """{image: its caption, and CIDEr-D x100}."""
+    items = json.loads(ledger.captions_file(run / row["artifact"], row["split"]).read_text())
+    return {item["image"]: (item["caption"], item["cider"]) for item in items}
+
+
+def same(pairs: Sequence[tuple[str, str]], spoken: Mapping[str, Mapping]) -> float | None:
+    """The share of images of which both stages of a pair say the same caption, mean over `pairs`; None for no pair."""
+    shares = [np.mean([spoken[a][image][0] == spoken[b][image][0] for image in spoken[a]]) for a, b in pairs]
+    return float(np.mean(shares)) if shares else None
 
 
 def gains(run: Path) -> list[dict]:
@@ -53,7 +62,7 @@ def gains(run: Path) -> list[dict]:
     rows = {row["name"]: ledger.row(row) for row in ledger.read_run(run)}
     stages = read_recipe(run / "recipe.yaml").stages
     against = {stage.name: stage.against for stage in stages}
-    spoken = {name: scores(run, row) for name, row in rows.items() if row["cider"] is not None and row["name"] != "nearest"}
+    spoken = {name: captions(run, row) for name, row in rows.items() if row["cider"] is not None and row["name"] != "nearest"}
     found = []
     for name, seeds in groups(stages).items():
         made = [seed for seed in seeds if seed in spoken]
@@ -61,16 +70,17 @@ def gains(run: Path) -> list[dict]:
             continue
         cider, seconds = ([rows[seed][key] or 0.0 for seed in made] for key in ("cider", "seconds"))
         row = {"name": name, "against": None, "seeds": len(made), "cider": float(np.mean(cider)), "seconds": sum(seconds)}
-        none = {"against_seeds": None, "gain": None, "gain_ci95": None, "gain_by_seed": []}
+        row["seeds_alike"] = same(list(itertools.combinations(made, 2)), spoken)
+        none = {"against_seeds": None, "gain": None, "gain_ci95": None, "gain_by_seed": [], "same": None}
         found.append(row | none | {key: rows[made[0]][key] for key in ("gmacs_caption", "params")})
         pairs = [(seed, against[seed]) for seed in made if against[seed] in spoken]
         if not pairs:
             continue
         images = sorted(spoken[made[0]])
-        mine, theirs = (np.mean([[spoken[pair[side]][image] for image in images] for pair in pairs], 0) for side in (0, 1))
+        mine, theirs = (np.mean([[spoken[pair[side]][image][1] for image in images] for pair in pairs], 0) for side in (0, 1))
         whole = paired(mine, theirs)
-        each = [float(np.mean([spoken[a][image] - spoken[b][image] for image in images])) for a, b in pairs]
-        gain = {"gain": whole.delta, "gain_ci95": list(whole.ci95), "gain_by_seed": each}
+        each = [float(np.mean([spoken[a][image][1] - spoken[b][image][1] for image in images])) for a, b in pairs]
+        gain = {"gain": whole.delta, "gain_ci95": list(whole.ci95), "gain_by_seed": each, "same": same(pairs, spoken)}
         found[-1] |= gain | {"against": against[pairs[0][0]], "seeds": len(pairs), "against_seeds": len({theirs for _, theirs in pairs})}
     return found
 
@@ -82,6 +92,8 @@ COLUMNS = {
     "CIDEr": lambda row: number(row["cider"], ".1f"),
     "gain": lambda row: f"{number(row['gain'], '+.1f')} {interval(row['gain_ci95'], '+.1f')}".strip(),
     "of each seed": lambda row: ", ".join(format(gain, "+.1f") for gain in row["gain_by_seed"]),
+    "same": lambda row: number(row["same"], ".0%"),
+    "seeds alike": lambda row: number(row["seeds_alike"], ".0%"),
     "GMACs": lambda row: number(row["gmacs_caption"], ".3f"),
     "params": lambda row: number(row["params"], ".2f", 1e6) + ("M" if row["params"] else ""),
     "seconds": lambda row: number(row["seconds"], ".0f"),

@@ -38,7 +38,8 @@ def run(tmp_path) -> Path:
         (tmp_path / name).mkdir()
         values = cider + noise + np.random.default_rng(number + 1).normal(0, 2, 200)
         values += cider - values.mean()
-        said = [{"image": f"{i}.jpg", "caption": "", "cider": value} for i, value in enumerate(values)]
+        wording = {"plain-18": 50, "better": 100}.get(name, 0)  # so many captions in words of its own
+        said = [{"image": f"{i}.jpg", "caption": name if i < wording else "a dog", "cider": value} for i, value in enumerate(values)]
         (tmp_path / name / "captions.val.json").write_text(json.dumps(said[::-1] if number % 2 else said))
         row = {"stage": "train", "name": name, "artifact": name, "split": "val", "cider": cider}
         rows.append(row | {"gmacs_caption": 1.5, "params": 2e6, "seconds": 10.0})
@@ -56,6 +57,8 @@ def test_gains_of_seeds_together(run):
     assert better["gain_by_seed"] == pytest.approx([5.0, 2.0]) and better["gain"] == pytest.approx(3.5)
     assert better["cider"] == pytest.approx(44.5) and better["seconds"] == 20.0
     assert (more["name"], more["against"], more["seeds"], more["gain"]) == ("better-2", "better", 1, pytest.approx(1.0))
+    assert (plain["same"], better["same"], more["same"]) == (None, pytest.approx(0.625), 0.5)  # 100 and 150 of 200
+    assert (plain["seeds_alike"], better["seeds_alike"], more["seeds_alike"]) == (0.75, 0.5, None)
     low, high = better["gain_ci95"]
     assert low < better["gain"] < high and high - low < 2  # images are paired: their own spread of 30 is not in it
 
@@ -63,8 +66,8 @@ def test_gains_of_seeds_together(run):
 def test_a_table(run):
     lines = printed(str(run)).stdout.splitlines()
     assert lines[0].startswith("| stage | compared with | seeds | CIDEr | gain |") and len(lines) == 5
-    assert lines[2] == "| plain |  | 2 | 41.0 |  |  | 1.500 | 2.00M | 20 |"
-    assert "| +5.0, +2.0 |" in lines[3] and "| 1.500 | 2.00M | 20 |" in lines[3]
+    assert lines[2] == "| plain |  | 2 | 41.0 |  |  |  | 75% | 1.500 | 2.00M | 20 |"
+    assert "| +5.0, +2.0 | 62% | 50% | 1.500 | 2.00M | 20 |" in lines[3]
 
 
 def test_no_run_is_one_line(tmp_path):
