@@ -19,8 +19,8 @@ from compress.data.concepts import SHIPPED
 from compress.recipe import resolved
 from compress.sources import ROOT, imported, versions
 
-# Settings that may name a file or a folder.
-FILES = ("vocabulary", "regions", "boxes", "image_sizes", "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")
+READ = ("vocabulary", "regions", "boxes", "image_sizes")  # settings that name a file, and nothing else
+FILES = (*READ, "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")  # those that may name a file or a folder
 
 
 def parts(

@@ -29,7 +29,6 @@ from compress.parallel import ALONE, Share, until
 from compress.process import only_writer, thread_count
 
 BASELINE = "nearest"
-READ = ("vocabulary", "regions", "boxes", "image_sizes")  # settings of stages that name files on disk, and nothing else
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ def _refuse(process: str) -> None:
 def _check_files(wanted: Recipe) -> None:
     """DataError for a file that a stage will read and that is not there, before any stage has taken its time."""
     for stage in wanted.stages:
-        for key in READ:
+        for key in lock.READ:
             named = getattr(stage.config, key, None)
             if named and not Path(named).expanduser().exists():
                 raise DataError(f"{stage.place}stage '{stage.name}', key '{key}': there is no file {named}; put it there, or name another "

@@ -1,9 +1,13 @@
-"""The exported tiny captioner that the tests of graphs and of the runtime share; whole recipes begin first."""
+"""The exported tiny captioner that the tests of graphs and of the runtime share, and a hub without network; whole recipes begin first."""
+
+from pathlib import Path
 
 import pytest
 import tiny_captioner as tiny
 
 from compress import runtime
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +23,25 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captioner(folder):
     return runtime.Captioner(folder, threads=1)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Makes a repository in the hub's cache, which is a folder of this test: the place of its files. The hub itself is out of reach."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+    def repository(name: str) -> Path:
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(COMMIT)
+        (folder / "snapshots" / COMMIT).mkdir(parents=True)
+        return folder / "snapshots" / COMMIT
+
+    return repository
 
 
 def pytest_collection_modifyitems(items):

@@ -433,28 +433,6 @@ def test_the_preprocessor_is_the_encoder_s(tmp_path):
     np.testing.assert_allclose(white, 1.0, atol=1e-6)
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Makes a repository's folder in the hub's cache, which is one of this test; the hub itself is out of reach."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-
-    def repository(name: str) -> Path:
-        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (folder / "snapshots" / COMMIT).mkdir(parents=True)
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text(COMMIT)
-        return folder / "snapshots" / COMMIT
-
-    return repository
-
-
 @pytest.mark.parametrize(
     ("name", "file", "layout"),
     [

@@ -1,7 +1,6 @@
 """A name on the hub, fetched from its cache: no test needs a network."""
 
 import pytest
-from huggingface_hub import constants
 from test_artifact import make
 
 from compress import evaluate
@@ -9,31 +8,14 @@ from compress.artifact import Artifact
 from compress.errors import ModelError
 from compress.models import resolve
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The hub's cache in a folder of this test, and no way to the hub."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "hub"
-
 
 def test_a_model_of_the_hub(hub):
-    repository = hub / "models--someone--captioner"
-    made = make(repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
+    made = make(hub("someone/captioner"))
     assert resolve("someone/captioner").digest() == made.digest()
 
 
 def test_what_is_no_captioner_or_no_name_is_one_line(hub):
-    repository = hub / "models--someone--words"
-    (repository / "snapshots" / COMMIT).mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
+    hub("someone/words")
     for name in ("someone/words", "someone/a--b", "someone/" + "x" * 97):
         with pytest.raises(ModelError) as raised:
             resolve(name)
