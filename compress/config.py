@@ -61,7 +61,8 @@ class Optimisation:
 
 @dataclass(frozen=True, kw_only=True)
 class Concepts(Optimisation):
-    """The concept extractor: from the words of the captions, and from labelled regions where there are some."""
+    """The concept extractor: from the words of the captions, and from labelled regions where there are some. A tuned encoder learns with
+    it to find what captions speak of."""
 
     learning_rate: float = 1e-3
     precision: str = "fp32"
@@ -74,6 +75,10 @@ class Concepts(Optimisation):
     boxes: str | None = None  # a detector's, COCO's results format: what training looks at in place of windows
     image_sizes: str | None = None  # COCO's JSON or Visual Genome's image_data.json
     region_weight: float = 1.0
+    encoder: str = "frozen"
+    encoder_learning_rate: float = 1e-3
+    flip: bool = False  # mirrors half of the pictures, while the encoder is tuned
+    crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder is tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +217,9 @@ STAGES = {
 
 CHOICES = {
     ("data", "source"): ("scenes", "karpathy", "coco", "flickr8k", "datasets"),
-    ("train", "objective"): ("causal", "masked"),
+    ("concepts", "encoder"): ("frozen", "tuned"),
     ("train", "encoder"): ("frozen", "tuned"),
+    ("train", "objective"): ("causal", "masked"),
     ("distill", "init"): ("teacher", "weights"),
     ("distill", "ensemble"): ("each", "all", "running"),
     ("distill", "match"): ("tokens", "hidden", "attention"),

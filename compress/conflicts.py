@@ -20,6 +20,10 @@ def _concepts(config: Concepts, parent: str | None) -> Iterator[tuple[str, str]]
         yield "pieces", "0 takes an extractor away, and a new captioner has none; name the stage that has one (from: NAME)"
     if config.boxes and not config.image_sizes:
         yield "boxes", "are in pixels: give the pictures' sizes, too (image_sizes: COCO's JSON or Visual Genome's image_data.json)"
+    for key in ("regions", "boxes"):
+        if getattr(config, key) and (config.flip or config.crop):
+            yield key, "are where they are in pictures as they are, but flip and crop disturb those; leave them out"
+    yield from _of_tuned_encoder(config)
 
 
 def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
@@ -32,16 +36,21 @@ def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
             yield "modulator", "is steered by concepts, but this captioner reads none (extractor: NAME gives it some)"
         if config.matching_weight:
             yield "matching_weight", "is of replaced concepts, but this captioner reads none (extractor: NAME gives it some)"
-    if config.encoder != "tuned":
-        for key, what in (
-            ("word_weight", "is of a classifier that trains the encoder"),
-            ("flip", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
-            ("crop", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
-        ):
-            if getattr(config, key):
-                yield key, f"{what}: set encoder: tuned, or leave it out"
-        if config.encoder_learning_rate != Train.encoder_learning_rate:
-            yield "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned, or leave it out"
+    yield from _of_tuned_encoder(config)
+
+
+def _of_tuned_encoder(config: Concepts | Train) -> Iterator[tuple[str, str]]:
+    if config.encoder == "tuned":
+        return
+    for key, what in (
+        ("word_weight", "is of a classifier that trains the encoder"),
+        ("flip", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
+        ("crop", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
+    ):
+        if getattr(config, key, None):
+            yield key, f"{what}: set encoder: tuned, or leave it out"
+    if config.encoder_learning_rate != type(config).encoder_learning_rate:
+        yield "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned, or leave it out"
 
 
 def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:

@@ -69,7 +69,8 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
     if isinstance(settings, Concepts):
         if not settings.pieces:
             return 0.0
-        return amount.images * (macs.encoder + passes * 3 * macs.concepts)
+        tuned = settings.encoder == "tuned"
+        return amount.images * ((3 * passes if tuned else 1) * macs.encoder + passes * 3 * macs.concepts)
     if isinstance(settings, Train):
         if settings.encoder == "tuned":
             return amount.images * passes * (3 * macs.encoder + macs.concepts + 3 * pack)

@@ -59,7 +59,7 @@ def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
     if stage.parent is None:
         own = getattr(stage.config, "preset", None) in (None, student.preset)
         return [field.name for field in dataclasses.fields(student)] if own else ("encoder", "encoder_weights", "tokenizer", "image_size")
-    return ("encoder_weights",) if stage.kind == "train" else ()
+    return ("encoder_weights",) if stage.kind in ("train", "concepts") else ()
 
 
 def digests(settings: Mapping) -> dict[str, str]:

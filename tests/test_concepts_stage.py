@@ -16,9 +16,10 @@ from compress.config import Concepts, Data, Distill, Recipe, Stage, Student, Tra
 from compress.context import Context, Progress
 from compress.errors import DataError, ModelError, RecipeError
 from compress.stages import concepts, distill, train
-from compress.training import text
+from compress.training import corpus, text
+from compress.training.features import grids
 from compress.training.mentions import best_concepts, mentioned
-from compress.training.start import read_captioner
+from compress.training.start import new_captioner, read_captioner
 from students.lightcap.concepts import NONE
 
 STUDENT = Student(preset="tiny", heads=2)
@@ -53,7 +54,7 @@ def features(monkeypatch):
                 grid[row, random.integers(25)] += basis[concept]
         return grid
 
-    monkeypatch.setattr(concepts, "grids", make)
+    monkeypatch.setattr(corpus, "grids", make)
     monkeypatch.setattr(evaluate, "grids", make)
     return make
 
@@ -91,6 +92,24 @@ def test_it_learns_what_captions_mention(context, scenes, tmp_path, features):
     assert found["long"][0] > found["short"][0] + 0.2 and found["long"][1] > found["short"][1] + 0.2
 
 
+def test_a_tuned_encoder_learns_with_it(context, scenes, tmp_path):
+    """It fits the training pictures' concepts better than over the encoder as it was, which stays as it was."""
+    losses, encoders = {}, {}
+    wanted = mentioned(scenes.split("train"), WORDS).float()
+    for name, changes in (("frozen", {}), ("tuned", {"encoder": "tuned", "flip": True, "crop": 0.1, "encoder_learning_rate": 1e-2})):
+        config = settings(tmp_path, epochs=16, dropout=0.0, learning_rate=3e-3, **changes)
+        where = context("concepts", config, name=name)
+        concepts.run(None, config, where)
+        model, _, preprocessor = read_captioner(where.output)
+        grid = torch.from_numpy(np.array(grids(model, scenes.split("train"), preprocessor, where.cache, where.progress))).float()
+        losses[name] = F.binary_cross_entropy_with_logits(model.concept_scores(grid), wanted).item()
+        encoders[name] = model.encoder.state_dict()
+    untrained = new_captioner(STUDENT, "tiny", None, None, 0.0, 17, extracts=True)[0].encoder.state_dict()
+    assert all(torch.equal(encoders["frozen"][key], tensor) for key, tensor in untrained.items())
+    assert not any(torch.equal(encoders["tuned"][key], tensor) for key, tensor in untrained.items() if key.endswith("weight"))
+    assert losses["tuned"] < losses["frozen"] - 0.03
+
+
 def test_its_row_says_precision_and_recall(context, tmp_path):
     config = settings(tmp_path, epochs=1)
     where = context("concepts", config)
@@ -110,7 +129,7 @@ def test_labelled_regions(context, scenes, tmp_path, monkeypatch):
     grid = np.random.default_rng(1).normal(size=(64, 25, 128)).astype(np.float32)
     grid[0::2, [0, 1, 5, 6], :4] += 2
     grid[1::2, [0, 1, 5, 6], 4:8] += 2
-    monkeypatch.setattr(concepts, "grids", lambda *_: grid)
+    monkeypatch.setattr(corpus, "grids", lambda *_: grid)
     config = settings(tmp_path, epochs=30, dropout=0.0, learning_rate=3e-3, regions=str(tmp_path / "instances.json"), region_weight=20.0)
     where = context("concepts", config)
     concepts.run(None, config, where)
@@ -142,7 +161,7 @@ def test_a_detector_s_boxes_take_the_place_of_windows(context, scenes, tmp_path,
             grid[row, cell] += basis[concept]
             corner = [cell % 5 * 16, cell // 5 * 16]
             boxes.append({"image_id": keys[row], "category_id": 1, "bbox": [*corner, 16, 16], "score": 0.9})
-    monkeypatch.setattr(concepts, "grids", lambda *_: grid)
+    monkeypatch.setattr(corpus, "grids", lambda *_: grid)
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     images = [{"file_name": key, "id": number, "width": 80, "height": 80} for number, key in enumerate(keys)]
     (tmp_path / "sizes.json").write_text(json.dumps({"images": images}))

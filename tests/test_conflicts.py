@@ -23,6 +23,10 @@ def read(tmp_path, stage: str):
     ("stage", "key", "what"),
     [
         ("concepts: {boxes: found.json}", "boxes", "are in pixels: give the pictures' sizes, too"),
+        ("concepts: {boxes: found.json, image_sizes: x.json, encoder: tuned, crop: 0.1}", "boxes", "are where they are in pictures as"),
+        ("concepts: {regions: x.json, encoder: tuned, flip: true}", "regions", "are where they are in pictures as they are"),
+        ("concepts: {flip: true}", "flip", "disturbs pictures while the encoder is trained"),
+        ("concepts: {encoder_learning_rate: 0.1}", "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned"),
         ("concepts: {preset: tiny, pieces: 0}", "pieces", "0 takes an extractor away, and a new captioner has none"),
         ("distill: {from: teacher, modulator: 8}", "modulator", "is of a new student, but this stage goes on from 'teacher'"),
         ("distill: {from: teacher, ffn_share: 0.5}", "ffn_share", "is of a new student, but this stage goes on from 'teacher'"),
@@ -57,6 +61,7 @@ def test_a_conflict_is_one_line(tmp_path, stage, key, what):
 @pytest.mark.parametrize(
     "stage",
     [
+        "concepts: {encoder: tuned, flip: true, crop: 0.1, encoder_learning_rate: 0.1}",
         "train: {encoder: tuned, flip: true, crop: 0.1, word_weight: 0.1, encoder_learning_rate: 0.1}",
         "distill: {match: [tokens, hidden], match_epochs: 2}",
         "distill: {ensemble: all, teachers: [teacher, teacher]}",

@@ -1,5 +1,5 @@
-"""The concept extractor's training (LightCap, section 3.1), the image encoder frozen: the alignment MLP learns to bring regions of the grid
-to the text embeddings of what they show.
+"""The concept extractor's training (LightCap, section 3.1): the alignment MLP learns to bring regions of the grid to the text embeddings of
+what they show; the image encoder with it, if it is tuned.
 
 Where there are labelled regions, each is classified among all concepts. What the captions of a picture mention is learned from the picture
 as a whole: some of its windows, or of a detector's boxes, should find it (multiple-instance learning), and this alone is enough where
@@ -23,14 +23,16 @@ from compress.data import CaptionSet
 from compress.data.concepts import is_action, read_concepts
 from compress.data.regions import Region, Regions, read_boxes, read_regions, read_sizes
 from compress.errors import DataError, RecipeError
-from compress.training.batches import image_batches
-from compress.training.features import device, grids
+from compress.training.batches import image_batches, steps_of
+from compress.training.corpus import grids_of
+from compress.training.features import device
 from compress.training.loop import Group, fit
 from compress.training.mentions import mentioned
-from compress.training.start import new_captioner, read_captioner, write_captioner
+from compress.training.start import new_captioner, read_captioner, ready, write_captioner
 from compress.training.text import default_text_encoder, embed_texts
 from students.lightcap import LightCap
 from students.lightcap.concepts import NONE, boxes_on_grid
+from students.lightcap.norms import folded
 
 
 def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
@@ -58,28 +60,32 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     model.start_concepts(embed_texts([sentence(name) for name in names], text_encoder), pieces, prior(wanted), config.inner, config.pieces)
     labels = labelled(config, data, names, model.config.grid)
     boxes = detected(config, data, model.config.grid)
-    features = grids(model, data, settings, context.cache, context.progress)
+    tuned = config.encoder == "tuned"
+    grid_of = grids_of(model, data, settings, context, tuned, config.flip, config.crop)
     where = device()
     model.to(where)
+    ready(model.encoder, tuned, context.recipe.student)
     model.requires_grad_(False)
-    model.alignment.requires_grad_(True)
     wanted = wanted.to(where).float()
     rows_of = image_batches(len(data), config.batch_images, seed)
 
     def loss_of(step: int) -> Tensor:
         rows = context.share.of(rows_of(step))
-        grid = torch.from_numpy(features[rows]).to(where).float()
-        grid = F.dropout(grid, config.dropout)
+        grid = F.dropout(grid_of(model, rows), config.dropout)
         scores = scores_of(model, grid, [boxes.get(int(row)) for row in rows])
         loss = F.binary_cross_entropy_with_logits(scores, wanted[rows], reduction="sum") / len(rows)
         if any(int(row) in labels for row in rows):
             loss = loss + config.region_weight * region_loss(model, grid, [labels.get(int(row)) for row in rows])
         return loss
 
+    trained = nn.ModuleDict({"alignment": model.alignment.requires_grad_(True)})
     groups = [Group(list(model.alignment.parameters()), config.learning_rate)]
-    steps = max(1, round(config.epochs * -(-len(data) // config.batch_images)))
-    trained = nn.ModuleDict({"alignment": model.alignment})
-    fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
+    if tuned:
+        trained["encoder"] = model.encoder.requires_grad_(True)
+        groups.append(Group(list(model.encoder.parameters()), config.encoder_learning_rate))
+    steps = steps_of(len(data), config.epochs, config.batch_images)
+    with folded(model.encoder, model.config.image_size):
+        fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
     write_captioner(context.output, model, tokenizer, settings)
 

@@ -19,7 +19,7 @@ from compress.training.loop import Group, fit
 from compress.training.losses import caption_loss
 from compress.training.matching import Matching, replace
 from compress.training.softmax import logits_at
-from compress.training.start import language, new_captioner, read_captioner, write_captioner
+from compress.training.start import language, new_captioner, read_captioner, ready, write_captioner
 from compress.training.words import Words
 from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
@@ -38,9 +38,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     model.narrow(data.keep)
     where = device()
     model.to(where).train()
-    # Batches of a few images say too little to renew a pretrained encoder's norms.
-    pretrained = context.recipe.student.encoder_weights not in (None, "none")
-    model.encoder.to(memory_format=torch.channels_last).train(tuned and not pretrained)
+    ready(model.encoder, tuned, context.recipe.student)
     words = None
     if tuned and config.word_weight:
         shares = torch.from_numpy(data.captions.shares(len(data.keep)))

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from compress.context import Context
+from compress.data import CaptionSet
 from compress.parallel import ALONE, Share
 from compress.training.batches import Batch, Captions, Masking, order, pack, pack_masked, steps_of
 from compress.training.features import device, grids, grids_key, normalised, pixels
@@ -81,17 +82,18 @@ def corpus(
     keep = torch.tensor(sorted(used.union(model.own_pieces())))
     place = {int(piece): index for index, piece in enumerate(keep)}
     captions = Captions.of([[[place[piece] for piece in caption] for caption in captions] for captions in encoded])
-    where = device()
     key = "" if tuned else grids_key(model, data, settings)
+    return Corpus(captions, keep, grids_of(model, data, settings, context, tuned, flip, crop), key)
+
+
+def grids_of(
+    model: LightCap, data: CaptionSet, settings: dict, context: Context, tuned: bool = False, flip: bool = False, crop: float = 0.0
+) -> Callable[[LightCap, np.ndarray], Tensor]:
+    """A function of a model and picture numbers (B,) of `data`: their grids (B, G, channels). `tuned`: by the encoder as it then is, after
+    `disturbed`; otherwise `model`'s encoder computes them once, here."""
+    where = device()
     if tuned:
         pictures = pixels(data, settings, context.cache, context.progress)
-
-        def grid_of(model: LightCap, images: np.ndarray) -> Tensor:
-            return model.encode(disturbed(normalised(pictures[images], settings, where), flip, crop))
-    else:
-        features = grids(model, data, settings, context.cache, context.progress)
-
-        def grid_of(model: LightCap, images: np.ndarray) -> Tensor:
-            return torch.from_numpy(features[images]).to(where, non_blocking=True).float()
-
-    return Corpus(captions, keep, grid_of, key)
+        return lambda model, images: model.encode(disturbed(normalised(pictures[images], settings, where), flip, crop))
+    features = grids(model, data, settings, context.cache, context.progress)
+    return lambda model, images: torch.from_numpy(features[images]).to(where, non_blocking=True).float()

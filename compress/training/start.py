@@ -84,6 +84,13 @@ def write_captioner(folder: Path, model: LightCap, tokenizer: Tokenizer, setting
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
 
+def ready(encoder: nn.Module, tuned: bool, student: Student) -> None:
+    """Puts an encoder into the state that it is trained in, or read in where it is not tuned."""
+    # Batches of a few images say too little to renew a pretrained encoder's norms.
+    pretrained = student.encoder_weights not in (None, "none")
+    encoder.to(memory_format=torch.channels_last).train(tuned and not pretrained)
+
+
 def language(model: LightCap) -> nn.ModuleDict:
     """What is trained behind the image encoder and the concept extractor; all else is frozen."""
     parts = nn.ModuleDict({"fusion": model.fusion, "heads": model.heads})
