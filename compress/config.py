@@ -60,7 +60,17 @@ class Optimisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Concepts(Optimisation):
+class Encoding(Optimisation):
+    """Training that may tune the image encoder, too."""
+
+    encoder: str = "frozen"
+    encoder_learning_rate: float = 1e-3
+    flip: bool = False  # mirrors half of the pictures, while the encoder is tuned; not for captions that tell left from right
+    crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder is tuned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concepts(Encoding):
     """The concept extractor: from the words of the captions, and from labelled regions where there are some. A tuned encoder learns with
     it to find what captions speak of."""
 
@@ -75,14 +85,10 @@ class Concepts(Optimisation):
     boxes: str | None = None  # a detector's, COCO's results format: what training looks at in place of windows
     image_sizes: str | None = None  # COCO's JSON or Visual Genome's image_data.json
     region_weight: float = 1.0
-    encoder: str = "frozen"
-    encoder_learning_rate: float = 1e-3
-    flip: bool = False  # mirrors half of the pictures, while the encoder is tuned
-    crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder is tuned
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Optimisation):
+class Train(Encoding):
     """Cross-entropy training of a captioner: from a preset, or onward from the artifact that `from:` names."""
 
     preset: str | None = None
@@ -92,11 +98,7 @@ class Train(Optimisation):
     extractor: str | None = None  # the stage whose image encoder and concept extractor a new captioner takes
     modulator: int | None = None  # inner width; 0: none
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
-    encoder: str = "frozen"
-    encoder_learning_rate: float = 1e-3
     grid_dropout: float = 0.0
-    flip: bool = False  # mirrors half of the pictures, while the encoder is tuned; not for captions that tell left from right
-    crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder is tuned
     matching_weight: float = 0.0  # of telling replaced concepts from a picture's own
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compress.config import Average, Concepts, Distill, Prune, Quantize, Scst, Train
+from compress.config import Average, Concepts, Distill, Encoding, Prune, Quantize, Scst, Train
 
 TARGETS = ("macs", "params", "mb", "ms")
 
@@ -18,11 +18,13 @@ def conflicts(config, parent: str | None) -> Iterator[tuple[str, str]]:
 def _concepts(config: Concepts, parent: str | None) -> Iterator[tuple[str, str]]:
     if config.pieces == 0 and parent is None:
         yield "pieces", "0 takes an extractor away, and a new captioner has none; name the stage that has one (from: NAME)"
+    if config.pieces == 0 and config.encoder == "tuned":
+        yield "encoder", "is not trained where the extractor is taken away (pieces: 0): leave it out"
     if config.boxes and not config.image_sizes:
         yield "boxes", "are in pixels: give the pictures' sizes, too (image_sizes: COCO's JSON or Visual Genome's image_data.json)"
     for key in ("regions", "boxes"):
         if getattr(config, key) and (config.flip or config.crop):
-            yield key, "are where they are in pictures as they are, but flip and crop disturb those; leave them out"
+            yield key, "are places in pictures as they are, which flip and crop move: leave either these or those out"
     yield from _of_tuned_encoder(config)
 
 
@@ -39,7 +41,7 @@ def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
     yield from _of_tuned_encoder(config)
 
 
-def _of_tuned_encoder(config: Concepts | Train) -> Iterator[tuple[str, str]]:
+def _of_tuned_encoder(config: Encoding) -> Iterator[tuple[str, str]]:
     if config.encoder == "tuned":
         return
     for key, what in (
@@ -49,7 +51,7 @@ def _of_tuned_encoder(config: Concepts | Train) -> Iterator[tuple[str, str]]:
     ):
         if getattr(config, key, None):
             yield key, f"{what}: set encoder: tuned, or leave it out"
-    if config.encoder_learning_rate != type(config).encoder_learning_rate:
+    if config.encoder_learning_rate != Encoding.encoder_learning_rate:
         yield "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned, or leave it out"
 
 

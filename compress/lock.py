@@ -55,11 +55,12 @@ def parts(
 
 
 def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
-    """The keys of the student section that a stage reads: another student does not train its teacher anew."""
+    """The keys of the student section that a stage reads: another student does not train its teacher anew. What a stage with a parent reads
+    is in its parent's lock."""
     if stage.parent is None:
         own = getattr(stage.config, "preset", None) in (None, student.preset)
         return [field.name for field in dataclasses.fields(student)] if own else ("encoder", "encoder_weights", "tokenizer", "image_size")
-    return ("encoder_weights",) if stage.kind in ("train", "concepts") else ()
+    return ()
 
 
 def digests(settings: Mapping) -> dict[str, str]:

@@ -23,8 +23,9 @@ def read(tmp_path, stage: str):
     ("stage", "key", "what"),
     [
         ("concepts: {boxes: found.json}", "boxes", "are in pixels: give the pictures' sizes, too"),
-        ("concepts: {boxes: found.json, image_sizes: x.json, encoder: tuned, crop: 0.1}", "boxes", "are where they are in pictures as"),
-        ("concepts: {regions: x.json, encoder: tuned, flip: true}", "regions", "are where they are in pictures as they are"),
+        ("concepts: {boxes: found.json, image_sizes: x.json, encoder: tuned, crop: 0.1}", "boxes", "are places in pictures as they are"),
+        ("concepts: {regions: x.json, encoder: tuned, flip: true}", "regions", "are places in pictures as they are"),
+        ("concepts: {from: teacher, pieces: 0, encoder: tuned}", "encoder", "is not trained where the extractor is taken away"),
         ("concepts: {flip: true}", "flip", "disturbs pictures while the encoder is trained"),
         ("concepts: {encoder_learning_rate: 0.1}", "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned"),
         ("concepts: {preset: tiny, pieces: 0}", "pieces", "0 takes an extractor away, and a new captioner has none"),

@@ -27,6 +27,7 @@ stages:
   - prune: {as: pruned, macs: 0.5, recover_epochs: 2, recover_encoder_epochs: 1}
   - prune: {as: language, from: student, parts: fusion, macs: 0.9, recover_epochs: 2}
   - quantize: {calibration_images: 7}
+  - concepts: {as: extractor, preset: tiny, inner: 32, epochs: 2}
 """
 AMOUNT = Amount(images=30, captions=2.0, words=4.0, vocabulary=9, evaluated=0)
 
@@ -77,6 +78,8 @@ def test_epochs_are_passes(tmp_path, data):
     assert more["teacher"] == pytest.approx(30 * 3 * once)
     encoder = (more["tuned"] - more["teacher"]) / 90
     assert encoder == pytest.approx(estimate.count_macs(config).encoder)
+    tuned = planned(tmp_path, data, "extractor.encoder=tuned")["extractor"]
+    assert tuned - spent["extractor"] == pytest.approx(30 * (2 * 3 - 1) * encoder)  # three a picture in both epochs, instead of one ahead
     assert spent["matched"] - planned(tmp_path, data, "matched.match=tokens")["matched"] == pytest.approx(30 * once)
     two, each = spent["student"], language(config, Amount(30, 2.0, 4.0, 8, 1), 2.0, 4.0, 2)
     assert planned(tmp_path, data, "student.epochs=5")["student"] - two == pytest.approx(30 * 3 * each)
