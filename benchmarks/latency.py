@@ -1,7 +1,8 @@
 """Milliseconds from one image to a text of 12 word pieces on one thread: LightCap-40M by every route to it, its nearest limits, and BLIP
 and GIT, in one process.
 
-    python benchmarks/latency.py [--rounds 20] [--images 64] [--without-concepts] [--keep FOLDER] [--leave-out NAME ...]
+    python benchmarks/latency.py [--rounds 20] [--images 64] [--without-concepts] [--reduced] [--keep FOLDER]
+                                 [--leave-out NAME ...]
 
 No checkpoint of LightCap can be had: weights are random, of the preset `lightcap`, and its captions mean nothing. Everything that is
 measured runs in turn, two pictures each, round after round, so that a change of the machine's speed meets all alike. README.md says what
@@ -99,14 +100,17 @@ def graphs(artifact: Artifact) -> Work:
     return work
 
 
-def lightcap(folder: Path, images: int, with_concepts: bool) -> list[Subject]:
+def lightcap(folder: Path, images: int, with_concepts: bool, reduced: bool) -> list[Subject]:
     full, onnx, int8, half = (models.build(name, folder, images, with_concepts) for name in ("eager", "onnx", "int8", "pruned-int8"))
+    narrow = {name: models.build(name, folder, images, with_concepts) for name in ("int8-reduced", "pruned-int8-reduced") if reduced}
     return [
         Subject("eager", "PyTorch fp32, cached prefix, folded heads, 30,522 pieces", eager(full), models.row(full)),
         Subject("onnx", "ONNX Runtime fp32, 30,522 pieces", graphs(onnx), models.row(onnx)),
         Subject("int8", "ONNX Runtime INT8 by the stage quantize, 10,000 pieces", graphs(int8), models.row(int8)),
         Subject("pruned-int8", "the same, of 3 of 4 layers, at most half its MACs, 0.6 of its weights", graphs(half), models.row(half)),
-    ]
+        *(Subject(name, "as without -reduced, by reduce_range: weights of 7 bits", graphs(made), models.row(made))
+          for name, made in narrow.items()),
+    ]  # fmt: skip
 
 
 # ---- measuring
@@ -191,7 +195,7 @@ def line(row: dict) -> str:
     parts = [f"{name} {row[f'{name}_ms']:8.2f}" for name in ("encoder", "prefix", "step", "caption") if f"{name}_ms" in row]
     last = "caption" if "caption_ms" in row else "encoder"
     size = f"   {row['bytes'] / 1e6:.1f} MB" if "bytes" in row else ""
-    return f"{row['name']:12} ms: {'  '.join(parts)}   quartiles {row[f'{last}_ms_q1']:.2f} to {row[f'{last}_ms_q3']:.2f}{size}"
+    return f"{row['name']:19} ms: {'  '.join(parts)}   quartiles {row[f'{last}_ms_q1']:.2f} to {row[f'{last}_ms_q3']:.2f}{size}"
 
 
 def main() -> None:
@@ -199,6 +203,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, default=64, help="generated pictures for calibration, and for the importance of channels")
     parser.add_argument("--without-concepts", action="store_true", help="LightCap without concept extractor and modulator")
+    parser.add_argument("--reduced", action="store_true", help="both INT8 models also with weights of 7 bits, which x86 processors without "
+                        "VNNI multiply faster")
     parser.add_argument("--keep", type=Path, help="a folder where the models that are built stay, and are taken from next time")
     parser.add_argument("--leave-out", nargs="+", default=[], choices=neighbours.NAMES)
     options = parser.parse_args()
@@ -209,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        subjects = lightcap(folder, options.images, not options.without_concepts)
+        subjects = lightcap(folder, options.images, not options.without_concepts, options.reduced)
         onnx = models.build("onnx", folder, options.images, not options.without_concepts)
         for name, (what, work) in neighbours.build(onnx.path, options.images, set(absent)).items():
             subjects.append(Subject(name, what, work, {}))
@@ -220,7 +226,7 @@ def main() -> None:
     for row in rows:
         print(line(row))
     for name, why in absent.items():
-        print(f"{name:12} left out: {why}")
+        print(f"{name:19} left out: {why}")
     document = {"tokens": TOKENS, "beam": 1, "threads": 1, "rounds": options.rounds, "machine": doctor.examine()["cpu"]["name"],
                 "concepts": not options.without_concepts, "left_out": absent, "rows": rows, "ratios": ratios(rows, "ms"),
                 "ratios_cpu": ratios(rows, "cpu_ms")}

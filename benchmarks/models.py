@@ -143,23 +143,26 @@ def pruned(artifact: Artifact, folder: Path, data: CaptionSet, progress: Progres
 
 def build(name: str, folder: Path, images: int, with_concepts: bool = True) -> Artifact:
     """The captioner `name`, made in `folder` from those it comes from, or found there: `eager` (30,522 pieces), `onnx` (its fp32 export),
-    `small` (10,000 pieces), `int8`, `pruned` (`small` cut to HALF), `pruned-int8`, and `int8-export`. `images`: how many generated
-    scenes calibrate, and say which channels matter. Its folder is named by all three, so that no other is taken for it."""
+    `small` (10,000 pieces), `int8`, `pruned` (`small` cut to HALF), `pruned-int8`, these two with weights of 7 bits (`int8-reduced`,
+    `pruned-int8-reduced`), and `int8-export`. `images`: how many generated scenes calibrate, and say which channels matter. Its folder is
+    named by all three, so that no other is taken for it."""
     progress, data = Progress(), scenes(images)
 
     def parent(name: str) -> Artifact:
         return build(name, folder, images, with_concepts)
 
-    def integer(name: str, out: Path) -> None:
-        quantized(parent(name), out, data, progress, Quantize(calibration_images=images))
+    def integer(name: str, out: Path, reduce_range: bool = False) -> None:
+        quantized(parent(name), out, data, progress, Quantize(calibration_images=images, reduce_range=reduce_range))
 
     makers: dict[str, Callable[[Path], object]] = {
         "eager": lambda out: write(out, *lightcap(with_concepts, data)),
         "onnx": lambda out: export(parent("eager"), out),
         "small": lambda out: narrow(parent("eager"), out),
         "int8": lambda out: integer("small", out),
+        "int8-reduced": lambda out: integer("small", out, reduce_range=True),
         "pruned": lambda out: pruned(parent("small"), out, data, progress, HALF),
         "pruned-int8": lambda out: integer("pruned", out),
+        "pruned-int8-reduced": lambda out: integer("pruned", out, reduce_range=True),
         "int8-export": lambda out: export(parent("int8"), out),
     }
     place = folder / f"{name}-{images}{'' if with_concepts else '-without-concepts'}"

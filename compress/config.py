@@ -183,9 +183,9 @@ class Prune(Optimisation):
 class Quantize:
     """Static INT8: activations by calibration on training images, weights per output channel. `smoothing` is SmoothQuant's alpha, for what
     feed-forward layers read; `rounding` is gptq, by what each layer reads of those images, or to nearest. `reduce_range` gives weights 7
-    bits, so that no sum of two products leaves 16 bits: what x86 processors without VNNI need. Where CIDEr on val falls by more than
-    `max_drop_cider`, up to `trials` more models are tried: one whose weights were tuned for `tune_epochs`, then with its worst parts in
-    float."""
+    bits, so that no sum of two products leaves 16 bits: what the fast products of x86 processors without VNNI need. Where CIDEr on val
+    falls by more than `max_drop_cider`, up to `trials` more models are tried: one whose weights were tuned for `tune_epochs`, then with
+    its worst parts in float."""
 
     scheme: str = "static"
     calibration_images: int = 128

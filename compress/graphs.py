@@ -13,6 +13,8 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
+from compress.runtime import session_options
+
 INTEGER = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT16, TensorProto.UINT16}
 SHARED_FROM, ALIGNMENT = 256, 64  # bytes: smaller tensors stay in their graphs; where a shared one begins
 PRODUCTS = {"MatMul", "FusedMatMul"}
@@ -74,6 +76,19 @@ def write_sharing(models: Mapping[str, ModelProto], folder: Path, data: str) -> 
         onnx.checker.check_model(folder / name)
 
 
+def own_zero_points(graph: GraphProto) -> None:
+    """Gives each DequantizeLinear of a weight a zero point that nothing else reads, in place. Where a processor needs unsigned weights
+    (`runtime.session_options`), ONNX Runtime replaces both, and does not open a graph in which one is to be replaced twice."""
+    weights = initializers(graph)
+    taken: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 3 and node.input[0] in weights:
+            name = node.input[2]
+            if name in taken:
+                node.input[2] = add_initializer(graph, f"{node.output[0]}_point", numpy_helper.to_array(weights[name]))
+            taken.add(name)
+
+
 def prune_unused(graph: GraphProto) -> None:
     """Removes nodes and initializers that no output needs, in place."""
     needed = {value.name for value in graph.output}
@@ -126,8 +141,7 @@ def kernels(path: Path) -> Counter[str]:
     a weight counts as the Gemm that it is without a bias, so that MatMuls are an attention's, of two activations."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(1)
     with tempfile.TemporaryDirectory() as scratch:
         options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -33,8 +33,6 @@ FILES = (*SETTINGS, *GRAPHS)
 # after resizing no pixel differs by more than 2 of 255.
 OVERSAMPLED = 4
 LONGEST = 64  # pieces of a caption that the model has places for
-CPUINFO = Path("/proc/cpuinfo")
-VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # x86 flags of integer products whose sums are exact
 
 
 def open_photo(path: str | Path, least: int | None = None) -> Image.Image:
@@ -149,10 +147,11 @@ class Captioner:
             raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error})") from None
         self.start, self.end = (self.tokenizer.token_to_id(piece) for piece in ("[CLS]", "[SEP]"))
         self.never = [i for i in map(self.tokenizer.token_to_id, NEVER) if i is not None]
-        self.encoder = open_session(folder / "encoder.onnx", self.threads)
-        self.prefix = open_session(folder / "prefix.onnx", self.threads)
-        self.decoder = open_session(folder / "decoder.onnx", self.threads)
-        self.extractor = open_session(folder / "concepts.onnx", self.threads) if reads_concepts else None
+        reduced = (self.config.get("quantized") or {}).get("reduce_range", False)
+        self.encoder = open_session(folder / "encoder.onnx", self.threads, reduced)
+        self.prefix = open_session(folder / "prefix.onnx", self.threads, reduced)
+        self.decoder = open_session(folder / "decoder.onnx", self.threads, reduced)
+        self.extractor = open_session(folder / "concepts.onnx", self.threads, reduced) if reads_concepts else None
         inputs = self.decoder.get_inputs()
         self.past_names = [item.name for item in inputs if item.name.startswith(("prefix_", "past_"))]
         # Heads and their width, which differ by layer when pruned.
@@ -161,11 +160,6 @@ class Captioner:
     def open(self, path: str | Path) -> Image.Image:
         """A photo's file, with no more pixels than are needed to squash it. ValueError, one line, where it is no whole image."""
         return open_photo(path, OVERSAMPLED * self.settings["image_size"])
-
-    def may_saturate(self) -> bool:
-        """Whether sums of INT8 products can saturate here: full-range weights on an x86 processor without VNNI."""
-        quantized = self.config.get("quantized")
-        return bool(quantized) and not quantized.get("reduce_range", False) and without_vnni(CPUINFO)
 
     def encode(self, batch: np.ndarray) -> np.ndarray:
         """Pixels (B, 3, S, S) -> grid (B, G, channels)."""
@@ -269,28 +263,30 @@ def best(scores: np.ndarray, count: int) -> list[tuple[int, float]]:
     return [(int(place), float(scores[place])) for place in order]
 
 
-def open_session(path: Path, threads: int):
-    """An ONNX Runtime session on `threads` threads, operators one after the other."""
+def session_options(threads: int, reduced: bool = False):
+    """ONNX Runtime's: `threads` threads, operators one after the other, INT8 sums exact.
+
+    x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where they saturate, the other
+    is slower. They take the slower one, but of weights that are `reduced` to 7 bits, whose sums stay in 16 bits.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "0" if reduced else "1")  # other processors do not look at it
+    return options
+
+
+def open_session(path: Path, threads: int, reduced: bool = False):
+    """An ONNX Runtime session with these `session_options`."""
+    import onnxruntime
+
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), session_options(threads, reduced), providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ValueError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]}); copy it again") from None
-
-
-def without_vnni(cpuinfo: Path) -> bool:
-    """Whether this is an x86 processor on which ONNX Runtime adds two uint8 x int8 products in 16 bits, where they can saturate. False
-    where the system does not say."""
-    if not cpuinfo.is_file():
-        return False
-    lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines())
-    flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), [])  # ARM says "Features"
-    return bool(flags) and not set(flags).intersection(VNNI)
 
 
 def available_threads() -> int:
@@ -325,12 +321,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, ValueError, ImportError) as error:
         print(f"caption.py: {error}", file=sys.stderr)
         return 2
-    if captioner.may_saturate():
-        print(
-            "caption.py: this processor has no VNNI, so INT8 sums can saturate and captions differ from those measured; "
-            "quantize with reduce_range: true for it",
-            file=sys.stderr,
-        )
     rows = []
     for photo in options.photos:
         try:

@@ -32,8 +32,8 @@ REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"
 ATTENTION, MEMORY = ("query", "key", "value"), ("key", "value")
 DECODER_WEIGHTS = "decoder.onnx.data"
 SATURATION = (
-    "on x86 processors without VNNI the sums of these INT8 products can saturate, and captions differ from those measured here; for such "
-    "devices quantize with reduce_range: true"
+    "on x86 processors without VNNI the fast sums of these INT8 products can saturate, so that caption.py takes slower ones there, which "
+    "cannot; for such devices quantize with reduce_range: true"
 )
 
 

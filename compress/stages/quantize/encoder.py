@@ -40,6 +40,7 @@ def quantized_encoder(model: LightCap, prepared: GraphModule, floating: Collecti
     proto = export.to_onnx(fold(leave_float(prepared, floating)), inputs, ["pixels"], ["grid"], shapes)
     fold_pads(proto.graph)
     integer_pools(proto)
+    graphs.own_zero_points(proto.graph)
     return proto
 
 

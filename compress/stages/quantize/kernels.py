@@ -81,12 +81,12 @@ def layer_norm(x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: f
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Over the last axis. Registers add to two sums in turn."""
+    """Over the last axis. A register of AVX-512 is two of LANES: they add to two sums in turn."""
     powers = exp(x - x.amax(-1, keepdim=True)).masked_fill(x == -torch.inf, 0.0)
-    sums = [torch.zeros(*x.shape[:-1], LANES), torch.zeros(*x.shape[:-1], LANES)]
+    sums = [torch.zeros(*x.shape[:-1], LANES)] * (2 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1)
     for index, part in enumerate(F.pad(powers, (0, -x.shape[-1] % LANES)).split(LANES, -1)):
-        sums[index % 2] = sums[index % 2] + part
-    total = sums[0] + sums[1]
+        sums[index % len(sums)] = sums[index % len(sums)] + part
+    total = sum(sums[1:], sums[0])
     while total.shape[-1] > 1:  # neighbours
         total = total[..., 0::2] + total[..., 1::2]
     return powers * (1 / total)
