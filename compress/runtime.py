@@ -33,6 +33,8 @@ FILES = (*SETTINGS, *GRAPHS)
 # after resizing no pixel differs by more than 2 of 255.
 OVERSAMPLED = 4
 LONGEST = 64  # pieces of a caption that the model has places for
+CPUINFO = Path("/proc/cpuinfo")
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # x86 flags of integer products whose sums are exact
 
 
 def open_photo(path: str | Path, least: int | None = None) -> Image.Image:
@@ -267,7 +269,8 @@ def session_options(threads: int, reduced: bool = False):
     """ONNX Runtime's: `threads` threads, operators one after the other, INT8 sums exact.
 
     x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where they saturate, the other
-    is slower. They take the slower one, but of weights that are `reduced` to 7 bits, whose sums stay in 16 bits.
+    is slower. They take the slower one, but of weights that are `reduced` to 7 bits, whose sums stay in 16 bits. (It has no use of VNNI, so
+    that processors with VNNI are not to take it.)
     """
     import onnxruntime
 
@@ -275,7 +278,8 @@ def session_options(threads: int, reduced: bool = False):
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "0" if reduced else "1")  # other processors do not look at it
+    if not reduced and without_vnni(CPUINFO):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
@@ -287,6 +291,15 @@ def open_session(path: Path, threads: int, reduced: bool = False):
         return onnxruntime.InferenceSession(str(path), session_options(threads, reduced), providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ValueError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]}); copy it again") from None
+
+
+def without_vnni(cpuinfo: Path) -> bool:
+    """Whether this is an x86 processor without VNNI. False where the system does not say."""
+    if not cpuinfo.is_file():
+        return False
+    lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines())
+    flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), [])  # ARM says "Features"
+    return bool(flags) and not set(flags).intersection(VNNI)
 
 
 def available_threads() -> int:

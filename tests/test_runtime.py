@@ -95,25 +95,41 @@ def saturating(path) -> int:
 
 
 def test_sums_of_products_are_exact_on_every_processor(tmp_path):
-    """Without VNNI, ONNX Runtime's own choice of products gives 32,767."""
+    """On x86 without VNNI, ONNX Runtime's own choice of products gives 32,767."""
     wanted = saturating(tmp_path / "sums.onnx")
     found = runtime.open_session(tmp_path / "sums.onnx", 1).run(None, {"x": np.full((1, 2), 255, np.uint8)})[0]
     assert found.shape == (1, 16) and (found == wanted).all()
 
 
 @pytest.mark.parametrize(
-    ("quantized", "reduced"),
-    [(None, False), ({"scheme": "static"}, False), ({"reduce_range": False}, False), ({"reduce_range": True}, True)],
+    ("cpuinfo", "quantized", "exact"),
+    [
+        ("flags : fpu sse2 avx2", {"scheme": "static"}, True),
+        ("flags : fpu sse2 avx2 avx512f", {"scheme": "static", "reduce_range": False}, True),
+        ("flags : fpu sse2 avx2", {"scheme": "static", "reduce_range": True}, False),
+        ("flags : fpu sse2 avx2 avx_vnni", {"scheme": "static"}, False),
+        ("Features : fp asimd", {"scheme": "static"}, False),
+        (None, {"scheme": "static"}, False),
+    ],
 )
-def test_weights_of_7_bits_take_the_fast_products(folder, tmp_path, monkeypatch, quantized, reduced):
+def test_exact_products_are_asked_for_where_fast_ones_saturate(folder, tmp_path, monkeypatch, cpuinfo, quantized, exact):
     for file in runtime.FILES:
         (tmp_path / file).write_bytes((folder / file).read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | ({"quantized": quantized} if quantized else {})))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantized": quantized}))
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{cpuinfo}\n")
+    monkeypatch.setattr(runtime, "CPUINFO", tmp_path / "cpuinfo")
     asked, options = [], runtime.session_options
     monkeypatch.setattr(runtime, "session_options", lambda *given: asked.append(options(*given)) or asked[-1])
     runtime.Captioner(tmp_path, threads=1)
-    assert [one.get_session_config_entry("session.x64quantprecision") for one in asked] == ["0" if reduced else "1"] * 3
+    assert len(asked) == 3
+    for one in asked:
+        if exact:
+            assert one.get_session_config_entry("session.x64quantprecision") == "1"
+        else:
+            with pytest.raises(RuntimeError, match="x64quantprecision"):
+                one.get_session_config_entry("session.x64quantprecision")
 
 
 def test_images_and_settings_that_cannot_be_used_are_refused_in_one_line(tmp_path):
