@@ -56,13 +56,15 @@ def count_macs(config: LightCapConfig, tokens: int = TOKENS) -> Macs:
         with torch.no_grad():
             past = model.prefill(grid, concepts)
 
-        def generate() -> None:
+        def generate(steps: int) -> None:
             here = past
-            for position in range(tokens):
+            for position in range(steps):
                 _, here = model.step(torch.zeros(1, 1, dtype=torch.long), position, here)
 
-        steps, between = counted(generate)
-    return Macs(encoder, extraction, prefix, steps, among + between)
+        (step, first), (_, both) = (counted(lambda steps=steps: generate(steps)) for steps in (1, 2))
+    # A step sees one place more than the one before it, so that two of them tell what attention takes in all.
+    between = tokens * first + (both - 2 * first) * tokens * (tokens - 1) // 2
+    return Macs(encoder, extraction, prefix, tokens * step, among + between)
 
 
 def extract(model: LightCap, grid: torch.Tensor) -> None:

@@ -93,7 +93,23 @@ def test_clip_s_trunk_and_the_whole_caption():
     macs = macs_of("lightcap")
     assert macs.encoder == 5_367_226_368
     assert 0.4e9 < macs.caption - macs.encoder < 0.8e9
-    assert macs_of("tiny").steps == 4 * macs_of("tiny", 3).steps  # T steps cost T times: nothing is computed again
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny, pruned"])
+def test_twelve_steps_dispatch_what_two_of_them_say(name):
+    """Nothing is computed again, and attention sees one place more in each."""
+    with torch.device("meta"):
+        model = LightCap(CONFIGS[name]).eval()
+        grid = torch.zeros(1, model.config.grid**2, model.config.channels)
+        concepts = torch.ones(1, model.config.concepts, dtype=torch.long) if model.config.concepts else None
+
+        def generate() -> None:
+            past = model.prefill(grid, concepts)
+            for position in range(12):
+                _, past = model.step(torch.zeros(1, 1, dtype=torch.long), position, past)
+
+        products, attention = cost.counted(generate)
+    assert (products, attention) == (macs_of(name).prefix + macs_of(name).steps, macs_of(name).attention)
 
 
 def test_pruning_saves_what_it_removes():
