@@ -7,6 +7,8 @@ otherwise miss on a CPU), on meta tensors, so nothing is computed. FLOPs are 2 x
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +46,14 @@ class Macs:
 
 
 def count_macs(config: LightCapConfig, tokens: int = TOKENS) -> Macs:
-    """MACs of one caption of `tokens` word pieces at beam 1."""
+    """MACs of one caption of `tokens` word pieces at beam 1; of a config that was counted lately, what was counted."""
+    return counted_once(json.dumps(config.to_dict(), sort_keys=True), tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def counted_once(written: str, tokens: int) -> Macs:
+    """`written`: a config as JSON, since its shapes are a mapping."""
+    config = LightCapConfig.from_dict(json.loads(written))
     with torch.device("meta"):
         model = LightCap(config).eval()
         pixels = torch.zeros(1, 3, config.image_size, config.image_size)

@@ -45,12 +45,10 @@ def tmacs(recipe: Recipe, data: CaptionSet | None) -> dict[str, float]:
     `architectures`."""
     amount = COCO if data is None else Amount.of(data, recipe.data.val_split)
     models = architectures(recipe, amount.vocabulary)
-    spent, counted = {}, {}
+    spent = {}
     for stage in recipe.stages:
         config = models[stage.name]
-        if str(config) not in counted:
-            counted[str(config)] = count_macs(config, TOKENS)
-        macs = counted[str(config)]
+        macs = count_macs(config)
         spent[stage.name] = (making(stage, config, macs, models, amount) + evaluating(stage, macs, amount)) / 1e12
     return spent
 
