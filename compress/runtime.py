@@ -269,8 +269,8 @@ def session_options(threads: int, reduced: bool = False):
     """ONNX Runtime's: `threads` threads, operators one after the other, INT8 sums exact.
 
     x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where they saturate, the other
-    is slower. They take the slower one, but of weights that are `reduced` to 7 bits, whose sums stay in 16 bits. (It has no use of VNNI, so
-    that processors with VNNI are not to take it.)
+    is slower. They take the slower one, but of weights that are `reduced` to 7 bits, whose sums stay in 16 bits. With VNNI the fast way is
+    exact, and the option would take it away.
     """
     import onnxruntime
 
@@ -290,7 +290,8 @@ def open_session(path: Path, threads: int, reduced: bool = False):
     try:
         return onnxruntime.InferenceSession(str(path), session_options(threads, reduced), providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ValueError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]}); copy it again") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: ONNX Runtime cannot open it ({reason}); copy it again, or make it anew") from None
 
 
 def without_vnni(cpuinfo: Path) -> bool:

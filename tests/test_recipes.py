@@ -26,7 +26,7 @@ QUICKSTART = (
 WALLS = ("data.captions=dataset.json", "data.images=images")
 TRAINED = ("concepts", "train", "distill", "scst")
 PHOTOS = (
-    *WALLS, *(f"{stage.name}.epochs=1" for stage in read_recipe("photos").stages if stage.kind in TRAINED),
+    *WALLS, "student.image_size=128", *(f"{stage.name}.epochs=1" for stage in read_recipe("photos").stages if stage.kind in TRAINED),
     "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8", "pruned.max_drop_cider=1000",
     "int8.max_drop_cider=1000", "int8.trials=0",
 )  # fmt: skip
