@@ -73,7 +73,7 @@ def quantize_by_onnxruntime(source: Path, out: Path, batch: np.ndarray) -> None:
 
 
 def ort_encoder(path: Path, settings: dict):
-    session = runtime.open_session(path, 1)
+    session = runtime.open_session(path, runtime.session_options(1))
 
     def work(picture: np.ndarray) -> Iterator[str | None]:
         batch = runtime.pixels(picture, settings)[None]

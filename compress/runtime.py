@@ -150,10 +150,11 @@ class Captioner:
         self.start, self.end = (self.tokenizer.token_to_id(piece) for piece in ("[CLS]", "[SEP]"))
         self.never = [i for i in map(self.tokenizer.token_to_id, NEVER) if i is not None]
         reduced = (self.config.get("quantized") or {}).get("reduce_range", False)
-        self.encoder = open_session(folder / "encoder.onnx", self.threads, reduced)
-        self.prefix = open_session(folder / "prefix.onnx", self.threads, reduced)
-        self.decoder = open_session(folder / "decoder.onnx", self.threads, reduced)
-        self.extractor = open_session(folder / "concepts.onnx", self.threads, reduced) if reads_concepts else None
+        options = session_options(self.threads, full_range=not reduced)
+        self.encoder = open_session(folder / "encoder.onnx", options)
+        self.prefix = open_session(folder / "prefix.onnx", options)
+        self.decoder = open_session(folder / "decoder.onnx", options)
+        self.extractor = open_session(folder / "concepts.onnx", options) if reads_concepts else None
         inputs = self.decoder.get_inputs()
         self.past_names = [item.name for item in inputs if item.name.startswith(("prefix_", "past_"))]
         # Heads and their width, which differ by layer when pruned.
@@ -265,12 +266,12 @@ def best(scores: np.ndarray, count: int) -> list[tuple[int, float]]:
     return [(int(place), float(scores[place])) for place in order]
 
 
-def session_options(threads: int, reduced: bool = False):
+def session_options(threads: int, full_range: bool = True):
     """ONNX Runtime's: `threads` threads, operators one after the other, INT8 sums exact.
 
     x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where they saturate, the other
-    is slower. They take the slower one, but of weights that are `reduced` to 7 bits, whose sums stay in 16 bits. With VNNI the fast way is
-    exact, and the option would take it away.
+    is slower. They take the slower one for INT8 weights of `full_range`; sums of 7 bits stay in 16 bits. With VNNI the fast way is exact,
+    and the option would take it away.
     """
     import onnxruntime
 
@@ -278,17 +279,17 @@ def session_options(threads: int, reduced: bool = False):
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
-    if not reduced and without_vnni(CPUINFO):
+    if full_range and without_vnni(CPUINFO):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
-def open_session(path: Path, threads: int, reduced: bool = False):
-    """An ONNX Runtime session with these `session_options`."""
+def open_session(path: Path, options):
+    """An ONNX Runtime session with `session_options`."""
     import onnxruntime
 
     try:
-        return onnxruntime.InferenceSession(str(path), session_options(threads, reduced), providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: ONNX Runtime cannot open it ({reason}); copy it again, or make it anew") from None

@@ -54,7 +54,7 @@ def test_a_model_of_one_layer_and_one_head_and_another_image_size_exports_too(tm
     prefix = export.prefix_graph(model)
     assert {tensor.name: list(tensor.dims) for tensor in prefix.graph.initializer}["prefix_places"] == [9, 32]
     export.write_decoder(prefix, export.step_graph(model), tmp_path)
-    prefix, step = (runtime.open_session(tmp_path / name, 1) for name in ("prefix.onnx", "decoder.onnx"))
+    prefix, step = (runtime.open_session(tmp_path / name, runtime.session_options(1)) for name in ("prefix.onnx", "decoder.onnx"))
     grid, token = np.random.default_rng(0).normal(size=(1, 9, 128)).astype(np.float32), np.array([[7]])
     names = [item.name for item in step.get_inputs()]
     assert names == ["tokens", "positions", "prefix_key_0", "prefix_value_0", "past_key_0", "past_value_0"]
@@ -111,7 +111,7 @@ def test_what_graphs_share_is_written_once_and_reads_back(tmp_path):
     assert (tmp_path / "ab.data").stat().st_size == large.nbytes + other.nbytes
     assert sum(graphs.size_of(tensor) for _, tensor in graphs.named_weights(tmp_path)) == large.nbytes + other.nbytes + small.nbytes
     for name, tensors in given.items():
-        got = runtime.open_session(tmp_path / name, 1).run(None, {})
+        got = runtime.open_session(tmp_path / name, runtime.session_options(1)).run(None, {})
         for value, expected in zip(got, tensors.values(), strict=True):
             np.testing.assert_array_equal(value, expected)
 

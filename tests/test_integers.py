@@ -105,7 +105,7 @@ def test_the_encoder_gives_the_grids_of_onnx_runtime(name, kinds, tmp_path):
     assert (made.count(integers.Product), made.count(integers.Sum)) == kinds
     path = tmp_path / "encoder.onnx"
     graphs.write(graphs.clean(encoder.quantized_encoder(model, calibrated)), path)
-    theirs = runtime.open_session(path, 1).run(None, {"pixels": pixels})[0]
+    theirs = runtime.open_session(path, runtime.session_options(1)).run(None, {"pixels": pixels})[0]
     with torch.no_grad():
         grid = graph(torch.from_numpy(pixels)).numpy()
         near = simulate.simulated(calibrated)(torch.from_numpy(pixels)).numpy()

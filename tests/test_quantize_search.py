@@ -98,17 +98,18 @@ def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, tmp_path):
         past = captioner.prefill(grid.numpy())
         forced = simulate.simulated(decoding)
         gaps = []
-        for image in range(8):
+        for image in range(4):
             inputs = decoder.teacher_forced(model, grid[image : image + 1], captions[image])
             computed = [graph(*inputs)[0] for graph in (forced, integer(forced, model.config.prefix))]
             row = past.rows([image], same_images=False)
             for position, piece in enumerate(captions[image][0][:-1]):
                 got, row = captioner.step(np.array([piece]), position, row)
                 gaps.append([float(np.abs(got[0] - logits[position].numpy()).max()) for logits in computed])
-    # A float sum that ends in the middle of two steps may be rounded to the other side; integers are summed as the runtime sums them.
+    # Integers are summed as the runtime sums them. A float sum that ends in the middle of two steps may be rounded to the other side: with
+    # AVX-512 none does here, with AVX2 one.
     simulated, summed = (sorted(column) for column in zip(*gaps, strict=True))
-    assert len(gaps) >= 40 and simulated[-2] < 1e-4
-    assert summed[-1] == 0 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else summed[-2] < 1e-4
+    assert len(gaps) >= 20 and summed[-1] < 1e-4
+    assert simulated[-1 if torch.backends.cpu.get_cpu_capability() == "AVX512" else -2] < 1e-4
 
 
 @pytest.mark.parametrize("integers", [False, True], ids=["rounded floats", "integers"])
