@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # deprecations inside the libraries say nothing to who runs a recipe
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # where torch logs its own (torchao, which transformers loads)
     try:
         status = cli.main(arguments, prog_name="lightcap", standalone_mode=False)
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def lightcap(*arguments, cwd: Path) -> dict | list:
         [sys.executable, "-m", "compress", *map(str, arguments), "--json"], capture_output=True, text=True, cwd=cwd, env=environment
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert not re.findall(r"^[WE]\d{4} .*", done.stderr, re.MULTILINE), "torch's own log is not for who runs a recipe"
     return json.loads(done.stdout)
 
 

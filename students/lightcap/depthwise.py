@@ -1,10 +1,11 @@
 """Convolutions padded as TensorFlow pads; and depthwise ones whose backward pass on a CPU is not oneDNN's own where that is slow.
 
 oneDNN (as torch 2.14 carries it) takes 15 to 60 ms in bf16 for a batch of 16 where a forward pass takes 1 or 2: in gradients of 5x5
-kernels, and in gradients of the input of a strided convolution. In fp32 the first and a bias cost 5 to 10 ms too many. All can be had from
-kernels that are fast (benchmarks/depthwise.py):
+kernels, and in gradients of the input of a strided convolution. In fp32 a bias, and with AVX-512 the first, cost 5 to 10 ms too many. All
+can be had from kernels that are fast (benchmarks/depthwise.py):
 
-- the gradient of a 5x5 kernel is put together from those of four 3x3 kernels, at shifts of 0 and 2 of the padded input;
+- the gradient of a 5x5 kernel is put together from those of four 3x3 kernels, at shifts of 0 and 2 of the padded input (in fp32 with AVX2
+  alone oneDNN's own takes 0.73 of that time);
 - the gradient of a strided convolution's input is a convolution, of stride 1 with the kernel turned around, of the output's gradient with
   zeros between its places (in bf16 alone);
 - the gradient of a bias is a sum.
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAST = torch.channels_last
+WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class SameConv2d(nn.Conv2d):
@@ -80,7 +82,8 @@ def gradient_of_input(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, 
 
 
 def gradient_of_weight(gradient: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    return (quartered_weight_gradient if kernel == 5 else weight_gradient)(gradient, x, kernel, stride, padding)
+    quartered = kernel == 5 and (WIDE or gradient.dtype == torch.bfloat16)
+    return (quartered_weight_gradient if quartered else weight_gradient)(gradient, x, kernel, stride, padding)
 
 
 def gradients(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, of_x: bool):

@@ -73,8 +73,7 @@ def weight_observers(prepared: GraphModule) -> list[nn.Module]:
 def neural_compressor():
     """Its modules `export` and `quantization`, without its running commentary on every step and on accelerators."""
     importlib.import_module("neural_compressor.common")
-    for name in ("neural_compressor", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("neural_compressor").setLevel(logging.ERROR)
     return importlib.import_module("neural_compressor.torch.export"), importlib.import_module("neural_compressor.torch.quantization")
 
 
