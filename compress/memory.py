@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's mallopt
-MOST_RESIDENT = 5.2 * 2**30  # bytes, mapped files among them; near what training holds at once, it would give back without a pause
+MOST_RESIDENT = 5.2 * 2**30  # bytes, mapped files among them
 GROWTH = 0.5 * 2**30  # what must have been added since the last time
+PAUSE = 60.0  # seconds: near the bound, training takes again within seconds what was given back, for a sixth of its time
 SECONDS = 0.1
 
 
@@ -28,23 +31,24 @@ def keep() -> None:
 
 
 @contextlib.contextmanager
-def bounded(most: float = MOST_RESIDENT) -> Iterator[None]:
+def bounded(most: float = MOST_RESIDENT, pause: float = PAUSE) -> Iterator[None]:
     """While it lasts, a thread looks ten times a second, and gives freed blocks back (malloc_trim) when more than `most` bytes are
-    resident. What is in use stays, however much it is."""
+    resident: every `pause` seconds at most, unless another `most` came in between. What is in use stays, however much it is."""
     try:
         trim = ctypes.CDLL("libc.so.6").malloc_trim
         resident()
     except (OSError, AttributeError):
         yield
         return
-    last = 0
+    last, given = 0, -math.inf
 
     def look() -> None:
-        nonlocal last
+        nonlocal last, given
         now = resident()
-        if now > max(most, last + GROWTH):
+        rested = time.monotonic() - given >= pause
+        if now > max(most, last + GROWTH) and (rested or now > last + most):
             trim(0)
-            last = resident()
+            last, given = resident(), time.monotonic()
         last = min(last, now)
 
     with watching(look, SECONDS):
