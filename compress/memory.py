@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's mallopt
 MOST_RESIDENT = 5.2 * 2**30  # bytes, mapped files among them
 GROWTH = 0.5 * 2**30  # what must have been added since the last time
-PAUSE = 60.0  # seconds: near the bound, training takes again within seconds what was given back, for a sixth of its time
+PAUSE = 60.0  # seconds: near the bound, training takes again within seconds what was given back, page by page
 SECONDS = 0.1
 
 

@@ -6,15 +6,17 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
+from students.lightcap import depthwise
 from students.lightcap.depthwise import DepthwiseConv2d, SameConv2d, missing
 
 
 @pytest.mark.parametrize("size", [7, 14, 15])
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("autocast", "near"), [(True, 0.01), (False, 1e-5)])
-def test_gradients_are_those_of_torch_in_double(size, kernel, stride, autocast, near):
+@pytest.mark.parametrize(("autocast", "near", "wide"), [(True, 0.01, False), (False, 1e-5, False), (False, 1e-5, True)])
+def test_gradients_are_those_of_torch_in_double(size, kernel, stride, autocast, near, wide, monkeypatch):
     """As near as the precision allows, in channels last: for the input, the weight and a bias that is handed in."""
+    monkeypatch.setattr(depthwise, "WIDE", wide)
     torch.manual_seed(0)
     padding = 0 if stride > 1 else kernel // 2
     mine = DepthwiseConv2d(6, 6, kernel, stride=stride, padding=padding, groups=6, bias=False)
@@ -62,3 +64,16 @@ def test_a_frozen_weight_costs_no_gradient():
 
 def test_it_is_a_convolution_to_those_who_ask():
     assert isinstance(DepthwiseConv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "wide", "quartered"),
+    [(5, torch.float32, True, True), (5, torch.float32, False, False), (5, torch.bfloat16, False, True), (3, torch.float32, True, False)],
+)
+def test_which_kernels_are_put_together_from_quarters(kernel, dtype, wide, quartered, monkeypatch):
+    monkeypatch.setattr(depthwise, "WIDE", wide)
+    asked = []
+    monkeypatch.setattr(depthwise, "quartered_weight_gradient", lambda *given: asked.append(given))
+    x = torch.randn(1, 2, 9, 9, dtype=dtype)
+    depthwise.gradient_of_weight(torch.randn_like(x), x, kernel, 1, kernel // 2)
+    assert bool(asked) == quartered

@@ -4,8 +4,8 @@ oneDNN (as torch 2.14 carries it) takes 15 to 60 ms in bf16 for a batch of 16 wh
 kernels, and in gradients of the input of a strided convolution. In fp32 a bias, and with AVX-512 the first, cost 5 to 10 ms too many. All
 can be had from kernels that are fast (benchmarks/depthwise.py):
 
-- the gradient of a 5x5 kernel is put together from those of four 3x3 kernels, at shifts of 0 and 2 of the padded input (in fp32 with AVX2
-  alone oneDNN's own takes 0.73 of that time);
+- the gradient of a 5x5 kernel is put together from those of four 3x3 kernels, at shifts of 0 and 2 of the padded input (not in
+  fp32 without AVX-512, where oneDNN's own is faster than these);
 - the gradient of a strided convolution's input is a convolution, of stride 1 with the kernel turned around, of the output's gradient with
   zeros between its places (in bf16 alone);
 - the gradient of a bias is a sum.
