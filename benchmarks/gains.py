@@ -47,8 +47,7 @@ def groups(stages: Sequence[Stage]) -> dict[str, list[str]]:
 
 def captions(run: Path, row: Mapping) -> dict[str, tuple[str, float]]:
     """{image: its caption, and CIDEr-D x100}."""
-    items = json.loads(ledger.captions_file(run / row["artifact"], row["split"]).read_text())
-    return {item["image"]: (item["caption"], item["cider"]) for item in items}
+    return {item["image"]: (item["caption"], item["cider"]) for item in ledger.captions(run, row)}
 
 
 def same(pairs: Sequence[tuple[str, str]], spoken: Mapping[str, Mapping]) -> float | None:

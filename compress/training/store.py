@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def make(
             done = json.loads(state.read_text())["rows"]
             array = np.lib.format.open_memmap(partial, mode="r+")
         else:
-            array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+            array = allocated(partial, shape, dtype)
         task.resume(done)
         for start in range(done, shape[0], rows):
             stop = min(start + rows, shape[0])
@@ -58,3 +59,17 @@ def make(
         del array
         partial.replace(whole)
         state.unlink(missing_ok=True)
+
+
+def allocated(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
+    """A new array on disk whose bytes the disk has set aside: a memory map that finds it full as it is written ends the process (SIGBUS).
+    OSError where there is no room, and no file then."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    try:
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink()
+        raise OSError(error.errno, f"{error.strerror}: {array.nbytes / 1e9:.3g} GB are needed", str(path)) from None
+    return array

@@ -52,11 +52,12 @@ def minilm(texts: Sequence[str]) -> Tensor:
 def clip(texts: Sequence[str], weights: str) -> Tensor:
     import open_clip
 
-    if weights != "openai" and not Path(weights).is_file():
+    file = Path(weights).expanduser()
+    if weights != "openai" and not file.is_file():
         raise FileNotFoundError(f"no text encoder '{weights}'; set text_encoder to minilm, openai, or a file of CLIP RN50's weights")
     try:
         # OpenAI's weights were trained with QuickGELU; by itself open_clip only warns of another activation.
-        model = open_clip.create_model("RN50", pretrained=weights, force_quick_gelu=True).eval()
+        model = open_clip.create_model("RN50", pretrained=weights if weights == "openai" else str(file), force_quick_gelu=True).eval()
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(

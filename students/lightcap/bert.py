@@ -31,7 +31,7 @@ def checkpoint_file(source: str) -> Path:
     """A local file or folder as it is; any other `owner/name` through the hub. FileNotFoundError says what to set."""
     if source == "minilm":
         return minilm_folder() / "model.safetensors"
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return path
     if path.is_dir():

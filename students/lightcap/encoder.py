@@ -171,7 +171,7 @@ def load_encoder(encoder: nn.Module, name: str, source: str | None) -> None:
 
 
 def existing(source: str, name: str) -> Path:
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no weights for {name} at '{source}'; set student.encoder_weights to a file, or to 'none'")
     return path

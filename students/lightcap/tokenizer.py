@@ -41,7 +41,7 @@ def load_tokenizer(source: str) -> Tokenizer:
         from students.lightcap.bert import minilm_folder
 
         return from_vocabulary(minilm_folder() / "vocab.txt")
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         path = next((path / name for name in ("vocab.txt", "tokenizer.json") if (path / name).is_file()), path / "vocab.txt")
     if path.is_file():
