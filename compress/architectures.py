@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from compress.config import Average, Concepts, Distill, Prune, Recipe, Stage, Train
+from compress.config import Average, Concepts, Distill, Encoding, Prune, Recipe, Stage, Train
 from compress.errors import RecipeError
 from compress.training.distillation import feed_forward
 from compress.training.start import captioner_config
@@ -80,7 +80,7 @@ def _encoder(recipe: Recipe, stage: Stage, encoders: Mapping[str, str]) -> str:
                 raise ValueError(f"teacher '{teacher}' would read grids of another encoder, {own}, than its own, {other}; name teachers "
                                  "that share their student's encoder")
         return encoders[first]
-    changes = (isinstance(config, Train) and config.encoder == "tuned") or (isinstance(config, Prune) and "encoder" in config.parts)
+    changes = (isinstance(config, Encoding) and config.encoder == "tuned") or (isinstance(config, Prune) and "encoder" in config.parts)
     averaged = isinstance(config, Average) and {encoders[name] for name in config.others} != {encoders[stage.parent]}
     if changes or averaged:
         return stage.name

@@ -128,8 +128,8 @@ def baseline(artifact: Artifact, context: Context) -> dict:
     val = context.data.split(context.recipe.data.val_split)
     train = context.data.split("train")
     known, asked = (mean_features(grids(model, data, settings, context.cache, context.progress)) for data in (train, val))
-    nearest = (asked @ known.T).argmax(1)
-    said = [train.examples[int(index)].captions[0] for index in nearest]
+    nearest = [int(index) for i in range(0, len(asked), 256) for index in (asked[i : i + 256] @ known.T).argmax(1)]
+    said = [train.examples[index].captions[0] for index in nearest]
     scores = metrics.score(said, [list(example.captions) for example in val.examples])
     return accuracy(scores) | {"split": context.recipe.data.val_split}
 

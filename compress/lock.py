@@ -16,6 +16,7 @@ from pathlib import Path
 
 from compress.config import Recipe, Stage, Student, references
 from compress.data.concepts import SHIPPED
+from compress.data.regions import sizes_beside
 from compress.recipe import resolved
 from compress.sources import ROOT, imported, versions
 
@@ -66,6 +67,8 @@ def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
 def digests(settings: Mapping) -> dict[str, str]:
     """SHA-256 of the file, or of all files of the folder, that a setting names: another one at the same place is another input."""
     found = {}
+    if settings.get("regions") and not settings.get("image_sizes"):  # Visual Genome's, read from beside its objects.json
+        settings = {**settings, "image_sizes": str(sizes_beside(settings["regions"]))}
     for key in FILES:
         value = settings.get(key)
         path = Path(value).expanduser() if isinstance(value, str) else None

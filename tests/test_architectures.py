@@ -93,6 +93,9 @@ stages:
   - average: {{as: mean, from: end, others: [end-2]}}
   - prune: {{as: cut, macs: 0.5, parts: fusion}}
   - prune: {{as: pruned, macs: 0.5}}
+  - concepts: {{as: words, preset: tiny, encoder: tuned, pieces: 8}}
+  - train: {{as: worded, preset: tiny, extractor: words}}
+  - train: {{as: worded-2, preset: tiny, extractor: words, seed: 18}}
 {}"""
 
 
@@ -101,6 +104,8 @@ stages:
     [
         ("teachers: [end, mean]", None),
         ("from: cut, teachers: [tuned, end-2]", None),
+        ("teachers: [worded, worded-2]", None),
+        ("teachers: [teacher, worded]", "'worded' would read grids of another encoder, the pretrained one, than its own, that of 'words'"),
         ("teachers: [teacher, tuned]", "'tuned' would read grids of another encoder, the pretrained one, than its own, that of 'tuned'"),
         ("from: pruned, teachers: mean", "'mean' would read grids of another encoder, that of 'pruned', than its own, that of 'tuned'"),
     ],

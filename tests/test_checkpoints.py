@@ -474,3 +474,16 @@ def test_clip_by_its_hub_name(hub):
     with torch.no_grad():
         wanted = F.normalize(whole.encode_text(open_clip.get_tokenizer("RN50")(words)), dim=-1)
     torch.testing.assert_close(embed_texts(words, "openai"), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tokenizer_that_pads_and_cuts_does_neither_here(tmp_path):
+    from students.lightcap.tokenizer import encode_captions, load_tokenizer, pieces_of
+
+    tokenizer = load_tokenizer("english")
+    tokenizer.enable_padding(length=20)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    read = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    captions = ["a dog runs over the green grass", "a dog"]
+    said = [[pieces_of(read)[piece] for piece in ids] for ids in encode_captions(read, captions, 30)]
+    assert said == [["[CLS]", *caption.split(), "[SEP]"] for caption in captions]

@@ -1,5 +1,6 @@
 """Readers on small files of each layout, their errors, and what a fingerprint depends on."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -206,6 +207,26 @@ def test_data_set_that_carries_its_images(tmp_path):
     assert [example.image_id for example in found.examples] == [f"train/{name}" for name in NAMES if name != "e.jpg"]
     assert found.unreadable == ("train/e.jpg",)
     assert found.image(found.examples[1]).shape == (16, 24, 3)
+
+
+def test_carried_images_are_told_apart_by_their_bytes(tmp_path):
+    """As the hub carries a/1.jpg and b/1.jpg, which are other pictures; or one picture in a row for each caption, without a name."""
+    import datasets
+
+    for name in NAMES[:2]:
+        picture(tmp_path / "files", name)
+    first, second = ((tmp_path / "files" / name).read_bytes() for name in NAMES[:2])
+    kinds = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    carried = [(first, "1.jpg"), (second, "1.jpg"), (second, "1.jpg"), (first, None), (first, None), (None, None), (None, None)]
+    pictures = [{"bytes": found, "path": path} for found, path in carried]
+    rows = {"image": pictures, "caption": ["red", "blue", "sky", "fire", "sun", "a", "b"]}
+    rows["image"][5] = rows["image"][6] = None
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=kinds)}).save_to_disk(tmp_path / "saved")
+    found = load(Data(source="datasets", images=str(tmp_path / "saved"), max_unreadable=0.5))
+    said = {example.image_id: example.captions for example in found.examples}
+    other = f"train/1-{hashlib.sha256(second).hexdigest()[:16]}.jpg"
+    assert said == {"train/1.jpg": ("red",), other: ("blue", "sky"), "train/row-000003": ("fire", "sun")}
+    assert found.unreadable == ("train/row-000005", "train/row-000006")
 
 
 def test_split_gives_its_examples_and_a_fingerprint_of_its_own(karpathy):

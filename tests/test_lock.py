@@ -107,6 +107,15 @@ def test_every_file_of_an_extractor_is_in_the_lock(tmp_path, key):
     assert locks_of(tmp_path, text)["a"] != base["a"]
 
 
+def test_the_sizes_beside_visual_genomes_objects_are_in_the_lock(tmp_path):
+    text = f"stages:\n  - concepts: {{as: a, regions: {tmp_path / 'objects.json'}}}\n"
+    seen = [locks_of(tmp_path, text)["a"]]
+    for sizes in ("[]", "[1]"):
+        (tmp_path / "image_data.json").write_text(sizes)
+        seen.append(locks_of(tmp_path, text)["a"])
+    assert len(set(seen)) == 3
+
+
 def test_the_shipped_concepts_are_in_the_lock(tmp_path, monkeypatch):
     text = "stages:\n  - concepts: {as: a}\n"
     base = locks_of(tmp_path, text)

@@ -106,6 +106,21 @@ def test_a_resumed_fit_computes_nothing_twice(tmp_path, monkeypatch):
     assert steps == [0, 1, 2, 3, "killed", 4, 5]
 
 
+def test_all_of_a_state_goes_to_where_its_parameters_are(tmp_path):
+    """A fused optimizer on a GPU wants its counts of steps there, too; the meta device stands for the GPU."""
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    net(torch.ones(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    loop.save_state(net, optimizer, tmp_path / "x.safetensors", 7, "fp32")
+    away = network().to("meta")
+    optimizer = torch.optim.AdamW(away.parameters(), fused=False)
+    with pytest.warns(UserWarning, match="copying from a non-meta parameter"):
+        assert loop.load_state(away, optimizer, tmp_path / "x.safetensors") == (7, "fp32")
+    assert {tensor.device.type for state in optimizer.state.values() for tensor in state.values()} == {"meta"}
+    assert len(optimizer.state) == len(list(net.parameters()))
+
+
 def test_randomness_is_of_seed_and_step(tmp_path):
     drawn = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -337,7 +352,7 @@ def test_targets_are_the_teacher_s_softmax_at_each_place(tmp_path, temperature):
     captions = Captions.of(encoded)
     data = Corpus(captions, torch.arange(8), lambda model, images: torch.tensor(np.asarray(images), dtype=torch.float32).view(-1, 1, 1), "")
     teacher = Softmax()
-    ids, best = targets(teacher, "digest", data, "print", 3, temperature, tmp_path, "teacher", QUIET)
+    ids, best = targets(teacher, "digest", data, "print", 3, temperature, "auto", tmp_path, "teacher", QUIET)
     assert ids.shape == best.shape == (captions.predicted, 3) and teacher.calls == 2
     place = 0
     for image, group in enumerate(encoded):
@@ -348,15 +363,15 @@ def test_targets_are_the_teacher_s_softmax_at_each_place(tmp_path, temperature):
                 np.testing.assert_allclose(best[place].astype(np.float32), wanted.numpy(), atol=1e-3)
                 place += 1
     assert place == captions.predicted
-    targets(teacher, "digest", data, "print", 3, temperature, tmp_path, "teacher", QUIET)
+    targets(teacher, "digest", data, "print", 3, temperature, "auto", tmp_path, "teacher", QUIET)
     assert teacher.calls == 2  # read back
-    targets(teacher, "another", data, "print", 3, temperature, tmp_path, "teacher", QUIET)
+    targets(teacher, "another", data, "print", 3, temperature, "auto", tmp_path, "teacher", QUIET)
     assert teacher.calls == 4
 
 
 def test_more_targets_than_pieces_are_all_of_them(tmp_path):
     data = Corpus(Captions.of([[[2, 5, 3]]]), torch.arange(8), lambda model, images: torch.zeros(len(images), 1, 1), "")
-    ids, best = targets(Softmax(), "d", data, "p", 50, 1.0, tmp_path, "teacher", QUIET)
+    ids, best = targets(Softmax(), "d", data, "p", 50, 1.0, "auto", tmp_path, "teacher", QUIET)
     assert ids.shape == (2, 8) and best.astype(np.float32).sum(1) == pytest.approx([1, 1], abs=1e-2)
 
 
@@ -385,7 +400,7 @@ def test_a_real_teacher_s_targets_are_its_steps(tmp_path):
                     wanted.append(logits[0, keep].softmax(-1))
     teacher.narrow(keep)
     data = Corpus(Captions.of(encoded), keep, lambda model, images: grid[np.asarray(images)], "")
-    ids, best = targets(teacher, "d", data, "p", 6, 1.0, tmp_path, "teacher", QUIET)
+    ids, best = targets(teacher, "d", data, "p", 6, 1.0, "auto", tmp_path, "teacher", QUIET)
     for row, place in enumerate(wanted):
         found = np.zeros(6)
         found[ids[row]] = best[row]

@@ -3,7 +3,7 @@
 `data.images` is a folder with metadata.csv or metadata.jsonl (`file_name,caption`; "imagefolder"), a folder of Parquet
 files or of `save_to_disk`, or the name of a data set on the hub. `data.captions` may name the caption column; without
 it the first of CAPTIONS that is there is taken. A caption may be a text or a list of texts; rows of one file are one
-image.
+image, and so are rows of a split that carry the same bytes under the same name, or under none.
 
 The split is that of a column `split` where there is one, else the data set's own. If there is one split alone, images
 are divided by a hash of their names: 80 % train, 10 % val, 10 % test.
@@ -11,7 +11,9 @@ are divided by a hash of their names: 80 % train, 10 % val, 10 % test.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +94,7 @@ def _examples(splits: dict, place: str, folder: Path | None, column: str | None)
     captions: dict[str, list] = {}
     shares: dict[str, str] = {}
     contents: dict[str, Path | Callable[[], bytes]] = {}
+    carried: dict[tuple[str, str, str], str] = {}
     single = len(splits) == 1
     for split, rows in splits.items():
         pictures, text = _columns(rows.features, place, column)
@@ -101,12 +104,15 @@ def _examples(splits: dict, place: str, folder: Path | None, column: str | None)
         own = rows.select_columns([text, marked] if marked else [text])
         for number, row in enumerate(own):
             path = Path(files[number]) if files[number] else None
-            inside = folder is not None and path is not None and path.is_absolute()
-            if inside:
-                name, content = _relative(path, folder.resolve()), path
+            if folder is not None and path is not None and path.is_relative_to(folder.resolve()):
+                name, content = path.relative_to(folder.resolve()).as_posix(), path
             else:
-                name = f"{split}/{path.name if path else f'row-{number:06d}'}"
                 content = _bytes(raw, pictures, number)
+                picture = split, path.name if path else "", _digest(content)
+                name = f"{split}/{path.name if path else f'row-{number:06d}'}"
+                if path and name in contents:  # of another folder, which the hub's data sets do not name
+                    name = f"{split}/{path.stem}-{picture[2][:16]}{path.suffix}"
+                name = carried.setdefault(picture, name)
             found = row[text]
             captions.setdefault(name, []).extend(found if isinstance(found, list) else [found])
             contents.setdefault(name, content)
@@ -145,11 +151,17 @@ def _raw(rows, pictures: str):
 
 def _bytes(raw, pictures: str, number: int) -> Callable[[], bytes]:
     def content() -> bytes:
-        found = raw[number][pictures]
+        found = raw[number][pictures] or {}
+        if not found.get("bytes") and not found.get("path"):
+            raise OSError("its row has no picture")
         return found["bytes"] or Path(found["path"]).read_bytes()
 
     return content
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+def _digest(content: Callable[[], bytes]) -> str:
+    """SHA-256 of a picture; of what cannot be read, that of a picture of its own."""
+    try:
+        return hashlib.sha256(content()).hexdigest()
+    except OSError:
+        return uuid.uuid4().hex

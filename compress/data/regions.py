@@ -74,6 +74,11 @@ class Regions(dict[str, tuple[Region, ...]]):
         return ()
 
 
+def sizes_beside(path: str | Path) -> Path:
+    """Where Visual Genome keeps the sizes of the images whose objects `path` lists, if nothing else is said."""
+    return Path(path).expanduser().with_name("image_data.json")
+
+
 def read_regions(path: str | Path, concepts: Sequence[str], image_data: str | Path | None = None) -> Regions:
     """The labelled regions of a file, with score 1, in the file's order; the content tells which format it is.
 
@@ -151,7 +156,7 @@ def read_boxes(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> Region
 
 
 def _visual_genome(path: Path, found: list, named: Callable[[str], int | None], image_data: str | Path | None) -> Regions:
-    listed = path.with_name("image_data.json") if image_data is None else Path(image_data).expanduser()
+    listed = sizes_beside(path) if image_data is None else Path(image_data).expanduser()
     if not listed.exists():
         raise DataError(
             f"{path} is of Visual Genome, which keeps the sizes of its images in image_data.json, and there is no {listed}: "

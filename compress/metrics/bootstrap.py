@@ -34,7 +34,8 @@ def paired(a: npt.ArrayLike, b: npt.ArrayLike, resamples: int = 10000, seed: int
     """How much higher the mean of `a` is than that of `b`, both (images,) over the same images in the same order.
 
     The p-value is the share of resampled mean differences, shifted to a mean of zero, that are at least as far from zero as the
-    observed one; it is never below 1 / (resamples + 1). Raises ValueError for different shapes or no values.
+    observed one; it is never below 1 / (resamples + 1), nor below 2 ** (1 - images), the least that a test of so few images can say (all
+    signs alike, by chance). Raises ValueError for different shapes or no values.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
@@ -44,7 +45,7 @@ def paired(a: npt.ArrayLike, b: npt.ArrayLike, resamples: int = 10000, seed: int
     low, high = np.quantile(means, [0.025, 0.975])
     # The tolerance keeps rounding from deciding where all differences are equal.
     extreme = np.count_nonzero(np.abs(means - delta) >= abs(delta) - 1e-12 * max(1.0, abs(delta)))
-    return Paired(delta, (float(low), float(high)), (1 + extreme) / (resamples + 1))
+    return Paired(delta, (float(low), float(high)), max((1 + extreme) / (resamples + 1), 2.0 ** (1 - a.size)))
 
 
 def resampled_means(values: np.ndarray, resamples: int = 10000, seed: int = 17) -> np.ndarray:

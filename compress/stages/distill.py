@@ -55,7 +55,7 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         teacher.narrow(data.keep)
     taught = None
     if "tokens" in config.match:
-        taught = teach(teachers, sources, data, config.top_k, config.temperature, config.teachers, context)
+        taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
     full = model.word.detach().clone()
     model.narrow(data.keep)
     weights = config.token_weight, config.hidden_weight, config.attention_weight

@@ -46,11 +46,14 @@ def feed_forward(own: int | None, share: float | None, teacher: int) -> int | No
 
 
 def teach(
-    teachers: list[Teacher], sources: list[Artifact], data: Corpus, top_k: int, temperature: float, names: Sequence[str], context: Context
+    teachers: list[Teacher], sources: list[Artifact], data: Corpus, top_k: int, temperature: float, precision: str, names: Sequence[str],
+    context: Context,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each teacher's ids and probabilities over the training captions."""
     return [
-        targets(teacher, source.digest(), data, context.data.fingerprint, top_k, temperature, context.cache, name, context.progress)
+        targets(
+            teacher, source.digest(), data, context.data.fingerprint, top_k, temperature, precision, context.cache, name, context.progress
+        )
         for teacher, source, name in zip(teachers, sources, names, strict=True)
     ]
 

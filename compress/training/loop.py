@@ -152,8 +152,11 @@ def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path)
     for index, parameter in enumerate(all_parameters(optimizer)):
         mine = {n.split(".", 2)[2]: t for n, t in tensors.items() if n.startswith(f"optimizer.{index}.")}
         if mine:
-            # The fused kernel walks memory: a moment must lie as its parameter does (channels last, for convolutions).
-            optimizer.state[parameter] = {n: t if n == "step" else torch.empty_like(parameter).copy_(t) for n, t in mine.items()}
+            # The fused kernel walks memory: a moment must lie as its parameter does (channels last, for convolutions), and its count of
+            # steps be where the parameter is.
+            optimizer.state[parameter] = {
+                n: t.to(parameter.device) if n == "step" else torch.empty_like(parameter).copy_(t) for n, t in mine.items()
+            }
     return step, chosen
 
 

@@ -19,8 +19,8 @@ IMAGES = 64
 
 
 def targets(
-    teacher: Teacher, teacher_digest: str, data: Corpus, fingerprint: str, top_k: int, temperature: float, cache: Path, label: str,
-    progress: Progress,
+    teacher: Teacher, teacher_digest: str, data: Corpus, fingerprint: str, top_k: int, temperature: float, precision: str,
+    cache: Path, label: str, progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids (n, k) into `data.keep` and probabilities (n, k) float16, for the n places that `data.captions` predict, best first.
 
@@ -28,7 +28,7 @@ def targets(
     """
     captions = data.captions
     where = device()
-    chosen = settled("auto", where)
+    chosen = settled(precision, where)
     how = teacher_digest, data.features, top_k, temperature, chosen, made_by(__name__)
     key = digest("targets", *how, fingerprint, data.keep.tolist(), captions.pieces)
     count, width = len(captions.images), min(top_k, len(data.keep))

@@ -64,6 +64,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:
         raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
     check_special(tokenizer, path)
+    tokenizer.no_padding()  # a file may ask for both, and captions would be trained on with [PAD] in them
+    tokenizer.no_truncation()
     return tokenizer
 
 

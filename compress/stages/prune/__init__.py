@@ -99,8 +99,8 @@ def no_derivative(unit: Unit, config: Prune) -> bool:
 def leaving(
     model: LightCap, scores: Mapping[Unit, Tensor], round_to: int, target: Target, share: float, note: Path
 ) -> Sequence[Block]:
-    """The blocks that leave so that the target is met after `share` of the way; none where it is met already. Those that a time chose are
-    kept in `note`: asked again after a stop, the clock would choose others."""
+    """The blocks that leave so that the target is met after `share` of the way; none where it is met already. They are
+    kept in `note`: asked again after a stop, a clock would choose others, and so may a GPU, whose sums differ in their last bits."""
     if note.exists():
         known = {(unit.kind, unit.name): unit for unit in scores}
         return [Block(known[kind, name], tuple(gone), 0.0) for kind, name, gone in json.loads(note.read_text())]
@@ -109,7 +109,7 @@ def leaving(
         order = ranked(model, scores, round_to, target, share)
         chosen = order[: choose(model, order, target, share)]
     if target.exact:
-        return give_back(model, chosen, target, share)
+        chosen = give_back(model, chosen, target, share)
     note.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, [[block.unit.kind, block.unit.name, block.channels] for block in chosen])
     return chosen
@@ -129,4 +129,4 @@ def teach_from_parent(parent, tokenizer, settings, data, config, context):
     teacher.narrow(data.keep)
     own, _, _ = read_captioner(parent.path)
     seen = corpus(own, tokenizer, settings, context)
-    return teach([teacher], [parent], seen, config.top_k, config.temperature, [parent.path.name[:8]], context)
+    return teach([teacher], [parent], seen, config.top_k, config.temperature, config.precision, [parent.path.name[:8]], context)
