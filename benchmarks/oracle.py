@@ -36,7 +36,7 @@ from compress.evaluate import narrowed  # noqa: E402
 from compress.metrics.bootstrap import paired  # noqa: E402
 from compress.process import thread_count  # noqa: E402
 from compress.training.features import grids  # noqa: E402
-from compress.training.mentions import best_concepts, mentioned  # noqa: E402
+from compress.training.mentions import best_concepts, mentioned, vocabulary_of  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap import LightCap  # noqa: E402
 from students.lightcap.concepts import NONE  # noqa: E402
@@ -80,7 +80,7 @@ def compare(run: Path, name: str) -> list[dict]:
     progress, cache = Progress(), cache_of(run)
     val = data.load(wanted.data, cache).split(wanted.data.val_split)
     features = grids(model, val, settings, cache, progress)
-    vocabulary = next(stage.config.vocabulary for stage in wanted.stages if stage.kind == "concepts")
+    vocabulary = vocabulary_of(wanted, next(stage for stage in wanted.stages if stage.name == name))
     spoken, special = narrowed(model, tokenizer)
     true, pieces, most = mentioned(val, read_concepts(vocabulary)), model.concepts.pieces, model.config.concepts
     with torch.inference_mode():

@@ -101,6 +101,7 @@ class Train(Encoding):
     grid_dropout: float = 0.0
     matching_weight: float = 0.0  # of telling replaced concepts from a picture's own
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
+    concept_weight: float = 0.0  # of finding concepts, as in 'concepts', while the encoder is tuned: an extractor left as it was finds less
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ def _of_tuned_encoder(config: Encoding) -> Iterator[tuple[str, str]]:
         return
     for key, what in (
         ("word_weight", "is of a classifier that trains the encoder"),
+        ("concept_weight", "is of an extractor that is trained with the encoder"),
         ("flip", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
         ("crop", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
     ):

@@ -27,7 +27,7 @@ from compress.training.batches import image_batches, steps_of
 from compress.training.corpus import grids_of
 from compress.training.features import device
 from compress.training.loop import Group, fit
-from compress.training.mentions import mentioned
+from compress.training.mentions import concept_loss, mentioned
 from compress.training.start import new_captioner, read_captioner, ready, write_captioner
 from compress.training.text import default_text_encoder, embed_texts
 from students.lightcap import LightCap
@@ -73,7 +73,7 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
         rows = context.share.of(rows_of(step))
         grid = F.dropout(grid_of(model, rows), config.dropout)
         scores = scores_of(model, grid, [boxes.get(int(row)) for row in rows])
-        loss = F.binary_cross_entropy_with_logits(scores, wanted[rows], reduction="sum") / len(rows)
+        loss = concept_loss(scores, wanted[rows])
         if any(int(row) in labels for row in rows):
             loss = loss + config.region_weight * region_loss(model, grid, [labels.get(int(row)) for row in rows])
         return loss

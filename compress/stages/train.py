@@ -12,12 +12,14 @@ from torch import Tensor
 from compress.artifact import Artifact
 from compress.config import Train
 from compress.context import Context
+from compress.data.concepts import read_concepts
 from compress.training.batches import IGNORED
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.features import device
 from compress.training.loop import Group, fit
 from compress.training.losses import caption_loss
 from compress.training.matching import Matching, replace
+from compress.training.mentions import concept_loss, mentioned, vocabulary_of
 from compress.training.softmax import logits_at
 from compress.training.start import language, new_captioner, read_captioner, ready, write_captioner
 from compress.training.words import Words
@@ -44,6 +46,9 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         shares = torch.from_numpy(data.captions.shares(len(data.keep)))
         torch.manual_seed(seed)
         words = Words(model.config.channels, model.config.grid**2, shares).to(where)
+    wanted = None
+    if tuned and config.concept_weight:
+        wanted = mentioned(context.data.split("train"), read_concepts(vocabulary_of(context.recipe, context.stage))).float().to(where)
     torch.manual_seed(seed)
     matching = Matching(model.config.hidden).to(where) if config.matching_weight else None
     batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
@@ -61,6 +66,8 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         loss = caption_loss(logits, config.label_smoothing)
         if words is not None:
             loss = loss + config.word_weight * words.loss(grid.float(), batch.said())
+        if wanted is not None:
+            loss = loss + config.concept_weight * concept_loss(model.concept_scores(grid), wanted[batch.images])
         if matching is not None:
             loss = loss + config.matching_weight * matching.loss(states[:, 0], replaced)
         return loss
@@ -77,7 +84,9 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         trained["encoder"] = model.encoder.requires_grad_(True)
         if words is not None:
             trained["words"] = words
-        encoder = [*model.encoder.parameters(), *(words.parameters() if words is not None else ())]
+        if wanted is not None:
+            trained["alignment"] = model.alignment
+        encoder = [parameter for part in ("encoder", "words", "alignment") if part in trained for parameter in trained[part].parameters()]
         groups.append(Group(encoder, config.encoder_learning_rate))
     steps = data.steps(config.epochs, config.batch_images)
     with folded(model.encoder, model.config.image_size):
