@@ -125,6 +125,6 @@ def _check_onward(config: Train, model: LightCapConfig) -> None:
 
 
 def _check_reads(config: Train, model: LightCapConfig) -> None:
-    for key in ("matching_weight", "modulator"):
+    for key in ("matching_weight", "concept_weight", "modulator"):
         if getattr(config, key) and not model.concepts:
             raise ValueError(f"{key} is of concepts, but this captioner reads none")

@@ -278,6 +278,7 @@ RANGES = {
     "top_k": COUNT,
     "token_weight": NOT_NEGATIVE,
     "word_weight": NOT_NEGATIVE,
+    "concept_weight": NOT_NEGATIVE,
     "matching_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,
     "attention_weight": NOT_NEGATIVE,

@@ -56,6 +56,7 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
     [
         ("  - train: {as: onward, objective: causal}\n", "stage 'onward': the captioner that this stage goes on from is masked; a new one"),
         ("  - train: {as: onward, matching_weight: 0.1}\n", "stage 'onward': matching_weight is of concepts"),
+        ("  - train: {as: onward, encoder: tuned, concept_weight: 0.1}\n", "stage 'onward': concept_weight is of concepts"),
         ("  - train: {as: x, preset: tiny, extractor: teacher, matching_weight: 1}\n", "stage 'x': matching_weight is of concepts, but"),
         ("  - train: {as: x, preset: tiny, extractor: teacher, modulator: 8}\n", "stage 'x': modulator is of concepts, but this"),
         ("  - distill: {heads: 1}\n  - distill: {as: x, from: distill, teachers: teacher, heads: 2}\n", "stage 'x': heads: 2 copies of"),
