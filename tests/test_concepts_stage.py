@@ -15,10 +15,11 @@ from compress.artifact import Artifact
 from compress.config import Concepts, Data, Distill, Recipe, Stage, Student, Train
 from compress.context import Context, Progress
 from compress.errors import DataError, ModelError, RecipeError
+from compress.recipe import read_recipe
 from compress.stages import concepts, distill, train
 from compress.training import corpus, text
 from compress.training.features import grids
-from compress.training.mentions import best_concepts, mentioned
+from compress.training.mentions import best_concepts, concept_loss, mentioned, vocabulary_of
 from compress.training.start import new_captioner, read_captioner
 from students.lightcap.concepts import NONE
 
@@ -90,6 +91,40 @@ def test_it_learns_what_captions_mention(context, scenes, tmp_path, features):
         found[name] = row["concept_precision"], row["concept_recall"]
         assert model.config.concepts == 6 and model.config.alignment == (32, 32) and model.config.concept_vocabulary[0] == len(WORDS)
     assert found["long"][0] > found["short"][0] + 0.2 and found["long"][1] > found["short"][1] + 0.2
+
+
+def test_it_learns_on_while_captions_tune_its_encoder(context, scenes, tmp_path):
+    first = context("concepts", settings(tmp_path, epochs=4, dropout=0.0, learning_rate=3e-3), name="words")
+    concepts.run(None, first.stage.config, first)
+    wanted, losses, aligned = mentioned(scenes.split("train"), WORDS).float(), {}, {}
+    for name, weight in (("alone", 0.0), ("both", 1.0)):
+        config = Train(encoder="tuned", encoder_learning_rate=1e-2, epochs=8, batch_images=16, concept_weight=weight)
+        where = context("train", config, name=name)
+        stage = dataclasses.replace(where.stage, parent="words")
+        recipe = dataclasses.replace(where.recipe, stages=(first.stage, stage))
+        train.run(Artifact(first.output), config, dataclasses.replace(where, recipe=recipe, stage=stage))
+        model, _, preprocessor = read_captioner(where.output)
+        grid = torch.from_numpy(np.array(grids(model, scenes.split("train"), preprocessor, where.cache, where.progress))).float()
+        losses[name] = concept_loss(model.concept_scores(grid), wanted).item()
+        aligned[name] = model.alignment.first.weight
+    assert torch.equal(aligned["alone"], read_captioner(first.output)[0].alignment.first.weight)
+    assert not torch.equal(aligned["both"], aligned["alone"]) and losses["both"] < losses["alone"] - 0.3, losses
+
+
+def test_the_list_that_a_captioner_was_taught(tmp_path):
+    (tmp_path / "x.yaml").write_text("""\
+student: {preset: tiny, heads: 2}
+stages:
+  - concepts: {as: ours, preset: tiny, vocabulary: ours.txt, pieces: 8}
+  - concepts: {as: shipped, preset: tiny, pieces: 8}
+  - train:    {as: first, preset: tiny, extractor: ours}
+  - train:    {as: other, preset: tiny, extractor: shipped}
+  - distill:  {as: student, teachers: [first]}
+  - prune:    {as: pruned, macs: 0.5}
+""")
+    recipe = read_recipe(tmp_path / "x.yaml")
+    found = {stage.name: vocabulary_of(recipe, stage) for stage in recipe.stages}
+    assert found == {"ours": "ours.txt", "shipped": None, "first": "ours.txt", "other": None, "student": "ours.txt", "pruned": "ours.txt"}
 
 
 def test_a_tuned_encoder_learns_with_it(context, scenes, tmp_path):

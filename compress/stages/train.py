@@ -85,7 +85,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         if words is not None:
             trained["words"] = words
         if wanted is not None:
-            trained["alignment"] = model.alignment
+            trained["alignment"] = model.alignment.requires_grad_(True)
         encoder = [parameter for part in ("encoder", "words", "alignment") if part in trained for parameter in trained[part].parameters()]
         groups.append(Group(encoder, config.encoder_learning_rate))
     steps = data.steps(config.epochs, config.batch_images)
