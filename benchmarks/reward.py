@@ -29,7 +29,7 @@ from cider import captions as sentences  # noqa: E402
 
 from compress.data.scenes import compose  # noqa: E402
 from compress.data.wording import describe  # noqa: E402
-from compress.metrics import ptb_tokenize  # noqa: E402
+from compress.ptb import ptb_tokenize  # noqa: E402
 from compress.training.reward import CiderReward  # noqa: E402
 from students.lightcap.tokenizer import decode_caption, load_tokenizer  # noqa: E402
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.metrics.tokenizer import PUNCTUATIONS, ptb_tokenize
+from compress.ptb import PUNCTUATIONS, ptb_tokenize
 
 # (text, tokens of Stanford CoreNLP 3.4.1's PTBTokenizer -preserveLines -lowerCase without coco-caption's punctuation)
 JAVA_SAID = [
@@ -92,7 +92,7 @@ def test_tokens_are_those_that_the_java_tokenizer_printed(text, expected):
 
 
 def test_the_short_way_and_the_rules_agree():
-    from compress.metrics import tokenizer
+    from compress import ptb
 
     words = "a The dog CAT etc mr b no cannot Gonna two Wash inline i Jr bird jan".split()
     draw = random.Random(5)
@@ -100,8 +100,8 @@ def test_the_short_way_and_the_rules_agree():
     for _ in range(3000):
         pieces = [draw.choice(words) + draw.choice(["", "", "", ",", " ,"]) for _ in range(draw.randint(1, 8))]
         text = " ".join(pieces) + draw.choice(["", ".", " .", ". "])
-        plain += tokenizer._PLAIN(text) is not None
-        assert ptb_tokenize(text) == tokenizer._lex(text), text
+        plain += ptb._PLAIN(text) is not None
+        assert ptb_tokenize(text) == ptb._lex(text), text
     assert plain > 2500  # most of them looked plain
 
 

@@ -13,7 +13,7 @@ from compress import metrics
 from compress.data.scenes import compose
 from compress.data.wording import describe
 from compress.errors import DataError
-from compress.metrics import ptb_tokenize
+from compress.ptb import ptb_tokenize
 from compress.training.reward import CiderReward
 from students.lightcap.tokenizer import decode_caption, load_tokenizer
 

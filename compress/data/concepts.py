@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from compress.errors import DataError
-from compress.metrics.tokenizer import ptb_tokenize
+from compress.ptb import ptb_tokenize
 
 SHIPPED = Path(__file__).with_name("concepts.txt")
 LONGEST = 40  # characters of a concept; a longer line is most likely not a list of concepts

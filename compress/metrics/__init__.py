@@ -11,7 +11,7 @@ from compress.metrics.bleu import bleu
 from compress.metrics.bootstrap import Paired, mean_ci, paired
 from compress.metrics.cider import CiderD
 from compress.metrics.rouge import rouge_l
-from compress.metrics.tokenizer import ptb_tokenize
+from compress.ptb import ptb_tokenize
 
 __all__ = ["CiderD", "Paired", "Scores", "bleu", "mean_ci", "paired", "ptb_tokenize", "rouge_l", "score"]
 

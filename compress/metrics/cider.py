@@ -16,7 +16,7 @@ from itertools import chain
 
 import numpy as np
 
-from compress.metrics.tokenizer import ptb_tokenize
+from compress.ptb import ptb_tokenize
 
 Caption = str | Sequence[str]  # a text, or its tokens
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from compress.context import Progress
 from compress.errors import DataError
-from compress.metrics import ptb_tokenize
+from compress.ptb import ptb_tokenize
 from students.lightcap.tokenizer import decode_caption
 
 ORDERS = 4
