@@ -38,6 +38,8 @@ def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
             yield "modulator", "is steered by concepts, but this captioner reads none (extractor: NAME gives it some)"
         if config.matching_weight:
             yield "matching_weight", "is of replaced concepts, but this captioner reads none (extractor: NAME gives it some)"
+        if config.concept_weight:
+            yield "concept_weight", "is of finding concepts, but this captioner reads none (extractor: NAME gives it some)"
     yield from _of_tuned_encoder(config)
 
 

@@ -71,7 +71,8 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         return amount.images * ((3 * passes if tuned else 1) * macs.encoder + passes * 3 * macs.concepts)
     if isinstance(settings, Train):
         if settings.encoder == "tuned":
-            return amount.images * passes * (3 * macs.encoder + macs.concepts + 3 * pack)
+            finding = macs.concepts * (4 if settings.concept_weight else 1)
+            return amount.images * passes * (3 * macs.encoder + finding + 3 * pack)
         return amount.images * (known + passes * 3 * pack)
     if isinstance(settings, Distill):
         taught = [language(models[name], amount, amount.captions, amount.words) for name in settings.teachers]

@@ -152,11 +152,12 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
                 _save(run_, rows)
         _save(run_, rows)
     except (LightcapError, OSError) as problem:
-        error = problem if isinstance(problem, LightcapError) else StageError(f"{type(problem).__name__}: {problem}")
+        ours = isinstance(problem, LightcapError)
+        error = problem if ours else StageError(f"stage '{stage.name}' failed: {type(problem).__name__}: {problem}")
         if rows:
             with contextlib.suppress(OSError):  # a full disk, which may be what failed
                 _save(run_, rows)
-        return Result(run_.out, tuple(rows), _explained(error, stage, artifacts, rows))
+        return Result(run_.out, tuple(rows), _explained(error, artifacts, rows))
     (run_.out / "error.txt").unlink(missing_ok=True)
     return Result(run_.out, tuple(rows))
 
@@ -219,7 +220,7 @@ def _gate(stage: Stage, row: Mapping, made: Artifact) -> None:
         )
 
 
-def _explained(error: LightcapError, stage: Stage | None, artifacts: Mapping, rows: list[dict]) -> LightcapError:
+def _explained(error: LightcapError, artifacts: Mapping, rows: list[dict]) -> LightcapError:
     """A stage's error with the last artifact that is good: of the last row in the ledger."""
     if isinstance(error, UsageError) and not rows:
         return error
@@ -235,19 +236,21 @@ def _refuse(process: str) -> None:
 def _check_files(wanted: Recipe) -> None:
     """DataError for a file that a stage will read and that is not there, before any stage has taken its time. Weights and tokenizers may
     be words or names on the hub, too: of them those are looked for that can only be paths."""
-    named = [("student", f"{wanted.name}: ", wanted.student)]
+    named = [("student", f"{wanted.name}: section 'student', ", wanted.student)]
     named += [(stage.name, f"{stage.place}stage '{stage.name}', ", stage.config) for stage in wanted.stages]
     for owner, place, settings in named:
         for key in lock.FILES:
             value = getattr(settings, key, None)
             if value and (key in lock.READ or _only_a_path(value)) and not Path(value).expanduser().exists():
-                raise DataError(f"{place}key '{key}': there is no file {value}; put it there, or name another "
-                                f"with --set {owner}.{key}=FILE")
+                what = "file" if key in lock.READ else "file or folder"
+                raise DataError(f"{place}key '{key}': there is no {what} {value}; put it there, or name another "
+                                f"with --set {owner}.{key}={'FILE' if key in lock.READ else 'PATH'}")
 
 
 def _only_a_path(value: str) -> bool:
     """Whether it can be no word of ours (`minilm`) and no OWNER/NAME of the hub."""
-    return value.startswith(("/", ".", "~")) or value.endswith(("/", ".txt", ".json", ".safetensors", ".bin", ".pt", ".pth"))
+    inside = value.count("/") > 1 or value.startswith(("/", ".", "~"))
+    return inside or value.endswith(("/", ".txt", ".json", ".safetensors", ".bin", ".pt", ".pth"))
 
 
 def _load(wanted: Recipe, cache: Path):

@@ -487,3 +487,19 @@ def test_a_tokenizer_that_pads_and_cuts_does_neither_here(tmp_path):
     captions = ["a dog runs over the green grass", "a dog"]
     said = [[pieces_of(read)[piece] for piece in ids] for ids in encode_captions(read, captions, 30)]
     assert said == [["[CLS]", *caption.split(), "[SEP]"] for caption in captions]
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    """As lock.py reads it: what a recipe names is one file for the lock and for who loads it."""
+    from students.lightcap.bert import checkpoint_file
+    from students.lightcap.encoder import existing
+    from students.lightcap.tokenizer import load_tokenizer
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bert").mkdir()
+    for name in ("bert/model.safetensors", "rn50.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    load_tokenizer("english").save(str(tmp_path / "bert" / "tokenizer.json"))
+    assert checkpoint_file("~/bert") == tmp_path / "bert" / "model.safetensors"
+    assert existing("~/rn50.safetensors", "clip-rn50") == tmp_path / "rn50.safetensors"
+    assert load_tokenizer("~/bert").get_vocab_size() > 100

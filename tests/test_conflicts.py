@@ -36,6 +36,7 @@ def read(tmp_path, stage: str):
         ("train: {modulator: 8}", "modulator", "is of a new captioner, but this stage goes on from 'teacher'"),
         ("train: {as: new, preset: tiny, modulator: 8}", "modulator", "is steered by concepts, but this captioner reads none"),
         ("train: {as: new, preset: tiny, matching_weight: 0.1}", "matching_weight", "is of replaced concepts, but this captioner"),
+        ("train: {as: new, preset: tiny, encoder: tuned, concept_weight: 0.1}", "concept_weight", "is of finding concepts, but this"),
         ("train: {concept_weight: 0.1}", "concept_weight", "is of an extractor that is trained with the encoder: set encoder: tuned"),
         ("train: {word_weight: 0.1}", "word_weight", "is of a classifier that trains the encoder: set encoder: tuned"),
         ("train: {flip: true}", "flip", "disturbs pictures while the encoder is trained"),

@@ -217,16 +217,19 @@ def test_carried_images_are_told_apart_by_their_bytes(tmp_path):
         picture(tmp_path / "files", name)
     first, second = ((tmp_path / "files" / name).read_bytes() for name in NAMES[:2])
     kinds = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    carried = [(first, "1.jpg"), (second, "1.jpg"), (second, "1.jpg"), (first, None), (first, None), (None, None), (None, None)]
+    carried = [(first, "1.jpg"), (second, "1.jpg"), (second, "1.jpg"), (first, None), (first, None)]
+    carried += [(None, None), (None, None), (b"", "gone.jpg"), (b"", "gone.jpg")]
     pictures = [{"bytes": found, "path": path} for found, path in carried]
-    rows = {"image": pictures, "caption": ["red", "blue", "sky", "fire", "sun", "a", "b"]}
+    rows = {"image": pictures, "caption": ["red", "blue", "sky", "fire", "sun", "a", "b", "c", "d"]}
     rows["image"][5] = rows["image"][6] = None
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=kinds)}).save_to_disk(tmp_path / "saved")
     found = load(Data(source="datasets", images=str(tmp_path / "saved"), max_unreadable=0.5))
     said = {example.image_id: example.captions for example in found.examples}
     other = f"train/1-{hashlib.sha256(second).hexdigest()[:16]}.jpg"
     assert said == {"train/1.jpg": ("red",), other: ("blue", "sky"), "train/row-000003": ("fire", "sun")}
-    assert found.unreadable == ("train/row-000005", "train/row-000006")
+    assert found.unreadable == ("train/row-000005", "train/row-000006", "train/gone.jpg")
+    again = load(Data(source="datasets", images=str(tmp_path / "saved"), max_unreadable=0.5))
+    assert again.fingerprint == found.fingerprint
 
 
 def test_split_gives_its_examples_and_a_fingerprint_of_its_own(karpathy):

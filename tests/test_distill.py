@@ -14,6 +14,7 @@ from compress.config import Data, Distill, Recipe, Stage, Student
 from compress.context import Context, Progress
 from compress.errors import RecipeError, UsageError
 from compress.stages import distill, vocabulary
+from compress.training import targets
 from compress.training.corpus import corpus
 from compress.training.losses import token_loss
 from compress.training.start import new_captioner, write_captioner
@@ -240,3 +241,12 @@ def test_layers_start_from_the_layers_they_learn_from():
     copy_layers(student, teacher)
     sources = [[i for i, layer in enumerate(teacher.layers) if torch.equal(layer.up.weight, mine.up.weight)] for mine in student.layers]
     assert sources == [[2], [4]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_teachers_are_asked_in_the_precision_of_the_stage(run, monkeypatch, precision):
+    asked = []
+    real = targets.autocast
+    monkeypatch.setattr(targets, "autocast", lambda chosen, where: asked.append(chosen) or real(chosen, where))
+    run(Distill(epochs=0.1, batch_images=20, precision=precision))
+    assert set(asked) == {precision}

@@ -28,6 +28,8 @@ stages:
   - prune: {as: language, from: student, parts: fusion, macs: 0.9, recover_epochs: 2}
   - quantize: {calibration_images: 7}
   - concepts: {as: extractor, preset: tiny, inner: 32, epochs: 2}
+  - concepts: {as: finder, preset: tiny, inner: 32, pieces: 8}
+  - train: {as: read, from: finder, encoder: tuned, epochs: 3}
 """
 AMOUNT = Amount(images=30, captions=2.0, words=4.0, vocabulary=9, evaluated=0)
 
@@ -78,6 +80,8 @@ def test_epochs_are_passes(tmp_path, data):
     assert more["teacher"] == pytest.approx(30 * 3 * once)
     encoder = (more["tuned"] - more["teacher"]) / 90
     assert encoder == pytest.approx(estimate.count_macs(config).encoder)
+    finding = planned(tmp_path, data, "read.concept_weight=0.1")["read"] - spent["read"]
+    assert finding == pytest.approx(30 * 3 * 3 * estimate.count_macs(dataclasses.replace(config, concepts=8, alignment=(32, 384))).concepts)
     tuned = planned(tmp_path, data, "extractor.encoder=tuned")["extractor"]
     assert tuned - spent["extractor"] == pytest.approx(30 * (2 * 3 - 1) * encoder)  # three a picture in both epochs, instead of one ahead
     assert spent["matched"] - planned(tmp_path, data, "matched.match=tokens")["matched"] == pytest.approx(30 * once)

@@ -231,13 +231,13 @@ def test_a_file_that_a_later_stage_reads_is_missed_at_once(tmp_path):
                                          "with --set extractor.regions=FILE")
 
 
-@pytest.mark.parametrize("key, value", [("encoder_weights", "clip/RN50.safetensors"), ("tokenizer", "./bert"), ("fusion_weights", "bert/")])
+@pytest.mark.parametrize("key, value", [("encoder_weights", "clip/RN50.safetensors"), ("tokenizer", "./bert"), ("fusion_weights", "a/b/c")])
 def test_weights_that_can_only_be_a_path_are_missed_at_once(tmp_path, key, value):
     wanted = read(tmp_path, RECIPE, f"student.{key}={value}")
     result, stages, _ = go(tmp_path, wanted)
-    missed = f"key '{key}': there is no file {value}; put it there, or name another with --set student.{key}=FILE"
+    missed = f"key '{key}': there is no file or folder {value}; put it there, or name another with --set student.{key}=PATH"
     assert isinstance(result.error, DataError) and result.error.message.endswith(missed) and stages.runs == []
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="section 'student', key .*: there is no file"):
         pipeline.plan(wanted, tmp_path / "runs/chain", captions())
 
 
@@ -289,7 +289,8 @@ def test_a_full_disk_is_a_failure_like_others(tmp_path, monkeypatch):
         patch.setattr(pipeline, "_save", lambda run_, rows: (_ for _ in ()).throw(full))
         result, *_ = go(tmp_path)
     assert isinstance(result.error, StageError)
-    assert result.error.message.startswith("OSError: [Errno 28] No space left on device: 'there'; the last good artifact is ")
+    failed = "stage 'pruned' failed: OSError: [Errno 28] No space left on device: 'there'; the last good artifact is "
+    assert result.error.message.startswith(failed)
     assert go(tmp_path)[0].ok
 
 

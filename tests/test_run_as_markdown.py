@@ -35,10 +35,10 @@ def test_the_ledger_and_captions_chosen_by_number(tmp_path):
         assert cell in table[3]
     assert captions[0] == "| image | teacher | student | int8 |"
     assert [line.split()[1] for line in captions[2:]] == [f"{2 * turn}:" for turn in range(12)]  # every floor(26 / 12)-th
-    (tmp_path / "student" / "captions.val.json").rename(tmp_path / "away")  # as where runs/.cache was removed
+    assert captions[3] == "| 2: 2.jpg | teacher sees \\| 2 | student sees \\| 2 | int8 sees \\| 2 |"
+    (tmp_path / "student" / "captions.val.json").unlink()  # as where runs/.cache was removed
     done = printed(str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "what 'student' said is gone" in done.stderr
-    assert captions[3] == "| 2: 2.jpg | teacher sees \\| 2 | student sees \\| 2 | int8 sees \\| 2 |"
 
 
 def test_no_run_is_one_line(tmp_path):

@@ -316,6 +316,12 @@ def test_a_store_has_its_room_before_it_is_filled(tmp_path, monkeypatch):
         stored(tmp_path, "full", (1000, 1000), "float32", 1000, fill)
     assert not (tmp_path / "full.partial").exists()
 
+    def unable(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unable)
+    assert stored(tmp_path, "other", (2, 2), "float32", 2, lambda start, stop: np.ones((2, 2), np.float32)).sum() == 4
+
 
 def test_a_store_that_was_killed_before_its_first_block(tmp_path):
     with pytest.raises(Killed):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +93,8 @@ def _examples(splits: dict, place: str, folder: Path | None, column: str | None)
     captions: dict[str, list] = {}
     shares: dict[str, str] = {}
     contents: dict[str, Path | Callable[[], bytes]] = {}
-    carried: dict[tuple[str, str, str], str] = {}
+    digests: dict[str, str] = {}
+    inside = None if folder is None else folder.resolve()
     single = len(splits) == 1
     for split, rows in splits.items():
         pictures, text = _columns(rows.features, place, column)
@@ -104,15 +104,11 @@ def _examples(splits: dict, place: str, folder: Path | None, column: str | None)
         own = rows.select_columns([text, marked] if marked else [text])
         for number, row in enumerate(own):
             path = Path(files[number]) if files[number] else None
-            if folder is not None and path is not None and path.is_relative_to(folder.resolve()):
-                name, content = path.relative_to(folder.resolve()).as_posix(), path
+            if inside is not None and path is not None and path.is_relative_to(inside):
+                name, content = path.relative_to(inside).as_posix(), path
             else:
                 content = _bytes(raw, pictures, number)
-                picture = split, path.name if path else "", _digest(content)
-                name = f"{split}/{path.name if path else f'row-{number:06d}'}"
-                if path and name in contents:  # of another folder, which the hub's data sets do not name
-                    name = f"{split}/{path.stem}-{picture[2][:16]}{path.suffix}"
-                name = carried.setdefault(picture, name)
+                name = _named(split, path, number, content, contents, digests)
             found = row[text]
             captions.setdefault(name, []).extend(found if isinstance(found, list) else [found])
             contents.setdefault(name, content)
@@ -159,9 +155,24 @@ def _bytes(raw, pictures: str, number: int) -> Callable[[], bytes]:
     return content
 
 
+def _named(split: str, path: Path | None, number: int, content: Callable, contents: dict, digests: dict[str, str]) -> str:
+    """The name of a picture that row `number` carries. Rows with the same bytes under the same name, or under none, are one picture; the
+    hub's data sets name files without their folders, so that one name may be of several. `digests` grows with what had to be read."""
+    if path is None:
+        row, digest = f"{split}/row-{number:06d}", _digest(content)
+        return digests.setdefault(f"{split} {digest}", row) if digest else row
+    name = f"{split}/{path.name}"
+    if name not in contents:
+        return name
+    if name not in digests:
+        digests[name] = _digest(contents[name])
+    digest = _digest(content)
+    return name if digest in ("", digests[name]) else f"{split}/{path.stem}-{digest[:16]}{path.suffix}"
+
+
 def _digest(content: Callable[[], bytes]) -> str:
-    """SHA-256 of a picture; of what cannot be read, that of a picture of its own."""
+    """SHA-256 of a picture; of what cannot be read, nothing."""
     try:
         return hashlib.sha256(content()).hexdigest()
     except OSError:
-        return uuid.uuid4().hex
+        return ""

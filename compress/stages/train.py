@@ -81,13 +81,11 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         trained["matching"] = matching
         groups.append(Group(list(matching.parameters()), config.new_learning_rate or config.learning_rate))
     if tuned:
-        trained["encoder"] = model.encoder.requires_grad_(True)
-        if words is not None:
-            trained["words"] = words
-        if wanted is not None:
-            trained["alignment"] = model.alignment.requires_grad_(True)
-        encoder = [parameter for part in ("encoder", "words", "alignment") if part in trained for parameter in trained[part].parameters()]
-        groups.append(Group(encoder, config.encoder_learning_rate))
+        beside = {"encoder": model.encoder, "words": words, "alignment": model.alignment if wanted is not None else None}
+        beside = {name: part.requires_grad_(True) for name, part in beside.items() if part is not None}
+        trained.update(beside)
+        parameters = [parameter for part in beside.values() for parameter in part.parameters()]
+        groups.append(Group(parameters, config.encoder_learning_rate))
     steps = data.steps(config.epochs, config.batch_images)
     with folded(model.encoder, model.config.image_size):
         fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import numpy as np
 
 from compress.context import Task
 from compress.process import only_writer
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def found(folder: Path, key: str) -> np.ndarray | None:
@@ -46,7 +49,8 @@ def make(
             done = json.loads(state.read_text())["rows"]
             array = np.lib.format.open_memmap(partial, mode="r+")
         else:
-            array = allocated(partial, shape, dtype)
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+        allocate(partial)
         task.resume(done)
         for start in range(done, shape[0], rows):
             stop = min(start + rows, shape[0])
@@ -61,15 +65,15 @@ def make(
         state.unlink(missing_ok=True)
 
 
-def allocated(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
-    """A new array on disk whose bytes the disk has set aside: a memory map that finds it full as it is written ends the process (SIGBUS).
-    OSError where there is no room, and no file then."""
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+def allocate(path: Path) -> None:
+    """Has the disk set aside all bytes of a file: a memory map that finds it full as it is written ends the process (SIGBUS). OSError where
+    there is no room, and no file then."""
+    size = path.stat().st_size
     try:
         with path.open("r+b") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        path.unlink()
-        raise OSError(error.errno, f"{error.strerror}: {array.nbytes / 1e9:.3g} GB are needed", str(path)) from None
-    return array
+        if error.errno in FULL:  # other errors are of file systems that cannot do this
+            path.unlink()
+            raise OSError(error.errno, f"{error.strerror}: {size / 1e9:.3g} GB are needed", str(path)) from None
