@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.config import Recipe, Stage
+from compress.config import Recipe, Stage, references
 from compress.data import CaptionSet
 from compress.data.concepts import Mentions
 from students.lightcap import LightCap
@@ -37,7 +37,7 @@ def vocabulary_of(recipe: Recipe, stage: Stage) -> str | None:
     """The file of concepts that the captioner of `stage` was taught to find; None for the shipped ones."""
     stages = {other.name: other for other in recipe.stages}
     while stage.kind != "concepts":
-        stage = stages[stage.parent or (getattr(stage.config, "extractor", None) or stage.config.teachers[0])]
+        stage = stages[stage.parent or references(stage.config)[0]]
     return stage.config.vocabulary
 
 
