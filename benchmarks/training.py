@@ -41,7 +41,7 @@ from compress.recipe import read_recipe  # noqa: E402
 from compress.stages import distill, train  # noqa: E402
 from compress.training.batches import IGNORED, Batch, Captions, order, pack  # noqa: E402
 from compress.training.features import device, normalised  # noqa: E402
-from compress.training.loop import Group, linear, optimizer_of, precision  # noqa: E402
+from compress.training.loop import Group, linear, optimizer_of, settled  # noqa: E402
 from compress.training.losses import token_loss  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap import LightCap  # noqa: E402
@@ -233,7 +233,7 @@ class Peak:
 
     def __init__(self) -> None:
         where = device()
-        kind = torch.bfloat16 if precision("auto", where)._enabled else torch.float32
+        kind = torch.bfloat16 if settled("auto", where) == "bf16" else torch.float32
         self.operands = [[torch.randn(size, device=where).to(kind) for size in ((m, k), (k, n))] for m, k, n in PEAK_SHAPES]
         self.rates: list[list[float]] = [[] for _ in PEAK_SHAPES]
 
@@ -351,10 +351,9 @@ def main() -> None:
                 f" GFLOP/s: {100 * row['share_of_peak']:.0f} % of the peak"
             )
     where = device()
-    bf16 = precision("auto", where)._enabled
     machine = {
         "processor": torch.cuda.get_device_name() if where.type == "cuda" else processor(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "precision": "bf16" if bf16 else "fp32", "weights": "pretrained" if real else "random",
+        "torch": torch.__version__, "precision": settled("auto", where), "weights": "pretrained" if real else "random",
         "images": arguments.images, "captions_per_image": CAPTIONS,
     }  # fmt: skip
     print(json.dumps({"rows": rows, "ratios": ratios, "machine": machine}))

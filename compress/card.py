@@ -70,7 +70,7 @@ def _numbers(row: Mapping) -> list[tuple[str, str]]:
         ("BLEU-4 x100", number("bleu4", ".1f")),
         ("ROUGE-L x100", number("rouge_l", ".1f")),
         ("precision of the concepts found", number("concept_precision", ".1%")),
-        ("recall of the concepts in val's captions", number("concept_recall", ".1%")),
+        (f"recall of the concepts in {row.get('split') or '?'}'s captions", number("concept_recall", ".1%")),
         ("parameters", number("params", ",.0f")),
         ("GMACs per caption", number("gmacs_caption", ".3f")),
         ("MB on disk needed to caption", number("bytes", ".2f", 1e6)),

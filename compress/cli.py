@@ -1,7 +1,7 @@
 """The `lightcap` command. Each command loads what it needs when it runs, so that `--help` and wrong input answer at once.
 
 Standard output is the command's result, one JSON document under `--json`; progress and errors go to standard error. Exit status: 0; 1 a
-failed stage, a missed gate or an unreadable image; 2 wrong input; 130 stopped from the keyboard.
+failed stage, a missed gate or limit, an unreadable image or a missing package; 2 wrong input; 130 stopped from the keyboard.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from compress.errors import DataError, LightcapError, UsageError, expected, near
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
-out_folder = click.option(
-    "--out", type=click.Path(path_type=Path), help="The run's folder (default: runs/NAME); artifacts are kept beside it, in .cache."
-)
+
+
+def out_option(default: str = "runs/NAME", what: str = "The run's folder"):
+    text = f"{what} (default: {default}); artifacts are kept beside it, in .cache."
+    return click.option("--out", type=click.Path(path_type=Path), help=text)
+
+
 beam_width = click.option("--beam", type=click.IntRange(min=1), default=5, show_default=True, help="Beam width of decoding.")
 java_metrics = click.option("--java", is_flag=True, help="METEOR and SPICE too, which need Java and the extra 'coco'.")
 
@@ -142,7 +146,7 @@ def recipes_command(as_json: bool) -> None:
 @cli.command("plan")
 @click.argument("recipe")
 @settings
-@out_folder
+@out_option()
 @as_json
 def plan_command(recipe: str, sets: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Show what a run would do and what is cached; nothing is run. Example: lightcap plan photos --set pruned.macs=0.5"""
@@ -160,7 +164,7 @@ def plan_command(recipe: str, sets: tuple[str, ...], out: Path | None, as_json: 
 @cli.command("run")
 @click.argument("recipe")
 @settings
-@out_folder
+@out_option()
 @as_json
 @click.pass_context
 def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Path | None, as_json: bool) -> None:
@@ -211,7 +215,7 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
 @click.argument("recipe")
 @click.option("--vary", multiple=True, required=True, metavar="NAME.KEY=A,B,...", help="Values to try, each in a run; repeatable.")
 @settings
-@out_folder
+@out_option(what="What the runs' folders begin with: each has its settings behind it")
 @as_json
 @click.pass_context
 def sweep_command(
@@ -234,7 +238,7 @@ def sweep_command(
 @click.option("--max-ms", type=click.FloatRange(min=0, min_open=True), help="Milliseconds a caption, as in its row.")
 @click.option("--max-drop-cider", type=click.FloatRange(min=0), help="CIDEr that may be lost against what is pruned.")
 @settings
-@out_folder
+@out_option("runs/NAME-fit")
 @as_json
 @click.pass_context
 def fit_command(
@@ -366,7 +370,7 @@ def profile_command(model: str, tokens: int, as_json: bool) -> None:
 
 @cli.command("export")
 @click.argument("model")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write; it must not be there yet.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write; it must not be there yet, or be empty.")
 @as_json
 def export_command(model: str, out: Path, as_json: bool) -> None:
     """Write a folder that captions by itself, without torch or lightcap. Example: lightcap export runs/photos --out captioner"""

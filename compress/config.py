@@ -1,7 +1,7 @@
 """What a recipe may say: one frozen dataclass per section and per stage key. Units stand in the names.
 
-A field's type is what YAML must hold there; its default is what is used when the recipe is silent. `as` and `from` belong to every stage
-and are handled by `compress.recipe`. No torch is imported here: `lightcap plan` answers at once.
+A field's type is what YAML must hold there; its default is what is used when the recipe is silent. `as`, `from` and `against` belong
+to every stage and are handled by `compress.recipe`. No torch is imported here: `lightcap plan` answers at once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """The model to deploy, and the image encoder and tokenizer that every model of the recipe shares. None means the preset's own."""
+    """The model to deploy, and the image encoder and tokenizer that every model of the recipe shares. Of sizes, None means the preset's
+    own; they hold for this preset, not for another that a stage names. Weights are a word (`imagenet`, `openai`, `minilm`), a path, or a
+    name on the hub."""
 
     preset: str = "lightcap"
     encoder: str | None = None
-    encoder_weights: str | None = None
-    fusion_weights: str | None = None
-    tokenizer: str | None = None
+    encoder_weights: str | None = None  # none: drawn anew
+    fusion_weights: str | None = None  # none: drawn anew, or in 'distill' the first teacher's layers
+    tokenizer: str | None = None  # that of the fusion's weights where the section names some, else the shipped word pieces of English
     layers: int | None = None
     hidden: int | None = None
     attention_heads: int | None = None
@@ -47,20 +49,24 @@ class Student:
 class Optimisation:
     """AdamW on a linear schedule with warm-up, as in Oscar and VinVL. Batches are counted in images, each with all its captions."""
 
-    epochs: float = 1.0
     batch_images: int = 32
-    learning_rate: float = 3e-4
-    warmup: float = 0.05
-    final_learning_rate: float = 0.02
-    weight_decay: float = 0.05
+    learning_rate: float = 3e-4  # the highest
+    warmup: float = 0.05  # a share of the steps
+    final_learning_rate: float = 0.02  # a share of the highest
+    weight_decay: float = 0.05  # of matrices; none of biases and norms
     dropout: float = 0.1
-    clip_norm: float = 1.0
-    precision: str = "auto"
-    seed: int | None = None
+    clip_norm: float = 1.0  # of all gradients together
+    precision: str = "auto"  # fp32 or bf16: on a CPU, the one that it multiplies faster in
+    seed: int | None = None  # the recipe's if absent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding(Optimisation):
+class Training(Optimisation):
+    epochs: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding(Training):
     """Training that may tune the image encoder, too."""
 
     encoder: str = "frozen"
@@ -78,13 +84,13 @@ class Concepts(Encoding):
     precision: str = "fp32"
     preset: str | None = None
     vocabulary: str | None = None  # a file with a concept a line; the shipped list if absent
-    text_encoder: str | None = None
-    inner: int = 1024
+    text_encoder: str | None = None  # minilm, openai or a file of CLIP RN50's; if absent, CLIP's beside CLIP's encoder, else minilm
+    inner: int = 1024  # width of the alignment's hidden layer
     pieces: int = 20  # that concepts fill in the prefix; 0 takes the parent's extractor away
     regions: str | None = None  # labelled ones: Visual Genome's objects.json, COCO's instances
     boxes: str | None = None  # a detector's, COCO's results format: what training looks at in place of windows
     image_sizes: str | None = None  # COCO's JSON or Visual Genome's image_data.json
-    region_weight: float = 1.0
+    region_weight: float = 1.0  # of the labelled regions' loss, beside that of the captions' words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +104,14 @@ class Train(Encoding):
     extractor: str | None = None  # the stage whose image encoder and concept extractor a new captioner takes
     modulator: int | None = None  # inner width; 0: none
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
-    grid_dropout: float = 0.0
+    grid_dropout: float = 0.0  # of the features of the grid
     matching_weight: float = 0.0  # of telling replaced concepts from a picture's own
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
     concept_weight: float = 0.0  # of finding concepts, as in 'concepts', while the encoder is tuned: an extractor left as it was finds less
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(Optimisation):
+class Distill(Training):
     """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher."""
 
     teachers: tuple[str, ...] = ()
@@ -116,23 +122,23 @@ class Distill(Optimisation):
     ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)
-    match_epochs: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 16
-    token_weight: float = 0.8
+    match_epochs: float = 1.0  # the first ones, in which hidden states and attention are matched
+    temperature: float = 1.0  # of the teachers' and the student's distributions
+    top_k: int = 16  # pieces of a teacher's distribution that are kept; the rest is one class
+    token_weight: float = 0.8  # of the teachers' tokens; the captions' own have what is left to 1
     hidden_weight: float = 1.0
     attention_weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scst(Optimisation):
+class Scst(Training):
     """CIDEr optimisation: `samples` captions drawn per image, each rewarded against the mean of the others or the greedy caption."""
 
     learning_rate: float = 1e-5
     samples: int = 5
     draw: str = "samples"  # by chance, at `temperature`; or the hypotheses of a beam search
     temperature: float = 1.0
-    baseline: str = "mean"
+    baseline: str = "mean"  # of the other samples; or greedy, the greedy caption's reward
     flip: bool = False  # mirrors half of the pictures
     crop: float = 0.0  # cuts up to this share off the sides of pictures
 
@@ -149,7 +155,7 @@ class Vocabulary:
     """Keeps the word pieces that training captions use, and every single character."""
 
     keep: str = "seen"
-    min_count: int = 1
+    min_count: int = 1  # in all training captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,16 +171,16 @@ class Prune(Optimisation):
     parts: tuple[str, ...] = ("encoder", "fusion", "concepts")
     layers: int | None = None  # of the fusion, that stay: those whose absence moves the captions least leave first
     importance: str = "caption"  # what ranks channels (compress/stages/prune/importance.py)
-    ratios: str = "importance"  # what compares parts: that alone, or corrected by how far half of each moves captions (sensitivity.py)
+    ratios: str = "importance"  # what compares parts: that, or corrected by how far captions move without half of each
     steps: int = 1
-    round_to: int = 8
+    round_to: int = 8  # widths that stay are multiples of it
     recover_epochs: float = 1.0
     recover_encoder_epochs: float = 1.0
     encoder_learning_rate: float = 1e-3
     flip: bool = False  # mirrors half of the pictures, while the encoder recovers
     crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder recovers
     label_smoothing: float = 0.1
-    temperature: float = 1.0
+    temperature: float = 1.0  # as in 'distill': the parent teaches what is left of it
     top_k: int = 16
     token_weight: float = 0.8
     max_drop_cider: float | None = None
@@ -197,7 +203,7 @@ class Quantize:
     tune_epochs: float = 0.0  # of quantization-aware fine-tuning; without trials, always
     tune_learning_rate: float = 1e-5
     sensitivity: bool = False  # writes what each part loses in INT8, sensitivity.json
-    max_weight_ratio: float = 0.35
+    max_weight_ratio: float = 0.35  # bytes of INT8 over fp32 weights at most
     max_drop_cider: float | None = None
 
 

@@ -22,6 +22,10 @@ def _concepts(config: Concepts, parent: str | None) -> Iterator[tuple[str, str]]
         yield "encoder", "is not trained where the extractor is taken away (pieces: 0): leave it out"
     if config.boxes and not config.image_sizes:
         yield "boxes", "are in pixels: give the pictures' sizes, too (image_sizes: COCO's JSON or Visual Genome's image_data.json)"
+    if config.image_sizes and not (config.regions or config.boxes):
+        yield "image_sizes", "are of pictures with regions or boxes, and there are none: leave it out"
+    if config.region_weight != Concepts.region_weight and not config.regions:
+        yield "region_weight", "is of labelled regions: name their file (regions: FILE), or leave it out"
     for key in ("regions", "boxes"):
         if getattr(config, key) and (config.flip or config.crop):
             yield key, "are places in pictures as they are, which flip and crop move: leave either these or those out"
@@ -71,6 +75,10 @@ def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
         yield "ensemble", f"{config.ensemble} is of heads that match tokens; add tokens to 'match', or leave it out"
     if config.match_epochs != Distill.match_epochs and not {"hidden", "attention"} & set(config.match):
         yield "match_epochs", "is of hidden states and attention; add them to 'match', or leave it out"
+    for key, of in (("token_weight", "tokens"), ("temperature", "tokens"), ("top_k", "tokens"), ("hidden_weight", "hidden"),
+                    ("attention_weight", "attention")):  # fmt: skip
+        if getattr(config, key) != getattr(Distill, key) and of not in config.match:
+            yield key, f"is of matching {of}; add {of} to 'match', or leave it out"
 
 
 def _scst(config: Scst, parent: str | None) -> Iterator[tuple[str, str]]:
@@ -98,6 +106,10 @@ def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
         for key in ("flip", "crop"):
             if getattr(config, key):
                 yield key, "disturbs pictures while the encoder recovers; here it does not (parts, recover_encoder_epochs): leave it out"
+        if config.encoder_learning_rate != Prune.encoder_learning_rate:
+            yield "encoder_learning_rate", "is of an encoder that recovers; here it does not (parts, recover_encoder_epochs): leave it out"
+    if "encoder" not in config.parts and config.recover_encoder_epochs not in (0, Prune.recover_encoder_epochs):
+        yield "recover_encoder_epochs", "are of a pruned encoder; add encoder to 'parts', or leave it out"
 
 
 def _quantize(config: Quantize, parent: str | None) -> Iterator[tuple[str, str]]:

@@ -94,7 +94,7 @@ def counted(work: Callable[[], object]) -> tuple[int, int]:
 
 
 def parameters_by_part(model: LightCap) -> dict[str, int]:
-    """Numbers of parameters. The output projection is the word embedding and is counted once, in `fusion`."""
+    """Numbers of parameters. The output projection is the word embedding and is counted once, in `embeddings`."""
     grid = sum(p.numel() for p in model.fusion.grid.parameters())
     parts = {
         "encoder": count(model.encoder),

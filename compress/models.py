@@ -1,4 +1,4 @@
-"""What MODEL means: an artifact's folder, a run's folder (the artifact of its last ledger row), or a name on the hub."""
+"""What MODEL means: an artifact's folder, a run's folder (that of the last captioner in its ledger), or a name on the hub."""
 
 from __future__ import annotations
 

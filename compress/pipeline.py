@@ -221,9 +221,12 @@ def _gate(stage: Stage, row: Mapping, made: Artifact) -> None:
 
 
 def _explained(error: LightcapError, artifacts: Mapping, rows: list[dict]) -> LightcapError:
-    """A stage's error with the last artifact that is good: of the last row in the ledger."""
-    if isinstance(error, UsageError) and not rows:
-        return error
+    """A stage's error with the last artifact that is good: of the last row in the ledger. With rows there it is a run that failed, whatever
+    its reason, and no longer one that wrote nothing."""
+    if isinstance(error, UsageError):
+        if not rows:
+            return error
+        error = StageError(error.message)
     good = [row["name"] for row in rows if row["name"] in artifacts]
     kept = f"the last good artifact is '{good[-1]}': {artifacts[good[-1]].path}" if good else "no artifact was finished before it"
     return type(error)(f"{error.message}; {kept}")

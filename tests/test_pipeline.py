@@ -309,7 +309,7 @@ def test_input_that_goes_away_while_a_stage_is_measured_costs_no_training(tmp_pa
             return super().measure(artifact, against, context)
 
     result, stages, _ = go(tmp_path, evaluation=Gone())
-    assert result.error.exit_code == 2 and "stage 'student': val.jpg cannot be read" in result.error.message
+    assert result.error.exit_code == 1 and "stage 'student': val.jpg cannot be read; the last good artifact is " in result.error.message
     assert stages.runs[-1] == "student"
     finished, again, _ = go(tmp_path)
     assert finished.ok and "student" not in again.runs and "pruned" in again.runs
