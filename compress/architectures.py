@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from compress.config import Average, Concepts, Distill, Encoding, Prune, Recipe, Stage, Train
+from compress.config import Average, Concepts, Distill, Encoding, Prune, Recipe, Stage, Train, Vocabulary, references
 from compress.errors import RecipeError
 from compress.training.distillation import feed_forward
 from compress.training.start import captioner_config
@@ -24,10 +24,12 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
     """
     models: dict[str, LightCapConfig] = {}
     encoders: dict[str, str] = {}
+    narrowed: dict[str, bool] = {}
     for stage in recipe.stages:
         try:
             models[stage.name] = _architecture(recipe, stage, models, vocabulary)
             encoders[stage.name] = _encoder(recipe, stage, encoders)
+            narrowed[stage.name] = _narrowed(stage, narrowed)
         except ValueError as error:
             raise RecipeError(f"{stage.place}stage '{stage.name}': {error}") from None
     return models
@@ -37,8 +39,10 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
     config = stage.config
     parent = models.get(stage.parent)
     if isinstance(config, Distill):
-        model = _student(recipe, config, parent, models[config.teachers[0]], vocabulary)
+        teacher = models[config.teachers[0]]
+        model = _student(recipe, config, parent, teacher, vocabulary)
         _check_heads(config, model.heads)
+        _check_states(config, model, teacher)
     elif parent is None:
         like = models.get(getattr(config, "extractor", None))
         name = getattr(config, "preset", None) or recipe.student.preset
@@ -62,9 +66,9 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
     elif isinstance(config, Concepts):
         text = 384 if (config.text_encoder or default_text_encoder(model.encoder)) == "minilm" else 1024
         model = dataclasses.replace(model, concepts=config.pieces, alignment=(config.inner, text))
-        if model.positions < (needed := PREFIX_POSITION + model.prefix):
-            most = model.positions - PREFIX_POSITION - model.grid**2
-            raise ValueError(f"pieces: {config.pieces} need {needed} positions, and there are {model.positions}; at most {most} fit")
+    if model.positions < (needed := PREFIX_POSITION + model.prefix):
+        most = model.positions - PREFIX_POSITION - model.grid**2
+        raise ValueError(f"pieces: {model.concepts} need {needed} positions, and there are {model.positions}; at most {most} fit")
     return model
 
 
@@ -87,6 +91,17 @@ def _encoder(recipe: Recipe, stage: Stage, encoders: Mapping[str, str]) -> str:
     if stage.parent or getattr(config, "extractor", None):
         return encoders[stage.parent or config.extractor]
     return stage.name if recipe.student.encoder_weights in (None, "none") else ""
+
+
+def _narrowed(stage: Stage, narrowed: Mapping[str, bool]) -> bool:
+    """Whether a `vocabulary` stage has cut the word pieces of what `stage` makes. ValueError where it would take concepts, which are word
+    pieces, or a teacher's tokens from a captioner of others."""
+    own = isinstance(stage.config, Vocabulary) or (stage.parent is not None and narrowed[stage.parent])
+    for name in references(stage.config):
+        if narrowed[name] != own:
+            which = "cut by a 'vocabulary' stage, and its own are not" if narrowed[name] else "whole, and its own are cut ('vocabulary')"
+            raise ValueError(f"the word pieces of '{name}' are {which}; name a stage on the same side of it")
+    return own
 
 
 def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, teacher: LightCapConfig, vocabulary: int) -> LightCapConfig:
@@ -115,6 +130,15 @@ def _check_heads(config: Distill, heads: int) -> None:
         raise ValueError(f"{len(config.teachers)} teachers for {heads} heads; name one, or one per head")
     if config.ensemble != "each" and heads == 1:
         raise ValueError(f"ensemble: {config.ensemble} is of several heads; leave it out here")
+
+
+def _check_states(config: Distill, model: LightCapConfig, teacher: LightCapConfig) -> None:
+    if {"hidden", "attention"} & set(config.match) and (model.mask_piece is None) != (teacher.mask_piece is None):
+        one, other = ("causal" if each.mask_piece is None else "masked" for each in (model, teacher))
+        raise ValueError(f"match: hidden states and attention of a {one} student and a {other} teacher are of other places; match tokens")
+    if "attention" in config.match and model.prefix != teacher.prefix:
+        raise ValueError(f"match: attention is over prefixes of {model.prefix} tokens here and of {teacher.prefix} in the first teacher; "
+                         "take attention out of 'match', or give both the same concepts")
 
 
 def _check_onward(config: Train, model: LightCapConfig) -> None:

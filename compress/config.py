@@ -282,7 +282,7 @@ RANGES = {
     "match_epochs": NOT_NEGATIVE,
     "temperature": ABOVE_ZERO,
     "top_k": COUNT,
-    "token_weight": NOT_NEGATIVE,
+    "token_weight": WHOLE,
     "word_weight": NOT_NEGATIVE,
     "concept_weight": NOT_NEGATIVE,
     "matching_weight": NOT_NEGATIVE,

@@ -69,6 +69,8 @@ def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
         yield "ffn_share", f"is of a new student, but this stage goes on from '{parent}'; leave it out"
     elif config.ffn_share and config.init == "weights":
         yield "ffn_share", "narrows the first teacher's layers, but this student starts from fusion_weights: set init: teacher"
+    if config.init != Distill.init and parent is not None:
+        yield "init", f"is of a new student, but this stage goes on from '{parent}'; leave it out"
     if config.ensemble == "all" and len(config.teachers) == 1:
         yield "ensemble", "all is of several teachers; leave it out with one"
     if config.ensemble != "each" and "tokens" not in config.match:

@@ -37,7 +37,7 @@ def parts(
     sources, libraries = imported(modules, root)
     several = {"processes": processes} if processes > 1 else {}
     student = {key: value for key, value in whole["student"].items() if key in read_of_student(stage, recipe.student)}
-    files = digests(settings | student)
+    files = digests(student) | digests(settings)  # what a stage names itself stands in for the section's
     if stage.kind == "concepts" and "vocabulary" not in files:
         files["vocabulary"] = file_digest(SHIPPED)
     looked = {"split": recipe.data.val_split, "against": locks.get(stage.against)} if chooses else {}

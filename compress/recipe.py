@@ -293,6 +293,10 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             if against not in kinds or kinds[against] == "concepts":
                 earlier(against, chosen, "against")
                 raise RecipeError(f"{chosen.place}key 'against': '{against}' has no captions to compare with")
+        if kinds.get(against) == "concepts" and getattr(config, "max_drop_cider", None) is not None:
+            key = settings.get("max_drop_cider")
+            raise RecipeError(f"{key.place if key else place}key 'max_drop_cider': '{against}', which '{name}' would be compared with, has "
+                              "no captions; name a stage that has (against: NAME)")
         stages.append(Stage(kind, name, parent, config, against, place))
         kinds[name] = kind
     return tuple(stages)

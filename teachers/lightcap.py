@@ -21,6 +21,9 @@ class LightCapTeacher:
     def mask_piece(self) -> int | None:
         return self.model.config.mask_piece
 
+    def own_pieces(self) -> list[int]:
+        return self.model.own_pieces()
+
     def narrow(self, keep: Tensor) -> None:
         """Scores the word pieces `keep` alone from here on: the logits of all others are not computed."""
         self.model.narrow(keep)

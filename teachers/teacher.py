@@ -20,6 +20,10 @@ class Teacher(Protocol):
     prefix: int
     mask_piece: int | None
 
+    def own_pieces(self) -> list[int]:
+        """The word pieces that it puts into its own input, such as those of concepts: it cannot be narrowed without them."""
+        ...
+
     def narrow(self, keep: Tensor) -> None:
         """Scores the word pieces `keep` (ids) alone from here on."""
         ...

@@ -68,6 +68,17 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
         ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
         ("  - prune: {as: x, macs: 0.5, layers: 2}\n", "stage 'x': layers: 2 shall stay of 2; name less, or leave it out"),
         ("  - concepts: {as: x, from: teacher, pieces: 40}\n", "stage 'x': pieces: 40 need 129 positions, and there are 128; at most 39"),
+        ("  - concepts: {as: e, preset: lightcap, pieces: 45}\n  - train: {as: x, preset: tiny, extractor: e}\n",
+         "stage 'x': pieces: 45 need 134 positions, and there are 128; at most 39"),
+        ("  - train: {as: next, preset: tiny}\n  - distill: {as: x, from: next, teachers: teacher, match: [tokens, hidden]}\n",
+         "stage 'x': match: hidden states and attention of a causal student and a masked teacher are of other places; match tokens"),
+        ("  - concepts: {as: e, preset: tiny, pieces: 6}\n  - train: {as: reads, preset: tiny, extractor: e, objective: masked}\n"
+         "  - distill: {as: x, from: reads, teachers: teacher, match: [tokens, attention]}\n",
+         "stage 'x': match: attention is over prefixes of 31 tokens here and of 25 in the first teacher"),
+        ("  - concepts: {as: e, preset: tiny, pieces: 6}\n  - vocabulary: {}\n  - train: {as: x, preset: tiny, extractor: vocabulary}\n",
+         "stage 'x': the word pieces of 'vocabulary' are cut by a 'vocabulary' stage, and its own are not; name a stage on the same side"),
+        ("  - vocabulary: {}\n  - distill: {as: x, from: vocabulary, teachers: teacher}\n",
+         "stage 'x': the word pieces of 'teacher' are whole, and its own are cut"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, stages, what):

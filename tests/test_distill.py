@@ -20,7 +20,7 @@ from compress.training.losses import token_loss
 from compress.training.start import new_captioner, write_captioner
 from students.lightcap import LightCap, preset
 from students.lightcap.bert import copy_layers
-from students.lightcap.tokenizer import load_tokenizer, narrowed, pieces_of, read_tokenizer
+from students.lightcap.tokenizer import load_tokenizer, narrowed, pieces_of, read_tokenizer, word_pieces
 
 STUDENT = Student(preset="tiny", heads=3)
 ALL = ("tokens", "hidden", "attention")
@@ -120,6 +120,7 @@ def test_the_same_seed_gives_the_same_student(run):
     assert first.digest() == again.digest() != other.digest()
     tokens = run(dataclasses.replace(config, match=("tokens",)), name="d")
     assert tokens.digest() != first.digest()  # hidden states and attention were compared
+    assert run(dataclasses.replace(config, match_epochs=0.0), name="e").digest() == tokens.digest()
 
 
 def test_one_teacher_teaches_every_head(run, teachers):
@@ -234,6 +235,31 @@ def test_vocabulary_keeps_what_training_captions_use(scenes, teachers, tmp_path)
     spelled = [pieces_of(tokenizer)[i] for i in after[-1][1:-1]]
     assert spelled == ["a", "z", "##e", "##b", "##r", "##a"]  # never seen, and still said
     assert decode_caption(tokenizer, after[-1]) == "a zebra"
+
+
+def test_what_is_kept_ends_captions_and_serves_others(teachers, scenes, tmp_path):
+    """Where every caption is cut off, none has [SEP]; a teacher's own pieces are in no caption."""
+    model, tokenizer, settings = distill.read_captioner(teachers["teacher"].path)
+    model.config = dataclasses.replace(model.config, max_tokens=1)
+    context = Context(None, None, scenes, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(quiet=True))
+    assert {2, 3, 7000} <= set(corpus(model, tokenizer, settings, context, beside={7000}).keep.tolist())
+    assert 7000 not in corpus(model, tokenizer, settings, context).keep
+
+
+def test_a_smaller_vocabulary_splits_and_joins_as_the_whole_one(tmp_path):
+    """A cased tokenizer.json stays cased."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "A", "dog", "in", "Paris", "cat", "P", "##a"]
+    settings = json.loads(word_pieces(pieces).to_str())
+    settings["normalizer"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    whole = read_tokenizer(tmp_path / "tokenizer.json")
+    small = narrowed(whole, [i for i in range(len(pieces)) if i != 9])
+    assert small.encode("A dog in Paris", add_special_tokens=False).tokens == ["A", "dog", "in", "Paris"]
+    assert pieces_of(small) == [piece for piece in pieces if piece != "cat"] and small.token_to_id("[MASK]") == 4
+    assert small.encode("cat", add_special_tokens=False).tokens == ["[UNK]"]
+    assert small.decode([5, 6, 7, 8, 3], skip_special_tokens=True) == "A dog in Paris"
+    lower = word_pieces([*pieces[:5], "a", "dog"])
+    assert narrowed(lower, range(7)).to_str() == lower.to_str()
 
 
 def test_layers_start_from_the_layers_they_learn_from():

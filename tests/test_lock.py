@@ -96,9 +96,20 @@ def test_a_file_that_a_setting_names_is_in_the_lock(tmp_path):
     assert locks_of(tmp_path, text) == seen[-1]
 
 
+def test_the_weights_that_a_stage_names_itself_are_in_its_lock(tmp_path):
+    """Not those of the student section, which it does not load."""
+    for name in ("own", "section"):
+        (tmp_path / name).write_text("weights")
+    text = f"student: {{preset: tiny, fusion_weights: {tmp_path / 'section'}}}\nstages:\n"
+    text += f"  - train: {{as: a, fusion_weights: {tmp_path / 'own'}}}\n"
+    base = locks_of(tmp_path, text)
+    (tmp_path / "own").write_text("others")
+    assert locks_of(tmp_path, text)["a"] != base["a"]
+
+
 @pytest.mark.parametrize("key", ["vocabulary", "regions", "boxes", "image_sizes", "text_encoder"])
 def test_every_file_of_an_extractor_is_in_the_lock(tmp_path, key):
-    named = {"image_sizes": tmp_path / "sizes.json"} | {key: tmp_path / "file"}
+    named = {"regions": tmp_path / "objects.json", "image_sizes": tmp_path / "sizes.json"} | {key: tmp_path / "file"}
     text = "stages:\n  - concepts: {as: a, " + ", ".join(f"{name}: {path}" for name, path in named.items()) + "}\n"
     (tmp_path / "sizes.json").write_text("{}")
     (tmp_path / "file").write_text("dog")

@@ -321,6 +321,10 @@ def test_more_training_scenes_leave_the_others_as_they_are():
     assert len({few.fingerprint, many.fingerprint}) == 2
 
 
+def test_the_split_that_is_measured_on_has_the_number_that_was_asked_for():
+    assert load(Data(train_images=10, val_images=5, val_split="test")).splits() == {"train": 10, "val": 500, "test": 5}
+
+
 def test_fingerprint_follows_seed_and_size():
     base = Data(train_images=10, val_images=5)
     again = Data(train_images=10, val_images=5, captions=None)

@@ -50,7 +50,7 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
             raise RecipeError(f"teacher '{name}': its vocabulary is not the student's; tokens cannot be distilled between them")
     if parent is None and config.init == "teacher":
         start_from(model, first, [read_captioner(source.path)[0] for source in sources])
-    data = corpus(model, tokenizer, settings, context)
+    data = corpus(model, tokenizer, settings, context, beside={piece for teacher in teachers for piece in teacher.own_pieces()})
     for teacher in teachers:
         teacher.narrow(data.keep)
     taught = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,14 +72,16 @@ def disturbed(pictures: Tensor, flip: bool, crop: float) -> Tensor:
 
 
 def corpus(
-    model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False, flip: bool = False, crop: float = 0.0
+    model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False, flip: bool = False, crop: float = 0.0,
+    beside: Iterable[int] = (),
 ) -> Corpus:
     """The train split of `context.data` for `model`. `tuned`: the encoder is trained too, so pictures are encoded in every step, after
-    `disturbed`; otherwise their grids are computed once."""
+    `disturbed`; otherwise their grids are computed once. `beside`: word pieces that are kept for others, such as a teacher's own."""
     data = context.data.split("train")
     encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
     used = {piece for captions in encoded for caption in captions for piece in caption}
-    keep = torch.tensor(sorted(used.union(model.own_pieces())))
+    ends = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))  # where all captions are cut off, none has [SEP]
+    keep = torch.tensor(sorted(used.union(model.own_pieces(), beside, ends)))
     place = {int(piece): index for index, piece in enumerate(keep)}
     captions = Captions.of([[[place[piece] for piece in caption] for caption in captions] for captions in encoded])
     key = "" if tuned else grids_key(model, data, settings)

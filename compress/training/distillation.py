@@ -78,7 +78,7 @@ def distil(
             nn.init.zeros_(linear.bias)
         maps.to(where)
     batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
-    matched = data.steps(goal.match_epochs, config.batch_images) if states else 0
+    matched = data.steps(goal.match_epochs, config.batch_images) if states and goal.match_epochs else 0
 
     def loss_of(step: int) -> Tensor:
         batch = batch_of(step)

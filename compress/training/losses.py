@@ -33,7 +33,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
 
 def attention_loss(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
     """Mean squared error of the caption's attention rows, (B, heads, T, S), summed over S; averaged over heads first where the two have
-    different numbers of them (TinyBERT, equation 7)."""
+    different numbers of them (TinyBERT, equation 7, but of the softmax's rows: what its authors fit are the scores before it)."""
     if student.shape[1] != teacher.shape[1]:
         student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
     squared = (student - teacher).square().sum(-1).mean(1)

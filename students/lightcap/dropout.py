@@ -18,7 +18,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        level = round(self.p * 256)
+        level = min(255, round(self.p * 256))
         if x.device.type != "cpu" or level == 0:
             return F.dropout(x, self.p, training=True)
         source = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))

@@ -119,10 +119,14 @@ def keep_pieces(tokenizer: Tokenizer, seen: Iterable[int]) -> list[int]:
 
 
 def narrowed(tokenizer: Tokenizer, keep: Sequence[int]) -> Tokenizer:
-    """The tokenizer over the pieces `keep`. Words whose pieces are gone are spelled in smaller ones."""
+    """The tokenizer over the pieces `keep`, which splits and joins words as before. Words whose pieces are gone are spelled in smaller
+    ones."""
     pieces = pieces_of(tokenizer)
     settings = json.loads(tokenizer.to_str())
-    smaller = word_pieces([pieces[i] for i in keep])
     if settings["model"]["type"] != "WordPiece":
         raise ValueError(f"only WordPiece vocabularies can be narrowed, this one is {settings['model']['type']}")
-    return smaller
+    settings["model"]["vocab"] = place = {pieces[i]: new for new, i in enumerate(keep)}
+    added = (token for token in settings["added_tokens"] if token["content"] in place)
+    settings["added_tokens"] = sorted(({**token, "id": place[token["content"]]} for token in added), key=lambda token: token["id"])
+    settings["post_processor"] = None  # it holds ids, of tokens that captions are given without it
+    return Tokenizer.from_str(json.dumps(settings))
