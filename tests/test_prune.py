@@ -15,12 +15,12 @@ from compress import cost, data
 from compress.artifact import Artifact
 from compress.config import Data, Prune, Recipe, Stage, Student
 from compress.context import Context, Progress
-from compress.errors import StageError
+from compress.errors import StageError, TargetError
 from compress.stages import prune
 from compress.stages.prune import channels, sensitivity, target
 from compress.training.batches import IGNORED, Captions, pack
 from compress.training.features import device, normalised, pixels
-from compress.training.start import write_captioner
+from compress.training.start import new_captioner, write_captioner
 from students.lightcap import LightCap, preset
 from students.lightcap.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, EncoderSpec, preprocessor
 from students.lightcap.tokenizer import load_tokenizer
@@ -172,6 +172,34 @@ def test_what_stays(encoder, round_to):
     assert grid.shape == (1, model.config.grid**2, model.config.channels)
     for layer in smaller.fusion.layers:
         assert layer.output.out_features == layer.down.out_features == 32
+
+
+def test_a_quarter_of_the_whole_width_stays_after_any_number_of_steps():
+    model = build()
+    whole = channels.units(model, ("encoder", "fusion"))
+    smaller = channels.remove(model, ranked(model))
+    savings = target.savings(smaller, target.PRICES["macs"])
+    for before, more in ((whole, False), ((), True)):
+        scores = {unit: torch.rand(unit.width) for unit in channels.units(smaller, ("encoder", "fusion"), before)}
+        assert bool(channels.blocks(scores, 8, savings)) == more
+
+
+def test_a_target_out_of_reach_is_said_before_the_first_step(tmp_path):
+    model = build()
+    scores = {unit: torch.rand(unit.width) for unit in channels.units(model, ("fusion",))}
+    with pytest.raises(TargetError, match="prune: macs .* cannot be reached; with every removable block gone it is"):
+        prune.leaving(model, scores, 8, target.Target.of(settings(macs=0.05), model), 0.1, tmp_path / "leaving-1.json")
+
+
+def test_a_new_captioner_takes_a_pruned_encoder(tmp_path):
+    model = build()
+    channels.remove(model, [block for block in ranked(model) if block.unit.kind == "conv"][:4]).save_pretrained(tmp_path)
+    pruned = LightCap.from_pretrained(tmp_path)
+    made, *_ = new_captioner(Student(preset="tiny", encoder="resnet-small"), "tiny", None, 80, 0.0, 5, pruned)
+    assert made.config.shapes == pruned.config.shapes and made.config.shapes
+    picture = torch.randn(1, 3, 80, 80, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(made.eval().encode(picture), pruned.encode(picture))
 
 
 HIDDEN = {  # by hand: the axes of each weight, without its layer's or head's number, that hidden channels lie along

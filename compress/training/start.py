@@ -29,7 +29,8 @@ def captioner_config(
     config = preset(name, dropout=dropout, encoder=student.encoder, image_size=side, vocabulary=vocabulary, **sizes)
     if like is not None:
         known = ("concepts", "alignment", "concept_vocabulary")
-        config = dataclasses.replace(config, **{key: getattr(like, key) for key in known})
+        shapes = {name: shape for name, shape in like.shapes.items() if name.startswith(("encoder.", "alignment."))}  # pruned ones
+        config = dataclasses.replace(config, shapes=shapes, **{key: getattr(like, key) for key in known})
     elif not extracts:
         config = dataclasses.replace(config, concepts=0, alignment=None)
     if modulator is not None or not config.concepts:

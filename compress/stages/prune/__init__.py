@@ -47,10 +47,11 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         model = with_layers(model, stay)
         context.progress.log(f"{context.stage.name}: layers {', '.join(str(index + 1) for index in stay)} stay; {target.describe(model)}")
     moves = factors = taught = good = before = None
+    whole = units(model, config.parts)
     gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
         label = f"{context.stage.name} {step}/{config.steps}"
-        scores = importance(model, tokenizer, settings, units(model, config.parts), config, seed, context)
+        scores = importance(model, tokenizer, settings, units(model, config.parts, whole), config, seed, context)
         compared = {unit: score for unit, score in scores.items() if config.ratios == "sensitivity" or no_derivative(unit, config)}
         if compared and factors is None:  # measured once, on the unpruned model
             moves, factors = sensitivities(

@@ -8,6 +8,7 @@ stage, from all of its blocks at once. The grid's own stay.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from students.lightcap import LightCap
 
-LEAST_SHARE = 0.25  # of a unit's width that always stays: a layer that is cut off cannot be recovered
+LEAST_SHARE = 0.25  # of a unit's whole width that always stays: a layer that is cut off cannot be recovered
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Unit:
     width: int
     readers: tuple[str, ...] = ()
     writers: tuple[str, ...] = ()
+    whole: int | None = None  # its width before any step of the pruning; None: this one
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Block:
     cost: float
 
 
-def units(model: LightCap, parts: Sequence[str]) -> list[Unit]:
+def units(model: LightCap, parts: Sequence[str], before: Sequence[Unit] = ()) -> list[Unit]:
+    """Those of `model`; `before`: those that it had before any step."""
     found = []
     if "encoder" in parts:
         graph = dependency_graph(model)
@@ -66,7 +69,8 @@ def units(model: LightCap, parts: Sequence[str]) -> list[Unit]:
         found.append(Unit("concept", "alignment", model.alignment.first.out_features, ("alignment.second",)))
     if "hidden" in parts:
         found.append(Unit("hidden", "fusion", model.word.shape[1]))
-    return found
+    whole = {(unit.kind, unit.name): unit.width for unit in before}
+    return [dataclasses.replace(unit, whole=whole.get((unit.kind, unit.name))) for unit in found]
 
 
 def dependency_graph(model: LightCap) -> tp.DependencyGraph:
@@ -83,7 +87,7 @@ def blocks(scores: dict[Unit, Tensor], round_to: int, savings: dict[tuple[str, s
     for unit, score in scores.items():
         size = 1 if unit.kind == "head" else round_to
         order = score.argsort(stable=True).tolist()
-        most = unit.width - max(size, round(unit.width * LEAST_SHARE))
+        most = unit.width - max(size, round((unit.whole or unit.width) * LEAST_SHARE))
         saving = savings[unit.kind, unit.name]
         start, first, least = 0, unit.width % size or size, 0.0
         while start + first <= most:
