@@ -76,14 +76,15 @@ class Artifact:
             raise ModelError(f"{self.path} is not an artifact: it has no config.json{pickles(self.path)}")
         _ = self.config
         if missing := [name for name in MODEL_FILES[1:3] if not (self.path / name).is_file()]:
-            raise ModelError(f"{self.path} has no {missing[0]}; make it anew (lightcap run)")
+            raise ModelError(f"{self.path} has no {missing[0]}; make it anew (remove it, then lightcap run)")
         weights = self.path / WEIGHTS
         if weights.is_file():
             check_safetensors(weights)
         elif not self.graphs:
-            raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx{pickles(self.path)}")
+            raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx; make it anew (remove it, then lightcap run)"
+                             f"{pickles(self.path)}")
         elif missing := [name for name in GRAPHS if not (self.path / name).is_file()]:
-            raise ModelError(f"{self.path} has encoder.onnx but no {missing[0]}; make it anew (lightcap run, lightcap export)")
+            raise ModelError(f"{self.path} has encoder.onnx but no {missing[0]}; make it anew (remove it, then lightcap run, or export)")
         return self
 
 
@@ -212,5 +213,6 @@ def _json(path: Path) -> dict:
 
 def pickles(folder: Path) -> str:
     """The end of an error line that names a pickle in `folder`, if there is one."""
-    found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
+    inside = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(path.name for path in inside if path.suffix.lower() in PICKLES)
     return f"; {found[0]} is a pickle and is not read, give safetensors instead" if found else ""

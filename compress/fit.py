@@ -1,12 +1,13 @@
 """The least pruning that brings a recipe's last artifact under limits of size and time, and whether its CIDEr holds there.
 
-Bytes and milliseconds follow from shapes, not from what weights say: the share of MACs is found by bisection over runs that leave out what
-changes weights alone from the pruning on, minutes each; then the recipe runs once in full.
+Bytes (but for a few zero points) and milliseconds follow from shapes, not from what weights say: the share of MACs is found by bisection
+over runs that leave out what changes weights alone from the pruning on, minutes each; then the recipe runs once in full.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from compress.errors import GateError, TargetError, UsageError
 from compress.recipe import read_recipe
 
 LEAST, MOST, STEP = 0.2, 0.98, 0.02  # shares of the parent's MACs that are looked at
+SHARED = 0.005  # megabytes that the end may differ by elsewhere: graphs share zero points that happen to be equal, of some bytes each
 MARGIN = 0.97  # of a limit that is aimed at where the end differs: a time is taken again, later steps choose anew, parts go back to float
 
 
@@ -36,7 +38,7 @@ class Limits:
     def aimed(self, recipe: Recipe) -> Limits:
         """Those that a model which is not recovered is held to."""
         exact = all(getattr(stage.config, "steps", 1) == 1 and not getattr(stage.config, "trials", 0) for stage in recipe.stages)
-        return Limits(self.mb and self.mb * (1.0 if exact else MARGIN), self.ms and self.ms * MARGIN)
+        return Limits(self.mb and (self.mb - SHARED if exact else self.mb * MARGIN), self.ms and self.ms * MARGIN)
 
 
 def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progress: Progress) -> dict:
@@ -47,7 +49,9 @@ def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progre
     wanted = read_recipe(name, sets)
     stage = pruning(wanted)
     out = Path("runs") / f"{wanted.name}-fit" if out is None else out
-    beside = out.with_name(f"{out.name}.unrecovered")
+    if not out.name:
+        raise UsageError(f"--out {out}: name a folder")
+    beside = out.with_name(f"{out.name}.unrecovered-{os.getpid()}")  # its own, which no other `fit` removes
     aimed, tried = limits.aimed(wanted), []
 
     def holds(share: float) -> bool | None:

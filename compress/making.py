@@ -104,7 +104,6 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     earlier = Artifact(target).row() if finished(target) else None
     if earlier is None and target.exists():  # without metrics.json it was never finished under this name
         shutil.rmtree(target)
-    tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
     work = target.with_name(f"{target.name}.work")
     state, model = work / "state", target if earlier else work / "model"
     if earlier is None:
@@ -113,6 +112,7 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     context = context_of(run, stage, artifacts, model, state)
     parent = artifacts[stage.parent] if stage.parent else None
     with _failing_as(stage, run.out, work):
+        tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
         if not model.is_dir():
             with artifact.writing(model) as output:
                 if stage.kind != "baseline":
@@ -131,6 +131,8 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
             cost = {"peak_mb": round(peak() / 1e6, 1), "seconds": round(before + time.time() - began, 2)}
         named = {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name}
         row = ledger.row(dict(measured) | named | cost | {"against": ledger.against(stage, measured)})
+        if earlier:  # a stop between the files below leaves numbers that no recipe takes for its own
+            artifact.write_json(model / "lock.json", {"lock": target.name, "measured": None, "tmacs": tmacs, "parts": lock_parts})
         artifact.write_text(model / "README.md", card.text(run.recipe, stage, row))
         artifact.write_json(model / "metrics.json", row)
         artifact.write_json(model / "lock.json", {"lock": target.name, "measured": how, "tmacs": tmacs, "parts": lock_parts})

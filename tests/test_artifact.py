@@ -100,6 +100,13 @@ def test_resolve_names_what_is_wrong(tmp_path, monkeypatch):
         resolve("runs/photos")
 
 
+def test_a_run_whose_artifacts_are_gone_is_one_line(tmp_path):
+    (tmp_path / "ledger.jsonl").write_text(json.dumps({"stage": "train", "name": "teacher", "artifact": "../.cache/abc"}) + "\n")
+    with pytest.raises(ModelError, match="abc is not an artifact: it has no config.json") as raised:
+        resolve(tmp_path)
+    assert raised.value.exit_code == 2
+
+
 def test_half_downloads_are_named(tmp_path):
     made = make(tmp_path / "model")
     weights = made.path / "model.safetensors"

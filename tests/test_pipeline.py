@@ -203,6 +203,28 @@ def test_plan_says_what_is_cached(tmp_path):
     assert [stage["seconds"] for stage in before["stages"]] == [None] * 5
 
 
+def test_numbers_of_a_measurement_that_was_stopped_are_nobodys(tmp_path, monkeypatch):
+    """Another split is measured, and that stops after an artifact's numbers are written and before it is noted whose they are."""
+    class OfSplit(Evaluation):
+        def measure(self, artifact, against, context):
+            return super().measure(artifact, against, context) | {"cider": {"val": 50.0, "train": 99.0}[context.recipe.data.val_split]}
+
+    assert go(tmp_path, evaluation=OfSplit())[0].ok
+    with monkeypatch.context() as patch:
+
+        def write(path, value):
+            if path.name == "lock.json" and value["measured"] is not None:
+                raise KeyboardInterrupt
+            write_json(path, value)
+
+        write_json = artifact.write_json
+        patch.setattr(artifact, "write_json", write)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path, read(tmp_path, RECIPE, "data.val_split=train"), evaluation=OfSplit())
+    result, stages, _ = go(tmp_path, evaluation=OfSplit())
+    assert result.ok and not stages.runs and {row["cider"] for row in result.rows[1:]} == {50.0}
+
+
 # ---- failures
 
 

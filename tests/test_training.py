@@ -330,6 +330,15 @@ def test_a_store_that_was_killed_before_its_first_block(tmp_path):
     assert array.tolist() == [[0, 0], [0, 0], [2, 2], [2, 2]]
 
 
+def test_a_store_takes_no_count_of_one_that_is_gone(tmp_path):
+    """Stopped between naming the array and removing its count; then the array is deleted, and a second attempt stopped at once."""
+    (tmp_path / "k.json").write_text('{"rows": 4}')
+    for _ in range(2):
+        with pytest.raises(Killed):
+            stored(tmp_path, "k", (4, 2), "float32", 2, lambda a, b: (_ for _ in ()).throw(Killed))
+    assert stored(tmp_path, "k", (4, 2), "float32", 2, lambda a, b: np.ones((b - a, 2), np.float32)).sum() == 8
+
+
 class Softmax:
     """A teacher whose logits are a linear function of image, piece and position."""
 

@@ -49,6 +49,7 @@ def make(
             done = json.loads(state.read_text())["rows"]
             array = np.lib.format.open_memmap(partial, mode="r+")
         else:
+            state.unlink(missing_ok=True)  # of an array that was whole and is gone
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
         allocate(partial)
         task.resume(done)
