@@ -27,14 +27,15 @@ TOKENS = 12
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one caption: products with weights in the encoder, in the concept extractor, in the prefix and in the
-    steps, and attention's products of activations."""
+    """Multiply-accumulates of one caption: in the encoder, in the concept extractor, in the prefix and in the steps, and attention's
+    products of activations. `pooling`: those of the extractor that pool windows, which weights have no part in."""
 
     encoder: int
     concepts: int
     prefix: int
     steps: int
     attention: int
+    pooling: int = 0
 
     @property
     def caption(self) -> int:
@@ -42,7 +43,8 @@ class Macs:
 
     def gbops(self, bits: int) -> float:
         """Bit operations x 1e-9: MACs x weight bits x activation bits; products of activations stay in 32 bits."""
-        return (bits * bits * (self.encoder + self.concepts + self.prefix + self.steps) + 32 * 32 * self.attention) / 1e9
+        single = self.attention + self.pooling
+        return (bits * bits * (self.caption - single) + 32 * 32 * single) / 1e9
 
 
 def count_macs(config: LightCapConfig, tokens: int = TOKENS) -> Macs:
@@ -60,7 +62,7 @@ def counted_once(written: str, tokens: int) -> Macs:
         encoder, _ = counted(lambda: model.encode(pixels))
         grid = torch.zeros(1, config.grid**2, config.channels)
         concepts = torch.ones(1, config.concepts, dtype=torch.long) if config.concepts else None
-        extraction = sum(counted(lambda: extract(model, grid)))
+        extraction, pooling = counted(lambda: extract(model, grid))
         prefix, among = counted(lambda: model.prefill(grid, concepts))
         with torch.no_grad():
             past = model.prefill(grid, concepts)
@@ -73,7 +75,7 @@ def counted_once(written: str, tokens: int) -> Macs:
         (step, first), (_, both) = (counted(lambda steps=steps: generate(steps)) for steps in (1, 2))
     # A step sees one place more than the one before it, so that two of them tell what attention takes in all.
     between = tokens * first + (both - 2 * first) * tokens * (tokens - 1) // 2
-    return Macs(encoder, extraction, prefix, tokens * step, among + between)
+    return Macs(encoder, extraction + pooling, prefix, tokens * step, among + between, pooling)
 
 
 def extract(model: LightCap, grid: torch.Tensor) -> None:

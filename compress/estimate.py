@@ -14,6 +14,7 @@ from compress.config import Concepts, Distill, Prune, Quantize, Recipe, Scst, St
 from compress.cost import TOKENS, Macs, count_macs
 from compress.data import CaptionSet
 from compress.evaluate import BEAM
+from compress.training.batches import Masking
 from students.lightcap import LightCapConfig
 
 
@@ -64,6 +65,7 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
     known, settings = macs.encoder + macs.concepts, stage.config
     passes = getattr(settings, "epochs", 0.0)
     pack = language(config, amount, amount.captions, amount.words)
+    asked = language(config, amount, amount.captions, amount.words, probes=True)
     if isinstance(settings, Concepts):
         if not settings.pieces:
             return 0.0
@@ -75,31 +77,41 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
             return amount.images * passes * (3 * macs.encoder + finding + 3 * pack)
         return amount.images * (known + passes * 3 * pack)
     if isinstance(settings, Distill):
-        taught = [language(models[name], amount, amount.captions, amount.words) for name in settings.teachers]
-        beside = min(settings.match_epochs, passes) * taught[0] if {"hidden", "attention"} & set(settings.match) else 0.0
+        taught = [language(models[name], amount, amount.captions, amount.words, probes=True) for name in settings.teachers]
+        shown = language(models[settings.teachers[0]], amount, amount.captions, amount.words)
+        beside = min(settings.match_epochs, passes) * shown if {"hidden", "attention"} & set(settings.match) else 0.0
         pack = language(config, amount, amount.captions, amount.words, config.heads)
         return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if "tokens" in settings.match else 0.0))
     if isinstance(settings, Scst):
         drawn = macs.prefix + (settings.samples + (settings.baseline == "greedy")) * (macs.steps + macs.attention)
         seen = passes if settings.flip or settings.crop else 1.0  # disturbed pictures are encoded in each pass
-        return amount.images * (seen * known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS)))
+        return amount.images * (seen * known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS, probes=True)))
     if isinstance(settings, Prune):
-        each = known + pack + 3 * settings.recover_epochs * pack
+        each = known + 3 * settings.recover_epochs * pack
         beside = 3 + bool(settings.flip or settings.crop)  # of disturbed pictures the parent's grids are not stored
-        return amount.images * (each + beside * settings.recover_encoder_epochs * macs.encoder * ("encoder" in settings.parts))
-    if isinstance(settings, Quantize):  # trials are not counted: there may be none
-        tuning = known + pack + 3 * (macs.encoder + pack)
-        return settings.calibration_images * macs.caption + amount.images * settings.tune_epochs * tuning
+        each += beside * settings.recover_encoder_epochs * macs.encoder * ("encoder" in settings.parts)
+        return amount.images * (asked + settings.steps * each)
+    if isinstance(settings, Quantize):  # trials, of which tuned weights are one, are not counted: there may be none
+        tuning = 0.0 if settings.trials else settings.tune_epochs * (known + pack + 3 * (macs.encoder + pack))
+        return settings.calibration_images * macs.caption + amount.images * tuning
     return 0.0
 
 
-def language(config: LightCapConfig, amount: Amount, captions: float, words: float, products: int = 1) -> float:
+def language(
+    config: LightCapConfig, amount: Amount, captions: float, words: float, products: int = 1, probes: bool = False
+) -> float:
     """MACs of one pass over an image's grid, concepts and captions, with every word predicted by the mean of the heads (in distillation by
-    each of them: so many vocabulary `products`)."""
+    each of them: so many vocabulary `products`). A model of masked pieces predicts those that are masked, or, where it `probes`, each under
+    a [MASK] of its own."""
     h, grid = config.hidden, config.grid**2
-    text = captions * (words + 1)
+    text = predicted = captions * (words + 1)
+    if config.mask_piece is not None and probes:
+        text = 2 * text
+    elif config.mask_piece is not None:
+        text = captions * (words + 2)
+        predicted = captions * min(Masking.most, max(1.0, Masking.share * (words + 1)))
     whole = config.prefix + text
     layer = whole * (4 * h * h + 2 * h * config.ffn) + 2 * h * whole * whole  # what the mask hides is computed, too
     last = whole * 2 * h * h + text * (2 * h * h + 2 * h * config.ffn) + 2 * h * text * whole  # its states of the prefix are not needed
-    heads = text * (config.heads * h * h + products * h * amount.vocabulary)
+    heads = predicted * (config.heads * h * h + products * h * amount.vocabulary)
     return grid * config.channels * h + (config.layers - 1) * layer + last + heads

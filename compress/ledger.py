@@ -104,18 +104,19 @@ def read_run(folder: str | Path) -> list[dict]:
 
 def pareto(rows: Sequence[Mapping]) -> list[int]:
     """Indices of the rows that no other row beats or equals in CIDEr, bytes and median latency at once, and beats in one of them. Times of
-    different runtimes are not compared: there CIDEr and bytes decide."""
+    different runtimes are not compared: there CIDEr and bytes decide. Nor are rows of different splits."""
 
-    def point(values: Mapping) -> tuple[str | None, tuple[float, float, float]] | None:
+    def point(values: Mapping) -> tuple[str | None, tuple[float, float, float], str | None] | None:
         latency = values.get("latency_ms") or {}
         numbers = (values.get("cider"), values.get("bytes"), latency.get("p50"))
-        return None if None in numbers else (latency.get("runtime"), (-numbers[0], numbers[1], numbers[2]))
+        return None if None in numbers else (latency.get("runtime"), (-numbers[0], numbers[1], numbers[2]), values.get("split"))
 
     points = [None if values["stage"] == "baseline" else point(values) for values in rows]
 
     def beats(other: tuple, mine: tuple) -> bool:
         count = 3 if other[0] == mine[0] else 2
-        return other[1][:count] != mine[1][:count] and all(a <= b for a, b in zip(other[1][:count], mine[1][:count], strict=True))
+        theirs, own = other[1][:count], mine[1][:count]
+        return other[2] == mine[2] and theirs != own and all(a <= b for a, b in zip(theirs, own, strict=True))
 
     def beaten(mine: tuple) -> bool:
         return any(other is not None and beats(other, mine) for other in points)

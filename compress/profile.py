@@ -18,18 +18,24 @@ def profile(model: str, tokens: int = cost.TOKENS) -> dict:
     """Parameters, MACs, bytes and time of a caption of `tokens` word pieces, as a ledger row, and two sums of parts that papers name:
     `params_fusion` (embeddings and layers) and `params_without_alignment`. ModelError where `model` names nothing; UsageError for a
     longer caption than there are positions for."""
-    if tokens > PREFIX_POSITION:
-        raise UsageError(f"--tokens {tokens}: a caption has {PREFIX_POSITION} positions; ask for no more")
+    _check(tokens, PREFIX_POSITION)
     if model in PRESETS and not Path(model).exists():
         return summed(row({"stage": "profile", "name": model} | costs_of(preset(model), tokens=tokens)))
     try:
         found = models.resolve(model)
     except ModelError as error:
         raise ModelError(f"{error.message}; presets: {', '.join(PRESETS)}") from None
+    if found.config.get("mask_piece") is not None:
+        _check(tokens, PREFIX_POSITION - 1)  # a [MASK] stands behind the last piece
     size = settings_of(found)["image_size"]
     noise = np.random.default_rng(0).integers(0, 256, (TIMED_IMAGES, size, size, 3), dtype=np.uint8)
     timed = latency(found, None, noise, tokens)
     return summed(row({"stage": "profile", "name": found.path.name, "artifact": str(found.path)} | costs(found, tokens) | timed))
+
+
+def _check(tokens: int, most: int) -> None:
+    if tokens > most:
+        raise UsageError(f"--tokens {tokens}: a caption has {most} positions; ask for no more")
 
 
 def summed(counted: dict) -> dict:

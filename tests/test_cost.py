@@ -9,6 +9,7 @@ from torch import nn
 
 from compress import cost, evaluate
 from students.lightcap import LightCap, LightCapConfig, preset
+from students.lightcap.concepts import windows
 
 PRUNED = {
     "fusion.layers.0.query": (16, 32), "fusion.layers.0.key": (16, 32), "fusion.layers.0.value": (16, 32),
@@ -56,14 +57,15 @@ def layer_sizes(config: LightCapConfig, index: int) -> tuple[int, int]:
 def closed_form(config: LightCapConfig, tokens: int) -> dict[str, int]:
     hidden, grid = config.hidden, config.grid**2
     prefix_length = grid + config.concepts
-    prefix, steps, attention, extraction = grid * config.channels * hidden, 0, 0, 0
+    prefix, steps, attention, extraction, pooling = grid * config.channels * hidden, 0, 0, 0, 0
     if config.modulator:
         prefix += config.concepts * config.modulator * (hidden + config.channels)
     if config.alignment:
         inner, text = config.alignment
         looked_at = sum((config.grid - side + 1) ** 2 for side in (1, 3, 5) if side < config.grid) + 1
         known = config.concept_vocabulary[0] if config.concept_vocabulary else 0
-        extraction = grid * config.channels * inner + looked_at * (grid * inner + inner * text + text * known)
+        pooling = looked_at * grid * inner
+        extraction = grid * config.channels * inner + pooling + looked_at * (inner * text + text * known)
     for index in range(config.layers):
         width, ffn = layer_sizes(config, index)
         last = index == config.layers - 1
@@ -74,7 +76,7 @@ def closed_form(config: LightCapConfig, tokens: int) -> dict[str, int]:
             steps += 4 * hidden * width + 2 * hidden * ffn
             attention += 2 * width * (prefix_length + position + 1)
     steps += tokens * (config.heads * hidden * hidden + hidden * config.vocabulary)  # one vocabulary product for all heads
-    return {"concepts": extraction, "prefix": prefix, "steps": steps, "attention": attention}
+    return {"concepts": extraction, "prefix": prefix, "steps": steps, "attention": attention, "pooling": pooling}
 
 
 @pytest.mark.parametrize(("name", "tokens"), [*((name, 12) for name in CONFIGS), ("tiny", 3)])
@@ -86,7 +88,7 @@ def test_counted_macs_are_the_closed_form(name, tokens):
     wanted = closed_form(config, tokens)
     assert counted.encoder == encoder
     assert dataclasses.asdict(counted) == {"encoder": encoder} | wanted
-    assert counted.caption == encoder + sum(wanted.values())
+    assert counted.caption == encoder + sum(wanted.values()) - wanted["pooling"]
 
 
 def test_clip_s_trunk_and_the_whole_caption():
@@ -122,6 +124,10 @@ def test_bit_operations():
     macs = cost.Macs(encoder=2_000_000, concepts=1_000_000, prefix=2_000_000, steps=1_000_000, attention=500_000)
     assert macs.gbops(32) == pytest.approx(6.5e6 * 1024 / 1e9)
     assert macs.gbops(8) == pytest.approx((6e6 * 64 + 0.5e6 * 1024) / 1e9)  # products of activations stay float
+    pooled = dataclasses.replace(macs, pooling=250_000)  # and so does what pools windows, of the million
+    assert pooled.caption == macs.caption and pooled.gbops(8) == pytest.approx((5.75e6 * 64 + 0.75e6 * 1024) / 1e9)
+    config = dataclasses.replace(preset("tiny", vocabulary=50), concepts=6, alignment=(8, 16), concept_vocabulary=(10, 2))
+    assert cost.count_macs(config).pooling == len(windows(5)) * 25 * 8
 
 
 @pytest.mark.parametrize("name", ["lightcap", "tiny, pruned"])

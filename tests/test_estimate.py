@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from compress.data import CaptionSet
 from compress.data.captions import Example
 from compress.estimate import Amount, language
 from compress.recipe import read_recipe
-from compress.training.batches import Captions, pack
+from compress.training.batches import Captions, Masking, pack, pack_masked
 from compress.training.losses import caption_loss
 from compress.training.softmax import logits_at
 from students.lightcap import LightCap, preset
@@ -66,6 +67,24 @@ def test_a_pass_is_what_is_dispatched(concepts, heads):
     assert sum(counted(forward)) == 2 * language(config, Amount(2, 3.0, 4.0, 50, 0), 3.0, 4.0)
 
 
+@pytest.mark.parametrize("probes", [False, True])
+def test_a_pass_of_a_masked_model_is_what_is_dispatched(probes):
+    """Of five pieces one is masked and predicted; or each is asked for under a [MASK] of its own."""
+    config = dataclasses.replace(preset("tiny", vocabulary=50, heads=1), mask_piece=4)
+    captions = Captions.of([[[2, 7, 8, 9, 10, 3]] * 3] * 2)
+    masked = pack_masked(captions, range(2), Masking(4, 50), np.random.default_rng(1))
+    batch = pack(captions, range(2)).probing(4) if probes else masked
+    with torch.device("meta"):
+        model = LightCap(config).train()
+    model.to_empty(device="cpu")
+
+    def forward() -> None:
+        states = model.states(torch.zeros(2, 25, 128), batch.tokens, batch.positions, batch.mask(config.prefix))
+        model.heads(states[batch.targets >= 0], model.word)
+
+    assert sum(counted(forward)) == 2 * language(config, Amount(2, 3.0, 4.0, 50, 0), 3.0, 4.0, probes=probes)
+
+
 def test_amounts_are_of_the_splits(data):
     assert Amount.of(data, "val") == Amount(30, 2.0, 4.0, 8, 1)
     assert Amount.of(data, "train").evaluated == 30
@@ -89,6 +108,11 @@ def test_epochs_are_passes(tmp_path, data):
     assert planned(tmp_path, data, "student.epochs=5")["student"] - two == pytest.approx(30 * 3 * each)
     assert planned(tmp_path, data, "student.teachers=[teacher]")["student"] == pytest.approx(two - 30 * once)
     assert spent["pruned"] - spent["language"] == pytest.approx(30 * 3 * encoder)
+    again = planned(tmp_path, data, "pruned.steps=3")["pruned"] - spent["pruned"]  # each step recovers, from features computed anew
+    assert again == pytest.approx(2 * 30 * (encoder + 3 * 2 * once + 3 * encoder))
+    tuned = planned(tmp_path, data, "quantize.tune_epochs=1")["quantize"]
+    assert tuned > spent["quantize"] == planned(
+        tmp_path, data, "quantize.tune_epochs=1", "quantize.trials=2", "quantize.max_drop_cider=1")["quantize"]
     assert planned(tmp_path, data, "quantize.calibration_images=8")["quantize"] - spent["quantize"] == pytest.approx(
         estimate.count_macs(config).caption
     )

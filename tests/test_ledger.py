@@ -63,6 +63,18 @@ def test_times_of_different_runtimes_are_not_compared():
     assert ledger.pareto(rows) == [1]
     assert ledger.pareto([rows[0], made("large", 47.0, 30.0, 1.0, runtime="onnxruntime")]) == [0]
     assert ledger.pareto([rows[0], made("slow", 47.0, 5.0, 60.0)]) == [0, 1]
+    splits = [made("float", 47.0, 20.0, 50.0) | {"split": "val"}, made("test", 57.0, 5.0, 5.0) | {"split": "test"}]
+    assert ledger.pareto(splits) == [0, 1]  # nor is CIDEr of different splits
+
+
+def test_each_runtime_and_split_has_a_line_of_its_own(tmp_path):
+    rows = [made("float", 47.0, 20.0, 50.0), made("small", 46.0, 10.0, 40.0), made("int8", 48.0, 5.0, 60.0, runtime="onnxruntime")]
+    drawn = {}
+    for name, last in (("runtimes", rows[2]), ("splits", rows[2] | {"split": "test"})):
+        report.write({"runs": [{"run": "a", "rows": [*rows[:2], last]}], "differences": []}, tmp_path / name)
+        charts = (tmp_path / name).read_text().split("</svg>")
+        drawn[name] = [[len(line.split()) for line in re.findall(r'<polyline points="([^"]*)"', chart)] for chart in charts[:2]]
+    assert drawn == {"runtimes": [[1], [2, 1]], "splits": [[2, 1], [2, 1]]}  # in megabytes the last beats both, where it may
 
 
 def test_the_table_shows_the_rows():

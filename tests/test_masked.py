@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress import data
+from compress import data, profile
 from compress.artifact import Artifact
 from compress.config import Data, Distill, Recipe, Stage, Student, Train
 from compress.context import Context, Progress
 from compress.decode import Special, beam_search
+from compress.errors import UsageError
 from compress.stages import distill, train
 from compress.stages.quantize.decoder import teacher_forced
 from compress.stages.quantize.observe import TeacherForced
@@ -138,6 +139,9 @@ def test_the_exported_captioner_is_the_model(model, tmp_path):
         found = [item.tokens for item in beam_search(model, grid, Special(2, 3, (0, 1, 4)), 3, 8)]
     said = captioner.search(captioner.encode(pixels.numpy()), 3, 8)
     assert [tuple(ids) for ids, _ in said] == found and len(set(found[0])) > 1
+    with pytest.raises(UsageError, match="--tokens 64: a caption has 63 positions"):
+        profile.profile(str(tmp_path / "out"), 64)  # the last one is that of the [MASK] behind the last piece
+    assert profile.profile(str(tmp_path / "out"), 63)["latency_ms"]["p50"] > 0
 
 
 def test_train_and_distill(tmp_path):
@@ -145,13 +149,13 @@ def test_train_and_distill(tmp_path):
     scenes = data.load(Data(train_images=24, val_images=4))
     made = {}
 
-    def run(name, stage_run, kind, config):
+    def run(name, stage_run, kind, config, parent=None):
         for folder in (f"{name}/out", f"{name}/work"):
             (tmp_path / folder).mkdir(parents=True)
         stage = Stage(kind, name, None, config)
         recipe = Recipe("x", 17, Data(), Student(preset="tiny", heads=2), (stage,), tmp_path / "x.yaml")
         out, work = tmp_path / name / "out", tmp_path / name / "work"
-        stage_run(None, config, Context(recipe, stage, scenes, 17, 1, out, work, tmp_path / "cache", made, Progress(quiet=True)))
+        stage_run(parent, config, Context(recipe, stage, scenes, 17, 1, out, work, tmp_path / "cache", made, Progress(quiet=True)))
         made[name] = Artifact(out)
 
     run("teacher", train.run, "train", Train(preset="tiny", objective="masked", epochs=60, batch_images=8, learning_rate=4e-3, dropout=0.0))
@@ -164,3 +168,6 @@ def test_train_and_distill(tmp_path):
     said = beam_search(teacher, grid, Special.of(tokenizer), 3)[0]
     words = tokenizer.decode(list(said.tokens)).split()
     assert {"a", "the"} & set(words) and len(words) > 3
+    run("causal", train.run, "train", Train(preset="tiny", epochs=1, batch_images=8))
+    run("taught", distill.run, "distill", config, made["causal"])  # a masked teacher is asked in its own way
+    assert read_captioner(made["taught"].path)[0].config.mask_piece is None and made["taught"].digest() != made["causal"].digest()

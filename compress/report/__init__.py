@@ -25,8 +25,9 @@ def write(value: Mapping, path: Path) -> None:
         for index, (number, run, row) in enumerate(flat)
     ]
     charts = [
-        _chart(flat, "MB on disk", lambda row: None if row.get("bytes") is None else row["bytes"] / 1e6),
-        _chart(flat, "ms per caption, median", lambda row: (row.get("latency_ms") or {}).get("p50")),
+        _chart(flat, "MB on disk", lambda row: None if row.get("bytes") is None else row["bytes"] / 1e6, lambda row: row.get("split")),
+        _chart(flat, "ms per caption, median", lambda row: (row.get("latency_ms") or {}).get("p50"),
+               lambda row: (row.get("split"), (row.get("latency_ms") or {}).get("runtime"))),
     ]
     environment = Environment(loader=PackageLoader("compress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.get_template("report.html.j2")
@@ -40,11 +41,15 @@ def write(value: Mapping, path: Path) -> None:
         raise ModelError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _chart(flat: Sequence[tuple[int, str, Mapping]], title: str, cost) -> dict | None:
-    """Pixel positions of one scatter: points with their intervals, the line of rows that no other beats, and ticks."""
+def _chart(flat: Sequence[tuple[int, str, Mapping]], title: str, cost, alike) -> dict | None:
+    """Pixel positions of one scatter: points with their intervals, lines of rows that no other beats, and ticks. Rows are compared where
+    they are `alike`: of one split, and in time of one runtime."""
     kept = [(number, row, cost(row)) for number, _, row in flat if row.get("cider") is not None and cost(row) is not None]
     if not kept:
         return None
+    groups: dict[object, list[tuple[float, float]]] = {}
+    for _, row, x in kept:
+        groups.setdefault(alike(row), []).append((x, row["cider"]))
     intervals = [row.get("cider_ci95") or (row["cider"], row["cider"]) for _, row, _ in kept]
     across = _scale([x for _, _, x in kept] + [0.0], MARGIN, WIDTH - 12)
     up = _scale([value for interval in intervals for value in interval], HEIGHT - MARGIN, 12)
@@ -65,7 +70,7 @@ def _chart(flat: Sequence[tuple[int, str, Mapping]], title: str, cost) -> dict |
         "height": HEIGHT,
         "margin": MARGIN,
         "points": points,
-        "line": " ".join(f"{across['place'](x)},{up['place'](y)}" for x, y in frontier([(x, row["cider"]) for _, row, x in kept])),
+        "lines": [" ".join(f"{across['place'](x)},{up['place'](y)}" for x, y in frontier(group)) for group in groups.values()],
         "across": across["ticks"],
         "up": up["ticks"],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from compress.artifact import GRAPH_PATTERNS, Artifact, write_json, writing
@@ -52,7 +53,7 @@ def search(
         else:
             tuned, floating = candidate
             tried.append((found["delta_cider"], folder))
-            for _, other in sorted(tried, reverse=True)[1:]:
+            for _, other in sorted(tried, key=itemgetter(0), reverse=True)[1:]:  # of equal ones the first stays: fewer parts in float
                 drop_graphs(other)
             met = -found["delta_cider"] <= config.max_drop_cider
             log(f"{label}: trial {number} of {config.trials}, {said}: CIDEr {found['delta_cider']:+.2f}, max_drop_cider "
@@ -67,7 +68,7 @@ def search(
         if not queue:
             break
         candidate = (tuned, (*floating, queue.pop(0)))
-    return max(tried)[1]
+    return max(tried, key=itemgetter(0))[1]
 
 
 def drop_graphs(folder: Path) -> None:
