@@ -26,8 +26,7 @@ settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE"
 
 
 def out_option(default: str = "runs/NAME", what: str = "The run's folder"):
-    text = f"{what} (default: {default}); artifacts are kept beside it, in .cache."
-    return click.option("--out", type=click.Path(path_type=Path), help=text)
+    return click.option("--out", type=click.Path(path_type=Path), help=f"{what} (default: {default}); artifacts stay beside it, in .cache.")
 
 
 beam_width = click.option("--beam", type=click.IntRange(min=1), default=5, show_default=True, help="Beam width of decoding.")

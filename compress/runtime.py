@@ -332,8 +332,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
     options = parser.parse_args(arguments)
     try:
+        import PIL.Image  # noqa: F401  where it is absent, that is said once
+
         captioner = Captioner(Path(__file__).resolve().parent, options.threads)
-    except (FileNotFoundError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"caption.py: {error}", file=sys.stderr)
         return 2
     rows = []
@@ -354,11 +356,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.json:
             print(f"{photo}\t{text}")
     if options.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        said = json.dumps(rows, indent=1, ensure_ascii=False)
+        strange = any("\ud800" <= letter <= "\udfff" for letter in said)  # of a file's name that is no UTF-8
+        print(json.dumps(rows, indent=1) if strange else said)
     return 1 if any("error" in row for row in rows) else 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name that is no UTF-8 is printed as it is
     try:
         status = main()
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """What the benchmarks compute from their measurements, and how they measure: on tiny models and on made-up times."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,8 @@ import torch
 
 import compress
 
-sys.path.insert(0, str(Path(compress.__file__).resolve().parents[1] / "benchmarks"))
+BENCHMARKS = Path(compress.__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 import latency  # noqa: E402
 import memory  # noqa: E402
@@ -34,6 +36,11 @@ def rows(**captions):
     return [
         {"name": name.replace("_", "-"), "caption_ms": ms, "encoder_ms": ms / 2, "step_ms": ms / 100} for name, ms in captions.items()
     ]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_benchmark_finds_what_it_imports(name):
+    assert importlib.import_module(name).__doc__
 
 
 def test_latencys_ratios_are_the_others_time_over_ours_and_ours_over_the_limits():

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -254,6 +255,24 @@ def test_the_script_goes_on_after_an_unreadable_photo_and_exits_1(folder, captio
     assert done.stderr.startswith("caption.py: ") and done.stderr.count("\n") == 1
     done = script(folder, "--json", tmp_path / "bad.png")
     assert done.returncode == 1 and set(json.loads(done.stdout)[0]) == {"image", "error"}
+
+
+def test_the_script_prints_names_that_are_no_utf8(folder, captioner, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    photo().save(tmp_path / "good.png")
+    os.rename(tmp_path / "good.png", name)
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    plain, listed = (subprocess.run([sys.executable, folder / "caption.py", *more, name], capture_output=True, env=strict)
+                     for more in ((), ("--json",)))  # fmt: skip
+    assert (plain.returncode, plain.stderr) == (0, b"") and plain.stdout.startswith(name + b"\t")
+    assert os.fsencode(json.loads(listed.stdout)[0]["image"]) == name and listed.stderr == b""
+
+
+def test_the_script_says_once_that_pillow_is_absent(folder, tmp_path):
+    (tmp_path / "PIL.py").write_text("raise ImportError('no Pillow here')")
+    done = subprocess.run([sys.executable, folder / "caption.py", "a.png", "b.png"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "caption.py: no Pillow here\n")
 
 
 def test_nobody_has_to_read_all_that_the_script_says(folder, tmp_path):
