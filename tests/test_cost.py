@@ -6,6 +6,8 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from compress import cost, evaluate
 from students.lightcap import LightCap, LightCapConfig, preset
@@ -112,6 +114,23 @@ def test_twelve_steps_dispatch_what_two_of_them_say(name):
 
         products, attention = cost.counted(generate)
     assert (products, attention) == (macs_of(name).prefix + macs_of(name).steps, macs_of(name).attention)
+
+
+def test_torchs_counter_counts_the_same():
+    config = CONFIGS["tiny, concepts"]
+    with torch.device("meta"):
+        model = LightCap(config).eval()
+        pixels = torch.zeros(2, 3, config.image_size, config.image_size)
+        concepts = torch.ones(2, config.concepts, dtype=torch.long)
+
+        def work() -> None:
+            grid = model.encode(pixels)
+            cost.extract(model, grid)
+            model.step(torch.zeros(2, 1, dtype=torch.long), 0, model.prefill(grid, concepts))
+
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            work()
+    assert 2 * sum(cost.counted(work)) == counter.get_total_flops() > 0
 
 
 def test_pruning_saves_what_it_removes():

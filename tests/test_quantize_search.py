@@ -65,7 +65,7 @@ def context(folder, data, config, log=None) -> Context:
                    ciders=lambda artifact: evaluate.ciders(artifact, data.split("val"), folder / "cache", progress))
 
 
-@pytest.fixture(scope="module", params=["plain", "smoothed, by GPTQ"])
+@pytest.fixture(scope="module", params=[pytest.param("plain", marks=pytest.mark.slow), "smoothed, by GPTQ"])
 def calibrated(request):
     """A captioner, its calibrated graphs, pixels and captions."""
     model = tiny.build(tiny.PRUNED, steps=120)
@@ -190,7 +190,9 @@ def logs(encoding, decoding, model, pixels, captions):
 
 
 # GPTQ and smoothing leave less to gain, so that less of it is asked.
-@pytest.mark.parametrize(("way", "left"), [({"rounding": "nearest", "smoothing": 0.0}, 0.5), ({}, 0.7)])
+@pytest.mark.parametrize(("way", "left"), [
+    pytest.param({"rounding": "nearest", "smoothing": 0.0}, 0.5, marks=pytest.mark.slow), ({}, 0.7)
+])  # fmt: skip
 def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(way, left, data, tmp_path):
     model = tiny.build(tiny.PRUNED, steps=120)
     spoil(model, 60.0)

@@ -27,9 +27,10 @@ QUICKSTART = (
 WALLS = ("data.captions=dataset.json", "data.images=images")
 TRAINED = ("concepts", "train", "distill", "scst")
 PHOTOS = (
-    *WALLS, "student.image_size=128", *(f"{stage.name}.epochs=1" for stage in read_recipe("photos").stages if stage.kind in TRAINED),
+    *WALLS, "student.image_size=64", "extractor.vocabulary=concepts.txt",
+    *(f"{stage.name}.epochs=1" for stage in read_recipe("photos").stages if stage.kind in TRAINED),
     "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8", "pruned.max_drop_cider=1000",
-    "int8.max_drop_cider=1000", "int8.trials=0",
+    "int8.max_drop_cider=1000",
 )  # fmt: skip
 UNDISTILLED = (*WALLS, *(f"{stage.name}.epochs=1" for stage in read_recipe("undistilled").stages if stage.kind in TRAINED))
 
@@ -97,6 +98,8 @@ def karpathy(folder: Path, train: int = 12, val: int = 4) -> None:
         sentences = [{"raw": text, "tokens": text.split(), "imgid": number, "sentid": 5 * number + i} for i, text in enumerate(texts)]
         images.append({"filename": f"{number}.jpg", "imgid": number, "split": "train" if number < train else "val", "sentences": sentences})
     (folder / "dataset.json").write_text(json.dumps({"dataset": "walls", "images": images}))
+    things = "wall picture paint dog cat person child tree house street car bus boat bird horse ball hat shirt table water grass sky snow"
+    (folder / "concepts.txt").write_text("\n".join(things.split()) + "\n")
 
 
 def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -> None:
