@@ -21,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compress.metrics import CiderD, ptb_tokenize  # noqa: E402
+from compress.runtime import positive  # noqa: E402
 
 DETERMINERS = "a a a the the two some one this".split()
 JOINS = "on in with near over under beside and behind at".split()
@@ -66,9 +67,9 @@ def best(repeats: int, run) -> tuple[float, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--references", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=positive, default=5000)
+    parser.add_argument("--references", type=positive, default=5)
+    parser.add_argument("--repeats", type=positive, default=3)
     arguments = parser.parse_args()
     candidates, references = captions(arguments.images, arguments.references)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compress.memory import keep  # noqa: E402
+from compress.runtime import positive  # noqa: E402
 from students.lightcap import depthwise  # noqa: E402
 from students.lightcap.encoder import Lite0  # noqa: E402
 
@@ -86,8 +87,8 @@ def line(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--images", type=positive, default=16)
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()

@@ -29,6 +29,7 @@ from compress.context import Progress  # noqa: E402
 from compress.errors import LightcapError  # noqa: E402
 from compress.metrics.bootstrap import paired  # noqa: E402
 from compress.process import thread_count  # noqa: E402
+from compress.runtime import positive  # noqa: E402
 from compress.stages import quantize  # noqa: E402
 from compress.stages.quantize import simulate  # noqa: E402
 from compress.stages.quantize.sensitivity import ALL, grids, sensitivity  # noqa: E402
@@ -69,7 +70,7 @@ def compare(run: Path, count: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run with a quantize stage")
-    parser.add_argument("--images", type=int, default=100, help="of val, for grid error and divergence")
+    parser.add_argument("--images", type=positive, default=100, help="of val, for grid error and divergence")
     arguments = parser.parse_args()
     torch.set_num_threads(thread_count())
     try:

@@ -34,6 +34,7 @@ from compress import doctor, runtime  # noqa: E402
 from compress.artifact import Artifact  # noqa: E402
 from compress.context import Progress  # noqa: E402
 from compress.cost import TOKENS  # noqa: E402
+from compress.runtime import positive  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap.tokenizer import decode_caption  # noqa: E402
 
@@ -201,7 +202,7 @@ def line(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--images", type=int, default=64, help="generated pictures for calibration, and for the importance of channels")
+    parser.add_argument("--images", type=positive, default=64, help="generated pictures for calibration and the importance of channels")
     parser.add_argument("--without-concepts", action="store_true", help="LightCap without concept extractor and modulator")
     parser.add_argument("--reduced", action="store_true", help="both INT8 models also with weights of 7 bits, which x86 processors without "
                         "VNNI multiply faster")

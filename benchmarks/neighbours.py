@@ -62,14 +62,15 @@ def quantize_by_onnxruntime(source: Path, out: Path, batch: np.ndarray) -> None:
             return None if row is None else {"pixels": row[None]}
 
     logging.disable(logging.WARNING)
-    prepared = out.with_suffix(".prepared.onnx")
+    prepared, begun = out.with_suffix(".prepared.onnx"), out.with_suffix(".begun.onnx")
     quant_pre_process(str(source), str(prepared))
     quantize_static(
-        str(prepared), str(out), Pictures(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+        str(prepared), str(begun), Pictures(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )  # fmt: skip
     logging.disable(logging.NOTSET)
     prepared.unlink()
+    begun.rename(out)  # what is kept is whole
 
 
 def ort_encoder(path: Path, settings: dict):

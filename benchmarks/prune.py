@@ -27,6 +27,7 @@ from compress.artifact import Artifact, writing  # noqa: E402
 from compress.config import Prune, Quantize  # noqa: E402
 from compress.context import Progress  # noqa: E402
 from compress.cost import TOKENS  # noqa: E402
+from compress.runtime import positive  # noqa: E402
 from compress.stages.export import export  # noqa: E402
 
 PRECISIONS = ("fp32", "int8")
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.65, 0.5, 0.35])
     parser.add_argument("--round-to", type=int, nargs="+", default=[8], help="widths of channels are multiples of this")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--images", type=int, default=64, help="generated pictures for calibration, and for the importance of channels")
+    parser.add_argument("--images", type=positive, default=64, help="generated pictures for calibration and the importance of channels")
     parser.add_argument("--keep", type=Path, help="a folder where the models that are built stay, and are taken from next time")
     options = parser.parse_args()
     if not all(0 < share < 1 for share in options.shares) or options.rounds < 2 or min(options.round_to) < 1:

@@ -30,6 +30,7 @@ from cider import captions as sentences  # noqa: E402
 from compress.data.scenes import compose  # noqa: E402
 from compress.data.wording import describe  # noqa: E402
 from compress.ptb import ptb_tokenize  # noqa: E402
+from compress.runtime import positive  # noqa: E402
 from compress.training.reward import CiderReward  # noqa: E402
 from students.lightcap.tokenizer import decode_caption, load_tokenizer  # noqa: E402
 
@@ -122,8 +123,8 @@ def line(milliseconds: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, nargs="+", default=[6000])
-    parser.add_argument("--batches", type=int, default=50)
+    parser.add_argument("--images", type=positive, nargs="+", default=[6000])
+    parser.add_argument("--batches", type=positive, default=50)
     arguments = parser.parse_args()
     rows = [measure(source, images, arguments.batches) for source in SOURCES for images in arguments.images]
     ratios = {

@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import platform
 import random
 import statistics
@@ -38,7 +39,9 @@ from compress.config import Optimisation, Recipe  # noqa: E402
 from compress.context import Context, Progress, Task  # noqa: E402
 from compress.data.captions import CaptionSet, Example  # noqa: E402
 from compress.recipe import read_recipe  # noqa: E402
+from compress.runtime import positive  # noqa: E402
 from compress.stages import distill, train  # noqa: E402
+from compress.training import loop  # noqa: E402
 from compress.training.batches import IGNORED, Batch, Captions, order, pack  # noqa: E402
 from compress.training.features import device, normalised  # noqa: E402
 from compress.training.loop import Group, linear, optimizer_of, settled  # noqa: E402
@@ -322,13 +325,14 @@ def measured(name: str, recipe: Recipe, data: CaptionSet, folder: Path, steps: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=160, help="generated pictures (160 use every word)")
+    parser.add_argument("--images", type=positive, default=160, help="generated pictures (160 use every word)")
     parser.add_argument("--steps", type=int, default=12, help=f"training steps, of which the first {WARM} are not counted")
-    parser.add_argument("--plain-images", type=int, default=8, help="pictures per plain step: 30,522 logits per word piece take memory")
+    parser.add_argument("--plain-images", type=positive, default=8, help="pictures per plain step: 30,522 logits a piece take memory")
     parser.add_argument("--json", action="store_true", help="print the JSON document alone")
     arguments = parser.parse_args()
     if arguments.steps < WARM + 2:
         parser.error(f"--steps must be at least {WARM + 2}")
+    loop.SAVE_SECONDS = math.inf  # the plain step between two of ours would bring a save into every few of these
     torch.set_num_threads(process.thread_count())
     say = (lambda text: None) if arguments.json else (lambda text: print(text, flush=True))
     with tempfile.TemporaryDirectory() as name:

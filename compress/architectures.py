@@ -29,7 +29,7 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
         try:
             models[stage.name] = _architecture(recipe, stage, models, vocabulary)
             encoders[stage.name] = _encoder(recipe, stage, encoders)
-            narrowed[stage.name] = _narrowed(stage, narrowed)
+            narrowed[stage.name] = _narrowed(stage, models, narrowed)
         except ValueError as error:
             raise RecipeError(f"{stage.place}stage '{stage.name}': {error}") from None
     return models
@@ -68,7 +68,7 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
         model = dataclasses.replace(model, concepts=config.pieces, alignment=(config.inner, text))
     if model.positions < (needed := PREFIX_POSITION + model.prefix):
         most = model.positions - PREFIX_POSITION - model.grid**2
-        raise ValueError(f"pieces: {model.concepts} need {needed} positions, and there are {model.positions}; at most {most} fit")
+        raise ValueError(f"{model.concepts} pieces of concepts need {needed} positions, and there are {model.positions}: {most} fit")
     return model
 
 
@@ -93,12 +93,13 @@ def _encoder(recipe: Recipe, stage: Stage, encoders: Mapping[str, str]) -> str:
     return stage.name if recipe.student.encoder_weights in (None, "none") else ""
 
 
-def _narrowed(stage: Stage, narrowed: Mapping[str, bool]) -> bool:
+def _narrowed(stage: Stage, models: Mapping[str, LightCapConfig], narrowed: Mapping[str, bool]) -> bool:
     """Whether a `vocabulary` stage has cut the word pieces of what `stage` makes. ValueError where it would take concepts, which are word
     pieces, or a teacher's tokens from a captioner of others."""
     own = isinstance(stage.config, Vocabulary) or (stage.parent is not None and narrowed[stage.parent])
     for name in references(stage.config):
-        if narrowed[name] != own:
+        takes = name != getattr(stage.config, "extractor", None) or models[name].concepts  # of one without concepts, the encoder alone
+        if narrowed[name] != own and takes:
             which = "cut by a 'vocabulary' stage, and its own are not" if narrowed[name] else "whole, and its own are cut ('vocabulary')"
             raise ValueError(f"the word pieces of '{name}' are {which}; name a stage on the same side of it")
     return own

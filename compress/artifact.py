@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from compress.answer import document
 from compress.errors import ModelError
 
 WEIGHTS = "model.safetensors"
@@ -70,21 +71,26 @@ class Artifact:
         """Its ledger row, as measured when it was made."""
         return _json(self.path / "metrics.json")
 
+    @property
+    def _anew(self) -> str:
+        """The end of an error line. A run takes a folder of its own for finished, and makes it anew where it is not there."""
+        ours = (self.path / "lock.json").is_file()
+        return "; remove the folder, and the run that made it makes it anew" if ours else "; copy it again, or make it anew"
+
     def check(self) -> Artifact:
         """Itself, if it looks complete; ModelError naming the file that is missing, cut short, or a pickle."""
         if not (self.path / "config.json").is_file():
             raise ModelError(f"{self.path} is not an artifact: it has no config.json{pickles(self.path)}")
         _ = self.config
         if missing := [name for name in MODEL_FILES[1:3] if not (self.path / name).is_file()]:
-            raise ModelError(f"{self.path} has no {missing[0]}; make it anew (remove it, then lightcap run)")
+            raise ModelError(f"{self.path} has no {missing[0]}{self._anew}")
         weights = self.path / WEIGHTS
         if weights.is_file():
             check_safetensors(weights)
         elif not self.graphs:
-            raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx; make it anew (remove it, then lightcap run)"
-                             f"{pickles(self.path)}")
+            raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx{pickles(self.path) or self._anew}")
         elif missing := [name for name in GRAPHS if not (self.path / name).is_file()]:
-            raise ModelError(f"{self.path} has encoder.onnx but no {missing[0]}; make it anew (remove it, then lightcap run, or export)")
+            raise ModelError(f"{self.path} has encoder.onnx but no {missing[0]}{self._anew}")
         return self
 
 
@@ -123,9 +129,7 @@ def writing(target: str | Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} is there already; remove it or name another folder")
     made = make_folders(target.parent)
-    for stale in target.parent.glob(f".{target.name}.writing-*"):
-        if not _alive(int(stale.name.rpartition("-")[2])):
-            shutil.rmtree(stale, ignore_errors=True)
+    remove_left(target.parent, f".{target.name}.writing-")
     folder = target.parent / f".{target.name}.writing-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -145,6 +149,14 @@ def writing(target: str | Path) -> Iterator[Path]:
         raise
 
 
+def remove_left(parent: Path, name: str) -> None:
+    """Removes the folders `name`PID in `parent` whose processes are gone."""
+    for folder in parent.glob(f"{name}*"):
+        process = folder.name.removeprefix(name)
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step: a reader, or a kill, sees the old text or the new."""
     temporary = path.with_name(f".{path.name}.writing")
@@ -155,7 +167,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, document(value, 2) + "\n")
 
 
 def make_folders(path: Path) -> list[Path]:

@@ -6,19 +6,18 @@ failed stage, a missed gate or limit, an unreadable image or a missing package; 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from compress import __version__
+from compress.answer import answer, print_drawn, print_json, quietly
 from compress.errors import DataError, LightcapError, UsageError, expected, nearest
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
@@ -45,6 +44,9 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.Abort from None  # click itself would print an empty line before it
+        except BrokenPipeError:  # who reads, such as `head`, has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
 
     def list_commands(self, ctx):
         return list(self.commands)  # in the order written here: that of use
@@ -90,43 +92,14 @@ def _report_error(error: Exception, json_wanted: bool) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         known = LightcapError(f"{text} (LIGHTCAP_TRACE=1 shows where)")
     known.show()
-    if json_wanted:
-        _print_json({"ok": False, "error": known.message})
+    if json_wanted and os.environ.get("RANK", "0") == "0":  # of several processes one answers
+        print_json({"ok": False, "error": known.message})
     return known.exit_code
 
 
 def _see_help(error: click.ClickException) -> str:
     ctx = getattr(error, "ctx", None)
     return f" (see {ctx.command_path} --help)" if ctx is not None else ""
-
-
-def _print_json(value) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # of a file's name that is no UTF-8
-        text = json.dumps(value, indent=2)
-    click.echo(text)
-
-
-def _print(drawn) -> None:
-    """A rich table or text on standard output, wide enough for a whole row where there is no terminal."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 160
-    Console(file=sys.stdout, width=width, highlight=False).print(drawn)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """What libraries print goes to standard error: standard output is the result alone."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def _answer(json_wanted: bool, value, draw: Callable[[], object]) -> None:
-    if json_wanted:
-        _print_json(value)
-    else:
-        _print(draw())
 
 
 # ---- recipes
@@ -139,7 +112,7 @@ def recipes_command(as_json: bool) -> None:
     from compress import recipe, show
 
     listed = [{"recipe": name, "description": text} for name, text in recipe.recipes()]
-    _answer(as_json, listed, lambda: show.recipes(listed))
+    answer(as_json, listed, lambda: show.recipes(listed))
 
 
 @cli.command("plan")
@@ -155,9 +128,9 @@ def plan_command(recipe: str, sets: tuple[str, ...], out: Path | None, as_json: 
     wanted = read_recipe(recipe, sets)
     # A shipped recipe's own file of captions only stands for the user's; one that the user names has to be there.
     own = wanted.path.parent == SHIPPED and not any(setting.lstrip().startswith("data.") for setting in sets)
-    with _quietly():
+    with quietly():
         planned = pipeline.plan(wanted, out or Path("runs") / wanted.name, imagine=own)
-    _answer(as_json, planned, lambda: show.plan(planned))
+    answer(as_json, planned, lambda: show.plan(planned))
 
 
 @cli.command("run")
@@ -178,16 +151,16 @@ def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Pat
     except LightcapError as error:
         result = pipeline.Result(out or Path("runs") / Path(recipe).stem, (), error)
     else:
-        with _quietly():
+        with quietly():
             mine = share()
             result = pipeline.run(wanted, out or Path("runs") / wanted.name, Progress(), share=mine)
         if mine.rank:  # what is to be said the first process says; but its own failure is its own
             result.check()
             return
     if as_json:
-        _print_json(result.json())
+        print_json(result.json())
     elif result.rows:
-        _print(ledger.table(result.rows, title=str(result.folder)))
+        print_drawn(ledger.table(result.rows, title=str(result.folder)))
     if result.error is not None:
         result.error.show()
         ctx.exit(result.error.exit_code)
@@ -207,7 +180,7 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
 
         report.write(value, html)
         click.echo(f"wrote {html}", err=True)
-    _answer(as_json, value, lambda: show.compare(value))
+    answer(as_json, value, lambda: show.compare(value))
 
 
 @cli.command("sweep")
@@ -224,9 +197,9 @@ def sweep_command(
     from compress import show, sweep
     from compress.context import Progress
 
-    with _quietly():
+    with quietly():
         value = sweep.run(sweep.recipes(recipe, sets, vary, out), Progress())
-    _answer(as_json, value, lambda: show.compare(value))
+    answer(as_json, value, lambda: show.compare(value))
     if not value["ok"]:
         ctx.exit(1)
 
@@ -248,9 +221,9 @@ def fit_command(
     from compress import fit, show
     from compress.context import Progress
 
-    with _quietly():
+    with quietly():
         found = fit.fit(recipe, sets, fit.Limits(max_mb, max_ms, max_drop_cider), out, Progress())
-    _answer(as_json, found, lambda: show.fit(found))
+    answer(as_json, found, lambda: show.fit(found))
     if not found["ok"]:
         ctx.exit(1)
 
@@ -271,9 +244,8 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 
     chosen = models.resolve(model)
     photos = captioning.photos(images)
-    answers, result = [], sys.stdout
-    quiet = not (as_json and sys.stderr.isatty())  # without --json the captions themselves are the progress
-    with _quietly(), Progress(quiet=quiet).task("captions", len(photos)) as task:
+    answers, result = [], sys.stdout  # without --json the captions themselves are the progress
+    with quietly(), Progress(quiet=not as_json).task("captions", len(photos)) as task:
         for answer in captioning.captions(chosen, photos, beam):
             answers.append(answer)
             task.advance()
@@ -282,7 +254,7 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
             elif not as_json:
                 click.echo(f"{click.format_filename(answer['image'])}\t{answer['caption']}", file=result)
     if as_json:
-        _print_json(answers)
+        print_json(answers)
     if any("error" in answer for answer in answers):
         ctx.exit(1)
 
@@ -308,7 +280,7 @@ def eval_command(
 
     chosen = models.resolve(model)
     source = guess(Path(captions)) or "karpathy"  # whose reader says what is wrong with the file
-    with _quietly():
+    with quietly():
         asked = config.Data(source=source, captions=captions, images=images, val_split=split, max_unreadable=max_unreadable)
         try:
             wanted = data.load(asked, only=split)
@@ -319,7 +291,7 @@ def eval_command(
         from compress import evaluate
 
         scores = evaluate.evaluate(chosen, wanted, beam, Progress(), _java if java else None)
-    _answer(as_json, scores, lambda: show.scores(scores))
+    answer(as_json, scores, lambda: show.scores(scores))
 
 
 def _as_options(message: str) -> str:
@@ -349,9 +321,9 @@ def score_command(candidates: Path, references: Path, java: bool, as_json: bool)
     from compress import metrics, results, show
 
     written, wanted = results.read(candidates, references)
-    with _quietly():
+    with quietly():
         scores = metrics.score(written, wanted).row() | (_java(written, wanted) if java else {})
-    _answer(as_json, scores, lambda: show.scores(scores))
+    answer(as_json, scores, lambda: show.scores(scores))
 
 
 @cli.command("profile")
@@ -360,11 +332,11 @@ def score_command(candidates: Path, references: Path, java: bool, as_json: bool)
 @as_json
 def profile_command(model: str, tokens: int, as_json: bool) -> None:
     """Count a model's parameters, MACs, bytes and time per caption. Example: lightcap profile lightcap"""
-    with _quietly():
+    with quietly():
         from compress import profile, show
 
         row = profile.profile(model, tokens)
-    _answer(as_json, row, lambda: show.profile(row))
+    answer(as_json, row, lambda: show.profile(row))
 
 
 @cli.command("export")
@@ -376,7 +348,7 @@ def export_command(model: str, out: Path, as_json: bool) -> None:
     from compress import artifact, models
 
     chosen = models.resolve(model)
-    with artifact.writing(out) as folder, _quietly():
+    with artifact.writing(out) as folder, quietly():
         from compress.stages import export
 
         export.export(chosen, folder)
@@ -384,7 +356,7 @@ def export_command(model: str, out: Path, as_json: bool) -> None:
         click.echo(f"lightcap: {said}", err=True)
     made = artifact.Artifact(out)
     value = {"out": str(out), "bytes": made.bytes(), "digest": made.digest(), "files": sorted(path.name for path in out.iterdir())}
-    _answer(as_json, value, lambda: f"{out}: {value['bytes'] / 1e6:.2f} MB; try: python {out / 'caption.py'} PHOTO")
+    answer(as_json, value, lambda: f"{out}: {value['bytes'] / 1e6:.2f} MB; try: python {out / 'caption.py'} PHOTO")
 
 
 @cli.command("doctor")
@@ -395,6 +367,6 @@ def doctor_command(ctx: click.Context, as_json: bool) -> None:
     from compress import doctor, show
 
     found = doctor.examine()
-    _answer(as_json, found, lambda: show.doctor(found))
+    answer(as_json, found, lambda: show.doctor(found))
     if not found["ok"]:
         ctx.exit(1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from compress.cache import noted
 from compress.ledger import captions_file, pareto, read_run
 
 EVERY = "every run"
@@ -13,11 +15,19 @@ EVERY = "every run"
 
 def compared(runs: Sequence[str]) -> dict:
     """The ledgers of several runs, the rows that nothing in any of them beats, and the `differences`: what `lightcap compare` says."""
-    found = [{"run": name, "rows": read_run(name)} for name in runs]
+    found = [{"run": name, "rows": rows, "data": data_of(Path(name), rows)} for name, rows in ((name, read_run(name)) for name in runs)]
     flat = [(entry["run"], row) for entry in found for row in entry["rows"]]
-    best = [flat[index] for index in pareto([row for _, row in flat])]
+    best = [flat[index] for index in pareto([row for _, row in flat], [entry["data"] for entry in found for _ in entry["rows"]])]
     unbeaten = [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]
     return {"runs": found, "pareto": unbeaten, "differences": differences(found)}
+
+
+def data_of(run: Path, rows: Sequence[Mapping]) -> str | None:
+    """The fingerprint of the captioned images that a run was made of and measured on; None where its artifacts are gone."""
+    for row in rows:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return noted(run / row["artifact"])["parts"]["data"]
+    return None
 
 
 def side_by_side(runs: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:
@@ -33,11 +43,11 @@ def side_by_side(runs: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:
 def differences(runs: Sequence[Mapping]) -> list[dict]:
     """What each row of the later `runs` ([{"run", "rows"}]) has more than the first run's of that name: {"run", "name", "against" (that
     run), "delta_cider", "delta_ci95", "p_value"}, CIDEr-D x100 by a paired bootstrap over images. Left out are rows that are one artifact,
-    and those not measured on the same images, or whose captions are no longer there."""
+    and those not measured on the same images with the same references, or whose captions are no longer there."""
     from compress.metrics.bootstrap import paired  # numpy, which no other command that draws a table waits for
 
     found = []
-    for entry in runs[1:]:
+    for entry in (entry for entry in runs[1:] if entry["data"] == runs[0]["data"]):
         for row in entry["rows"]:
             first = next((other for other in runs[0]["rows"] if other["name"] == row["name"]), None)
             if first is None or first.get("lock") == row.get("lock") or first.get("split") != row.get("split"):
@@ -53,7 +63,7 @@ def differences(runs: Sequence[Mapping]) -> list[dict]:
 def ciders(run: Path, row: Mapping) -> dict[str, float]:
     """Image -> CIDEr-D x100 of what the row's artifact said of it; empty where that was not measured, or is gone."""
     path = captions_file(run / row["artifact"], row.get("split") or "")
-    return {item["image"]: item["cider"] for item in json.loads(path.read_text())} if path.is_file() else {}
+    return {item["image"]: item["cider"] for item in json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
 
 
 def cells(difference: Mapping) -> tuple[str, str, str]:

@@ -28,14 +28,14 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """The model to deploy, and the image encoder and tokenizer that every model of the recipe shares. Of sizes, None means the preset's
-    own; they hold for this preset, not for another that a stage names. Weights are a word (`imagenet`, `openai`, `minilm`), a path, or a
-    name on the hub."""
+    """The model to deploy, and the image encoder and tokenizer that every model of the recipe shares. Of the encoder and of sizes, None
+    means the preset's own; sizes hold for this preset, not for another that a stage names. Weights are a word (`imagenet`, `openai`,
+    `minilm`; of an encoder `none`, too), a path, or a name on the hub."""
 
     preset: str = "lightcap"
     encoder: str | None = None
-    encoder_weights: str | None = None  # none: drawn anew
-    fusion_weights: str | None = None  # none: drawn anew, or in 'distill' the first teacher's layers
+    encoder_weights: str | None = None  # if absent, drawn anew
+    fusion_weights: str | None = None  # if absent, drawn anew, or in 'distill' the first teacher's layers
     tokenizer: str | None = None  # that of the fusion's weights where the section names some, else the shipped word pieces of English
     layers: int | None = None
     hidden: int | None = None
@@ -49,6 +49,7 @@ class Student:
 class Optimisation:
     """AdamW on a linear schedule with warm-up, as in Oscar and VinVL. Batches are counted in images, each with all its captions."""
 
+    epochs: float = 1.0
     batch_images: int = 32
     learning_rate: float = 3e-4  # the highest
     warmup: float = 0.05  # a share of the steps
@@ -61,12 +62,7 @@ class Optimisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Optimisation):
-    epochs: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoding(Training):
+class Encoding(Optimisation):
     """Training that may tune the image encoder, too."""
 
     encoder: str = "frozen"
@@ -105,13 +101,14 @@ class Train(Encoding):
     modulator: int | None = None  # inner width; 0: none
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
     grid_dropout: float = 0.0  # of the features of the grid
+    consensus: float = 0.0  # 0 to 1: the share of a caption's weight that is its CIDEr-D against its image's other captions, over the mean
     matching_weight: float = 0.0  # of telling replaced concepts from a picture's own
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
     concept_weight: float = 0.0  # of finding concepts, as in 'concepts', while the encoder is tuned: an extractor left as it was finds less
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(Training):
+class Distill(Optimisation):
     """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher."""
 
     teachers: tuple[str, ...] = ()
@@ -131,7 +128,7 @@ class Distill(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scst(Training):
+class Scst(Optimisation):
     """CIDEr optimisation: `samples` captions drawn per image, each rewarded against the mean of the others or the greedy caption."""
 
     learning_rate: float = 1e-5
@@ -285,6 +282,7 @@ RANGES = {
     "token_weight": WHOLE,
     "word_weight": NOT_NEGATIVE,
     "concept_weight": NOT_NEGATIVE,
+    "consensus": WHOLE,
     "matching_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,
     "attention_weight": NOT_NEGATIVE,

@@ -1,4 +1,4 @@
-"""Keys of a stage that contradict each other or would change nothing: found when a recipe is read, before anything runs."""
+"""Keys of a stage that contradict each other, and many that would change nothing: found when a recipe is read, before anything runs."""
 
 from __future__ import annotations
 
@@ -77,10 +77,9 @@ def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
         yield "ensemble", f"{config.ensemble} is of heads that match tokens; add tokens to 'match', or leave it out"
     if config.match_epochs != Distill.match_epochs and not {"hidden", "attention"} & set(config.match):
         yield "match_epochs", "is of hidden states and attention; add them to 'match', or leave it out"
-    for key, of in (("token_weight", "tokens"), ("temperature", "tokens"), ("top_k", "tokens"), ("hidden_weight", "hidden"),
-                    ("attention_weight", "attention")):  # fmt: skip
-        if getattr(config, key) != getattr(Distill, key) and of not in config.match:
-            yield key, f"is of matching {of}; add {of} to 'match', or leave it out"
+    for of in ("hidden", "attention"):
+        if getattr(config, f"{of}_weight") != getattr(Distill, f"{of}_weight") and of not in config.match:
+            yield f"{of}_weight", f"is of matching {of}; add {of} to 'match', or leave it out"
 
 
 def _scst(config: Scst, parent: str | None) -> Iterator[tuple[str, str]]:
@@ -100,6 +99,8 @@ def _average(config: Average, parent: str | None) -> Iterator[tuple[str, str]]:
 def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
     if all(getattr(config, key) is None for key in TARGETS):
         yield TARGETS[0], "'prune' needs a target: macs, params (shares of its parent), mb or ms"
+    if config.epochs != Prune.epochs:
+        yield "epochs", "are of training; say how long the pruned model recovers (recover_epochs, recover_encoder_epochs)"
     if not config.parts:
         yield "parts", "nothing may leave; name at least one of encoder, fusion, concepts, hidden"
     if config.layers and "fusion" not in config.parts:
@@ -108,10 +109,6 @@ def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
         for key in ("flip", "crop"):
             if getattr(config, key):
                 yield key, "disturbs pictures while the encoder recovers; here it does not (parts, recover_encoder_epochs): leave it out"
-        if config.encoder_learning_rate != Prune.encoder_learning_rate:
-            yield "encoder_learning_rate", "is of an encoder that recovers; here it does not (parts, recover_encoder_epochs): leave it out"
-    if "encoder" not in config.parts and config.recover_encoder_epochs not in (0, Prune.recover_encoder_epochs):
-        yield "recover_encoder_epochs", "are of a pruned encoder; add encoder to 'parts', or leave it out"
 
 
 def _quantize(config: Quantize, parent: str | None) -> Iterator[tuple[str, str]]:

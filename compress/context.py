@@ -51,9 +51,9 @@ class Task:
         rate = self.rate
         note = f", {self.note}" if self.note else ""
         if self.total is None:
-            return f"{self.label}: {self.done:g}, {rate:.3g}/s{note}"
+            return f"{self.label}: {_number(self.done)}, {_number(rate)}/s{note}"
         left = f", {_duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
-        return f"{self.label}: {self.done:g}/{self.total:g}, {rate:.3g}/s{left}{note}"
+        return f"{self.label}: {_number(self.done)}/{_number(self.total)}, {_number(rate)}/s{left}{note}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Progress:
         number = bars.add_task(label, total=total, rate="")
 
         def show(task: Task) -> None:
-            bars.update(number, completed=task.done, rate=f"{task.rate:.3g}/s {task.note}")
+            bars.update(number, completed=task.done, rate=f"{_number(task.rate)}/s {task.note}")
 
         task = Task(label, total, show)
         try:
@@ -133,6 +133,10 @@ class Progress:
                 bars.stop()
                 self._live.pop()
         self.log(f"{task.line()}, done in {_duration(time.monotonic() - task.started)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _duration(seconds: float) -> str:

@@ -102,7 +102,7 @@ class Counter(TorchDispatchMode):
 
 def counted(work: Callable[[], object]) -> tuple[int, int]:
     """(products with weights, products of activations) of what `work` dispatches."""
-    with Counter() as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with torch.inference_mode(False), Counter() as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         work()
     attention = sum(count for op, count in counter.flops.items() if "bmm" in str(op))
     return (sum(counter.flops.values()) - attention) // 2, attention // 2

@@ -53,6 +53,8 @@ def parse(text: str, place: Callable[[int], str]) -> Located:
             if depth > MOST_DEPTH:
                 raise RecipeError(f"{line}nested deeper than {MOST_DEPTH} levels")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (ValueError, OverflowError) as error:  # of an escape that is no character
+        raise RecipeError(f"{place(1)}not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"

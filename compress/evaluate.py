@@ -55,7 +55,7 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     write_json(captions_file(artifact.path, split), spoken)
     row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
-        earlier = {item["image"]: item for item in json.loads(captions_file(against.path, split).read_text())}
+        earlier = {item["image"]: item for item in json.loads(captions_file(against.path, split).read_text(encoding="utf-8"))}
         if (mend := MENDS.get("quantize" if artifact.quantized else context.stage.kind)) is not None and recovered(context):
             check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()], mend)
         before = [earlier[item["image"]]["cider"] for item in spoken]
@@ -98,7 +98,7 @@ def ciders(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress
     """CIDEr-D x100 of each image of `data` at beam 5: as it was measured, if `artifact` was."""
     file = captions_file(artifact.path, data.examples[0].split)
     if file.is_file():
-        known = {item["image"]: item["cider"] for item in json.loads(file.read_text())}
+        known = {item["image"]: item["cider"] for item in json.loads(file.read_text(encoding="utf-8"))}
         return np.array([known[example.image_id] for example in data.examples])
     return scored(artifact, data, cache, progress)[1].per_image
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import pipeline
+from compress.artifact import remove_left
 from compress.config import Recipe, Stage, references
 from compress.context import Progress
 from compress.errors import GateError, TargetError, UsageError
@@ -51,7 +52,9 @@ def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progre
     out = Path("runs") / f"{wanted.name}-fit" if out is None else out
     if not out.name:
         raise UsageError(f"--out {out}: name a folder")
-    beside = out.with_name(f"{out.name}.unrecovered-{os.getpid()}")  # its own, which no other `fit` removes
+    mark = f"{out.name}.unrecovered-"
+    remove_left(out.parent, mark)
+    beside = out.with_name(f"{mark}{os.getpid()}")  # its own, which no other `fit` removes
     aimed, tried = limits.aimed(wanted), []
 
     def holds(share: float) -> bool | None:

@@ -104,6 +104,7 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     earlier = Artifact(target).row() if finished(target) else None
     if earlier is None and target.exists():  # without metrics.json it was never finished under this name
         shutil.rmtree(target)
+    tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
     work = target.with_name(f"{target.name}.work")
     state, model = work / "state", target if earlier else work / "model"
     if earlier is None:
@@ -112,7 +113,6 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     context = context_of(run, stage, artifacts, model, state)
     parent = artifacts[stage.parent] if stage.parent else None
     with _failing_as(stage, run.out, work):
-        tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
         if not model.is_dir():
             with artifact.writing(model) as output:
                 if stage.kind != "baseline":

@@ -23,7 +23,7 @@ from compress.artifact import Artifact
 from compress.cache import cache_of, finished, noted, rates_of
 from compress.config import Recipe, Stage
 from compress.context import Progress
-from compress.errors import DataError, GateError, LightcapError, StageError, UsageError
+from compress.errors import DataError, GateError, LightcapError, ModelError, StageError, UsageError
 from compress.memory import bounded
 from compress.pages import huge_pages
 from compress.parallel import ALONE, Share, until
@@ -116,6 +116,9 @@ def run(
                 if share.rank:
                     return _trained_with(run_)
                 with only_writer(out / ".writer", _refuse):
+                    for left in out.glob(".told-*"):  # by processes that were killed
+                        if left != run_.told:
+                            shutil.rmtree(left, ignore_errors=True)
                     return _stage_by_stage(run_, gates)
         finally:
             if share.size > 1 and share.rank == 0:
@@ -221,11 +224,11 @@ def _gate(stage: Stage, row: Mapping, made: Artifact) -> None:
 
 
 def _explained(error: LightcapError, artifacts: Mapping, rows: list[dict]) -> LightcapError:
-    """A stage's error with the last artifact that is good: of the last row in the ledger. With rows there it is a run that failed, whatever
-    its reason, and no longer one that wrote nothing."""
-    if isinstance(error, UsageError):
-        if not rows:
-            return error
+    """A stage's error with the last artifact that is good: of the last row in the ledger. Where there are rows, data and models that cannot
+    be used are a run that failed; a wrong recipe stays one."""
+    if isinstance(error, UsageError) and not rows:
+        return error
+    if isinstance(error, DataError | ModelError):
         error = StageError(error.message)
     good = [row["name"] for row in rows if row["name"] in artifacts]
     kept = f"the last good artifact is '{good[-1]}': {artifacts[good[-1]].path}" if good else "no artifact was finished before it"

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from compress.data.captions import clean
+from compress.data.karpathy import text_of
 from compress.errors import DataError, beside, nearest
 
 KARPATHY_IDS = ("cocoid", "imgid", "filename")  # what a results file may call an image of a Karpathy file
@@ -50,9 +52,9 @@ def _references(path: Path, written: Mapping[str, str]) -> dict[str, list[str]]:
         if isinstance(value, dict) and "annotations" in value:
             wanted: dict[str, list[str]] = {}
             for annotation in value["annotations"]:
-                wanted.setdefault(str(annotation["image_id"]), []).append(str(annotation["caption"]))
+                wanted.setdefault(str(annotation["image_id"]), []).extend(clean([annotation["caption"]]))
         elif isinstance(value, dict) and isinstance(value.get("images"), list):
-            wanted = _karpathy(value["images"], written)
+            wanted = _karpathy(path, value["images"], written)
         else:
             raise DataError(f"{path}: is neither COCO JSON (key 'annotations') nor Karpathy JSON (key 'images' with sentences)")
     except KeyError as error:
@@ -61,26 +63,30 @@ def _references(path: Path, written: Mapping[str, str]) -> dict[str, list[str]]:
         raise DataError(f"{path}: an entry is no JSON object where COCO and Karpathy JSON have one") from None
     if not wanted:
         raise DataError(f"{path}: holds no reference caption")
+    if bare := next((name for name, captions in wanted.items() if not captions), None):
+        raise DataError(f"{path}: image {bare} has no reference caption")
     return wanted
 
 
-def _karpathy(images: Sequence[Mapping], written: Mapping[str, str]) -> dict[str, list[str]]:
+def _karpathy(path: Path, images: Sequence[Mapping], written: Mapping[str, str]) -> dict[str, list[str]]:
     def matches(key: str) -> int:
         return sum(str(image.get(key)) in written for image in images)
 
     key = max(KARPATHY_IDS, key=matches)
     split = {str(image[key]): image.get("split") for image in images if key in image}
     touched = {split[name] for name in written if name in split}
-    return {
-        str(image[key]): [str(s["raw"] if "raw" in s else " ".join(s["tokens"])) for s in image["sentences"]]
-        for image in images
-        if key in image and (not touched or image.get("split") in touched)
-    }
+    wanted: dict[str, list[str]] = {}
+    for image in images:
+        if key in image and (not touched or image.get("split") in touched):
+            if (name := str(image[key])) in wanted:
+                raise DataError(f"{path}: lists image {name} more than once; list each once, with all its captions")
+            wanted[name] = list(clean(map(text_of, image["sentences"])))
+    return wanted
 
 
 def _json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}){nearest(path.name, beside(path))}") from None
     except ValueError as error:

@@ -25,6 +25,7 @@ def combinations(vary: Sequence[str]) -> list[tuple[str, ...]]:
         found = [value.strip() for value in COMMA.split(values)]
         if not mark or not key or len(found) < 2 or not all(found) or len(set(found)) < len(found):
             raise UsageError(f"--vary {text}: write NAME.key=a,b with two different values or more")
+        key = key.strip()
         if any(other[0].startswith(f"{key}=") for other in options):
             raise UsageError(f"--vary {text}: '{key}' varies already")
         options.append([f"{key}={value}" for value in found])
@@ -32,13 +33,13 @@ def combinations(vary: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def run(wanted: Sequence[tuple[Path, tuple[str, ...], Recipe]], progress: Progress) -> dict:
-    """Runs each of `recipes`, one after the other, and compares them: what `lightcap sweep` says. One that fails stops no other; wrong
-    input does, which all of them share."""
+    """Runs each of `recipes`, one after the other, and compares them: what `lightcap sweep` says. One that fails stops no other; input that
+    the first cannot use does, before anything is made."""
     done, failed = [], []
     for number, (folder, chosen, recipe) in enumerate(wanted, start=1):
         progress.log(f"run {number} of {len(wanted)}: {' '.join(chosen)}")
         result = pipeline.run(recipe, folder, progress)
-        if isinstance(result.error, UsageError):
+        if isinstance(result.error, UsageError) and number == 1 and not result.rows:
             raise result.error
         if result.rows:
             done.append(str(folder))

@@ -67,9 +67,9 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
          "stage 'x': heads: 2 copies of one head, which match no tokens"),
         ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
         ("  - prune: {as: x, macs: 0.5, layers: 2}\n", "stage 'x': layers: 2 shall stay of 2; name less, or leave it out"),
-        ("  - concepts: {as: x, from: teacher, pieces: 40}\n", "stage 'x': pieces: 40 need 129 positions, and there are 128; at most 39"),
+        ("  - concepts: {as: x, from: teacher, pieces: 40}\n", "stage 'x': 40 pieces of concepts need 129 positions"),
         ("  - concepts: {as: e, preset: lightcap, pieces: 45}\n  - train: {as: x, preset: tiny, extractor: e}\n",
-         "stage 'x': pieces: 45 need 134 positions, and there are 128; at most 39"),
+         "stage 'x': 45 pieces of concepts need 134 positions, and there are 128: 39 fit"),
         ("  - train: {as: next, preset: tiny}\n  - distill: {as: x, from: next, teachers: teacher, match: [tokens, hidden]}\n",
          "stage 'x': match: hidden states and attention of a causal student and a masked teacher are of other places; match tokens"),
         ("  - concepts: {as: e, preset: tiny, pieces: 6}\n  - train: {as: reads, preset: tiny, extractor: e, objective: masked}\n"
@@ -86,6 +86,11 @@ def test_what_does_not_fit_is_one_line(tmp_path, stages, what):
         models(tmp_path, RECIPE.format(stages))
     last = 3 + stages.count("\n")
     assert raised.value.message.startswith(f"{tmp_path / 'x.yaml'}:{last}: {what}") and "\n" not in raised.value.message
+
+
+def test_an_encoder_behind_a_vocabulary_is_taken_where_it_finds_no_concepts(tmp_path):
+    text = "  - vocabulary: {}\n  - train: {as: x, preset: tiny, extractor: vocabulary}\n"
+    assert models(tmp_path, RECIPE.format(text))["x"].concepts == 0
 
 
 def test_sizes_that_no_captioner_has(tmp_path):

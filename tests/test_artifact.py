@@ -129,8 +129,13 @@ def test_half_downloads_are_named(tmp_path):
     assert artifact.GRAPHS == runtime.GRAPHS
     for present, missing in itertools.pairwise(artifact.GRAPHS):
         (made.path / present).write_bytes(b"x")
-        with pytest.raises(ModelError, match=f"no {missing}; make it anew"):
+        with pytest.raises(ModelError, match=f"no {missing}; copy it again, or make it anew"):
             resolve(made.path)
+
+
+def test_names_that_are_no_utf8_are_written(tmp_path):
+    artifact.write_json(tmp_path / "captions.json", [{"image": "caf\udce9.jpg"}, {"image": "é.jpg"}])
+    assert json.loads((tmp_path / "captions.json").read_text(encoding="utf-8")) == [{"image": "caf\udce9.jpg"}, {"image": "é.jpg"}]
 
 
 def test_write_text_replaces_in_one_step(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import compress
-from compress import cli, doctor, ledger
+from compress import answer, cli, doctor, ledger, show
 from compress.metrics import java
 
 ROOT = Path(compress.__file__).resolve().parent.parent
@@ -57,6 +57,23 @@ def test_recipes(lightcap):
     assert status == 0
     assert {"quickstart", "photos"} <= {entry["recipe"] for entry in json.loads(output)}
     assert "quickstart" in lightcap("recipes")[1]
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_nobody_has_to_read_all_that_a_command_says(tmp_path, form):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    running = subprocess.Popen([sys.executable, "-m", "compress", "recipes", *form], cwd=tmp_path, env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    running.stdout.close()
+    with running.stderr as said:
+        assert said.read() == b"" and running.wait() == 0
+
+
+def test_brackets_are_drawn_as_they_are(capsys):
+    answer.print_drawn(show.doctor(doctor.examine() | {"missing": [{"what": "weights", "install": "pip install 'lightcap[photos]'"}]}))
+    assert "lightcap[photos]" in capsys.readouterr().out
+    answer.print_drawn("out[v2]: 1.00 MB [/b] :smile:")
+    assert capsys.readouterr().out == "out[v2]: 1.00 MB [/b] :smile:\n"
 
 
 def test_plan_of_a_shipped_recipe_without_its_photos(lightcap, tmp_path):

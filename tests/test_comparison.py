@@ -47,6 +47,18 @@ def test_what_cannot_be_compared_is_left_out(tmp_path, other):
     assert comparison.compared(runs)["differences"] == []
 
 
+def test_runs_of_other_data_are_not_compared(tmp_path):
+    """Generated scenes of another seed have the same names; the better and smaller of two is not better on other pictures."""
+    for name, lock, data, size in (("a", "1", "x", 20), ("b", "2", "y", 10), ("c", "3", "x", 10)):
+        write_run(tmp_path / name, lock, VALUES)
+        (tmp_path / ".cache" / lock / "lock.json").write_text(json.dumps({"parts": {"data": data}}))
+        [row] = ledger.read(tmp_path / name / "ledger.jsonl")
+        ledger.write(tmp_path / name / "ledger.jsonl", [row | {"bytes": size, "latency_ms": {"p50": 1.0}}])
+    found = comparison.compared([str(tmp_path / name) for name in "abc"])
+    assert [entry["run"] for entry in found["differences"]] == [str(tmp_path / "c")]
+    assert [entry["run"] for entry in found["pareto"]] == [str(tmp_path / "b"), str(tmp_path / "c")]
+
+
 def test_captions_that_are_gone_leave_the_row(tmp_path):
     for name, lock in zip("ab", "12", strict=True):
         write_run(tmp_path / name, lock, VALUES)

@@ -14,7 +14,7 @@ from PIL import Image
 from compress import runtime
 from compress.config import Data
 from compress.data import SOURCES, UnreadableImage, load, photos
-from compress.data.captions import hashed_split
+from compress.data.captions import clean, hashed_split
 from compress.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,6 +151,11 @@ def test_flickr8k(tmp_path):
     assert {example.image_id: example.split for example in found.examples} == dict(zip(NAMES, SPLITS, strict=True))
     assert found.examples[0].captions == ("A a sits here .", "there is a a")
     assert load(Data(source="flickr8k", captions=str(tmp_path))).fingerprint == found.fingerprint
+    spaced = (tmp_path / "Flickr8k.token.txt").read_text().replace(NAMES[0], "my dog.jpg").replace("there is", "there\u2028is")
+    (tmp_path / "Flickr8k.token.txt").write_text(spaced)
+    (tmp_path / "Flickr_8k.trainImages.txt").write_text("my dog.jpg\r\n")  # names end with lines, and lines with no other sign
+    shutil.copy(tmp_path / "Flicker8k_Dataset" / NAMES[0], tmp_path / "Flicker8k_Dataset" / "my dog.jpg")
+    assert load(Data(source="flickr8k", captions=str(tmp_path))).split("train").examples[0].captions == found.examples[0].captions
     (tmp_path / "Flickr_8k.devImages.txt").write_text("z.jpg\n")
     assert "Flickr8k.token.txt has no captions of image z.jpg" in fails(Data(source="flickr8k", captions=str(tmp_path)))
     for name in ("train", "dev", "test"):
@@ -326,6 +331,16 @@ def test_wrong_json_says_what_was_found_and_expected(tmp_path, source, content, 
     (tmp_path / "images").mkdir()
     message = fails(Data(source=source, captions=str(path)))
     assert message.startswith(f"data.captions: {path} {found}; source '{source}' expects a JSON object with 'images'")
+
+
+def test_captions_that_say_nothing_are_left_out():
+    assert clean(["...", " ! ", "", None, 3, "a  dog\n.", "half \ud83d of it", "7"]) == ("a dog .", "half ? of it", "7")
+
+
+def test_an_image_id_that_is_a_list_is_named(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "c.json").write_text(json.dumps({"images": [], "annotations": [{"image_id": [1], "caption": "a dog"}]}))
+    assert "JSON whose annotations[0] has no 'image_id' and 'caption'" in fails(Data(source="coco", captions=str(tmp_path / "c.json")))
 
 
 def test_binary_captions_and_folders(tmp_path):

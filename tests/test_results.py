@@ -48,6 +48,15 @@ def test_karpathy_by_file_name_or_number_within_the_split(tmp_path, names):
     assert wanted == [["a car", "one car"], ["a bus"]]
 
 
+def test_references_that_are_no_text_are_none(tmp_path):
+    """A sentence without its raw text has its tokens; a file may begin with a byte order mark."""
+    coco = {"annotations": [*COCO["annotations"], {"image_id": 7, "caption": None}]}
+    entries = [{"image_id": 7, "caption": "cat"}, {"image_id": 8, "caption": "dog"}]
+    assert results.read(*pair(tmp_path, entries, "\ufeff" + json.dumps(coco)))[1] == [["a dog", "the dog"], ["a cat"]]
+    image = {"filename": "a.jpg", "split": "val", "sentences": [{"raw": None, "tokens": ["a", "cat"]}]}
+    assert results.read(*pair(tmp_path, said(**{"a.jpg": "x"}), {"images": [image]}))[1] == [["a cat"]]
+
+
 @pytest.mark.parametrize(
     ("candidates", "references", "expected"),
     [
@@ -61,6 +70,8 @@ def test_karpathy_by_file_name_or_number_within_the_split(tmp_path, names):
         (said(a="x"), {"annotations": []}, "holds no reference caption"),
         (said(a="x"), {"annotations": [{"caption": "x"}]}, "an entry lacks 'image_id'"),
         (said(a="x"), [], "is neither COCO JSON"),
+        (said(a="x"), {"annotations": [{"image_id": "a", "caption": None}]}, "image a has no reference caption"),
+        (said(**{"b.jpg": "x"}), {"images": [KARPATHY["images"][1]] * 2}, "lists image b.jpg more than once"),
     ],
 )
 def test_one_line_says_what_is_wrong(tmp_path, candidates, references, expected):

@@ -202,3 +202,19 @@ def test_it_refuses_what_does_not_fit(tokenizer, reward):
     for image in (-1, 204):
         with pytest.raises(ValueError, match="the training images are 0 to 203"):
             reward([image], [[[7]]])
+
+
+def test_agreement_is_the_metric_against_the_others(references, tokenizer):
+    """Leave one out, with the document frequencies of all; one caption alone counts as the mean does."""
+    whole = metrics.CiderD(references)
+    known = {"document_frequencies": whole.document_frequencies, "num_documents": len(references)}
+    wanted = []
+    for captions in references:
+        for place, caption in enumerate(captions):
+            others = captions[:place] + captions[place + 1 :]
+            wanted.append(metrics.CiderD([others], **known).score([caption])[0] if others else np.nan)
+    found, mean = CiderReward.of(references, tokenizer).agreement(), np.nanmean(wanted)
+    np.testing.assert_allclose(found, np.where(np.isnan(wanted), 1.0, np.array(wanted) / mean), atol=1e-9)
+    assert found.mean() == pytest.approx(1.0) and found.min() >= 0 and found.max() > 2
+    for strangers in ([["a dog"], ["two cats run"]], [["a dog", "two cats"], ["red hats", "one bus"]]):
+        assert (CiderReward.of(strangers, tokenizer).agreement() == 1).all()

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from compress import cli, pipeline, sweep
+from compress.context import Progress
 from compress.errors import DataError, GateError, RecipeError, UsageError
 
 
@@ -25,7 +26,7 @@ def test_a_key_without_two_values_is_refused(vary):
 
 def test_a_key_varies_once():
     with pytest.raises(UsageError, match="'seed' varies already"):
-        sweep.combinations(["seed=1,2", "seed=3,4"])
+        sweep.combinations(["seed=1,2", "seed =3,4"])
 
 
 def test_folders_say_what_was_set(tmp_path):
@@ -68,6 +69,25 @@ def test_the_command_runs_each_and_goes_on_after_one_that_fails(monkeypatch, tmp
     with pytest.raises(SystemExit) as ended:
         cli.main(["sweep", "x.yaml", "--vary", "pruned.macs=0.4,0.2"])
     assert ended.value.code == 2 and capsys.readouterr().err.endswith("lightcap: no captions there\n") and len(asked) == 4
+
+
+def test_what_a_later_run_cannot_use_stops_no_other(monkeypatch, tmp_path):
+    """The first run's result is not lost, and those behind are made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text("name: x\nstages: [{train: {as: teacher, preset: tiny}}]\n")
+
+    def run(wanted, out, progress):
+        if wanted.seed == 2:
+            return pipeline.Result(out, (), RecipeError("hidden (64) must be a multiple of attention_heads (3)"))
+        out.mkdir(parents=True)
+        row = pipeline.ledger.row({"stage": "train", "name": "teacher", "artifact": "../.cache/1", "cider": float(wanted.seed)})
+        (out / "ledger.jsonl").write_text(json.dumps(row) + "\n")
+        return pipeline.Result(out, (row,))
+
+    monkeypatch.setattr(pipeline, "run", run)
+    value = sweep.run(sweep.recipes("x.yaml", [], ["seed=1,2,3"], None), Progress(quiet=True))
+    assert [entry["rows"][0]["cider"] for entry in value["runs"]] == [1.0, 3.0] and not value["ok"]
+    assert value["failed"] == [{"run": "runs/x-seed-2", "error": "hidden (64) must be a multiple of attention_heads (3)"}]
 
 
 def test_runs_that_would_share_a_folder_are_refused():

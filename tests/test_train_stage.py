@@ -1,6 +1,7 @@
 """The train stage on a few scenes: what each of its keys does, and which of them go together."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def scenes():
 def run(tmp_path, scenes):
     """Runs one stage and gives its artifact."""
 
-    def go(name: str, parent: Artifact | None = None, artifacts: dict | None = None, **keys) -> Artifact:
+    def go(name: str, parent: Artifact | None = None, artifacts: dict | None = None, data=scenes, **keys) -> Artifact:
         config = Train(**({"epochs": 0.5, "batch_images": 8, "warmup": 0.0} | keys))
         out, work = tmp_path / name / "out", tmp_path / name / "work"
         out.mkdir(parents=True)
@@ -39,7 +40,7 @@ def run(tmp_path, scenes):
         stage = Stage("train", name, None, config)
         recipe = Recipe("x", 17, Data(), STUDENT, (stage,), tmp_path / "x.yaml")
         cache, made = tmp_path / "cache", artifacts or {}
-        train.run(parent, config, Context(recipe, stage, scenes, 17, 1, out, work, cache, made, Progress(quiet=True)))
+        train.run(parent, config, Context(recipe, stage, data, 17, 1, out, work, cache, made, Progress(quiet=True)))
         return Artifact(out)
 
     return go
@@ -165,3 +166,23 @@ def test_captions_of_replaced_concepts_are_not_learned(run, extractor, monkeypat
     for batch, learned, replaced in seen:
         assert learned == int((batch.targets[~replaced] != IGNORED).sum())
     assert {bool(flag) for *_, replaced in seen for flag in replaced} == {True, False}
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_captions_that_others_agree_with_weigh_more(run, scenes, monkeypatch, objective):
+    """Of each image's captions but one are equal: by consensus alone that one has no weight, piece by piece as batches have them."""
+    said = itertools.cycle((("a red ring", "a zebra"), ("one blue cross", "the violin"), ("two small stars", "some carpet")))
+    examples = tuple(
+        dataclasses.replace(example, captions=(usual, usual, f"{usual} here", odd))
+        for example, (usual, odd) in zip(scenes.examples, said, strict=False)
+    )
+    odd = dataclasses.replace(scenes, examples=examples)
+    asked, real = [], train.caption_loss
+    monkeypatch.setattr(train, "caption_loss", lambda logits, smoothing, weights: asked.append(weights) or real(logits, smoothing, weights))
+    run("plain", preset="tiny", objective=objective, data=odd)
+    made = [run(f"by {share}", preset="tiny", objective=objective, consensus=share, data=odd) for share in (0.5, 1.0)]
+    assert asked[0] is None
+    assert made[0].digest() != made[1].digest()
+    half, whole = asked[1:]
+    torch.testing.assert_close(half, 0.5 + 0.5 * whole)
+    assert 0 < int((whole == 0).sum()) < len(whole) and float(whole.max()) > 1

@@ -38,6 +38,10 @@ def test_what_was_done_before_a_kill_is_not_in_the_rate(monkeypatch):
     task.resume(60)
     task.advance(20)
     assert task.line() == "teacher: 80/100, 2/s, 10 s left"
+    clock = iter([0.0, *[100.0] * 20])
+    large = Task("images", 2_265_740, lambda task: None)
+    large.advance(226_574)
+    assert large.line() == "images: 226574/2265740, 2266/s, 15 min 00 s left"
 
 
 class Killed(Exception):

@@ -74,9 +74,10 @@ class CaptionSet:
 
 
 def clean(captions: Iterable[object]) -> tuple[str, ...]:
-    """Captions with white space folded; what is empty or no text is left out."""
-    folded = (" ".join(caption.split()) for caption in captions if isinstance(caption, str))
-    return tuple(caption for caption in folded if caption)
+    """Captions with white space folded; what is no text, or holds no letter and no digit, is left out. Half a character, as JSON can spell
+    one, becomes a question mark."""
+    folded = (" ".join(caption.split()).encode("utf-8", "replace").decode() for caption in captions if isinstance(caption, str))
+    return tuple(caption for caption in folded if any(map(str.isalnum, caption)))
 
 
 def check(examples: Sequence[Example], where: str) -> None:

@@ -58,7 +58,7 @@ def _file(path: Path, split: str | None) -> list[Example]:
         names[image["id"]] = image["file_name"]
         captions[image["id"]] = []
     for number, annotation in enumerate(found["annotations"]):
-        if not isinstance(annotation, dict) or "caption" not in annotation or "image_id" not in annotation:
+        if not isinstance(annotation, dict) or "caption" not in annotation or not isinstance(annotation.get("image_id"), int | str):
             raise layout.mismatch(path, SOURCE, f"JSON whose annotations[{number}] has no 'image_id' and 'caption'")
         if annotation["image_id"] not in captions:
             raise DataError(

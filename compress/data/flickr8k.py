@@ -23,7 +23,7 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
     if path.is_dir() and (path / "Flickr8k.token.txt").exists():
         path = path / "Flickr8k.token.txt"
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(layout.read_text(path, SOURCE).splitlines(), 1):
+    for number, line in enumerate(layout.read_text(path, SOURCE).split("\n"), 1):
         if not line.strip():
             continue
         mark, tab, caption = line.partition("\t")
@@ -39,8 +39,9 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
         )
     examples = []
     for split, listed in lists.items():
-        for name in layout.read_text(listed, SOURCE).split():
-            examples.append(Example(name, split, clean(captions.get(name, ()))))
+        for name in map(str.strip, layout.read_text(listed, SOURCE).split("\n")):
+            if name:
+                examples.append(Example(name, split, clean(captions.get(name, ()))))
     return (
         path.name,
         examples if captions else [],

@@ -34,13 +34,14 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
                 raise layout.mismatch(path, SOURCE, f"JSON whose images[{number}] has no '{key}'")
         name = image["filename"]
         split = "train" if image["split"] == "restval" else image["split"]
-        examples.append(Example(name, split, clean(_text(sentence) for sentence in image["sentences"])))
+        examples.append(Example(name, split, clean(text_of(sentence) for sentence in image["sentences"])))
         nested = folder / str(image.get("filepath") or "") / name
         files[name] = nested if os.path.exists(nested) else folder / name
     return path.name, examples, files
 
 
-def _text(sentence: object) -> str | None:
+def text_of(sentence: object) -> str | None:
+    """What an entry of `sentences` says; None where it says nothing."""
     if not isinstance(sentence, dict):
         return None
     tokens = sentence.get("tokens")

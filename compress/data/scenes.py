@@ -290,8 +290,7 @@ def _between(rng: random.Random, number: int, background: str) -> Scene:
 
 
 def load(data) -> CaptionSet:
-    """`data.train_images` (4,000) train, 500 val and 500 test scenes of `data.image_size` (80) pixels; `data.val_images` of the one that
-    `data.val_split` names.
+    """`data.train_images` (4,000) train, `data.val_images` (500) val, and always 500 test scenes of `data.image_size` (80) pixels.
 
     The fingerprint is over seed, size, every caption, and the pixels of a sample of pictures, so that a change in the
     drawing shows. Raises DataError for a size or a number that cannot be.
@@ -299,16 +298,14 @@ def load(data) -> CaptionSet:
     from compress.data.pictures import draw
     from compress.data.wording import describe
 
-    counts = {"train": 4000 if data.train_images is None else data.train_images, "val": 500, "test": 500}
-    if data.val_images is not None and data.val_split != "train":
-        counts[data.val_split] = data.val_images
+    counts = {"train": 4000 if data.train_images is None else data.train_images}
+    counts |= {"val": 500 if data.val_images is None else data.val_images, "test": 500}
     size = 80 if data.image_size is None else data.image_size
     if not 48 <= size <= 512:
         raise DataError(f"data.image_size is {size}; scenes are 48 to 512 pixels wide: --set data.image_size=80")
     for split, count in counts.items():
         if not 0 < count <= 400_000:
-            key = "train_images" if split == "train" else "val_images"
-            raise DataError(f"data.{key} is {count}; scenes have 1 to 400,000 {split} images")
+            raise DataError(f"data.{split}_images is {count}; scenes have 1 to 400,000 {split} images")
     examples = []
     for split, count in counts.items():
         for number in range(FIRST_NUMBER[split], FIRST_NUMBER[split] + count):

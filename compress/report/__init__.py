@@ -19,7 +19,10 @@ def write(value: Mapping, path: Path) -> None:
 
     groups = comparison.side_by_side(value["runs"])
     flat = [(number, run, row) for number, (run, rows) in enumerate(groups) for row in rows]
-    best = set(ledger.pareto([row for _, _, row in flat]))
+    data_of = {entry["run"]: entry.get("data") for entry in value["runs"]}
+    first = next(iter(data_of.values()), None)  # that of rows which all runs have
+    data = [data_of.get(run, first) for _, run, _ in flat]
+    best = set(ledger.pareto([row for _, _, row in flat], data))
     rows = [
         {"run": run, "colour": COLOURS[number % len(COLOURS)], "cells": ledger.cells(row), "best": index in best}
         for index, (number, run, row) in enumerate(flat)

@@ -1,9 +1,11 @@
-"""Cross-entropy training: label-smoothed, over cached features (or end to end), an image's captions behind one shared prefix."""
+"""Cross-entropy training: label-smoothed, over cached features (or end to end), an image's captions behind one shared prefix. By
+`consensus` captions weigh by how far their image's others agree with them (WXE of Phan et al., 2017, arXiv 1712.09532)."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -14,12 +16,13 @@ from compress.config import Train
 from compress.context import Context
 from compress.data.concepts import read_concepts
 from compress.training.batches import IGNORED
-from compress.training.corpus import UNSEEN_BIAS, corpus
+from compress.training.corpus import UNSEEN_BIAS, Corpus, corpus
 from compress.training.features import device
 from compress.training.loop import Group, fit
 from compress.training.losses import caption_loss
 from compress.training.matching import Matching, replace
 from compress.training.mentions import concept_loss, mentioned, vocabulary_of
+from compress.training.reward import CiderReward
 from compress.training.softmax import logits_at
 from compress.training.start import language, new_captioner, read_captioner, ready, write_captioner
 from compress.training.words import Words
@@ -51,6 +54,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         wanted = mentioned(context.data.split("train"), read_concepts(vocabulary_of(context.recipe, context.stage))).float().to(where)
     torch.manual_seed(seed)
     matching = Matching(model.config.hidden).to(where) if config.matching_weight else None
+    weights = weights_of(data, tokenizer, config.consensus, context).to(where) if config.consensus else None
     batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
 
     def loss_of(step: int) -> Tensor:
@@ -58,12 +62,12 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         grid = F.dropout(data.grid_of(model, batch.images), config.grid_dropout)
         concepts, replaced = replace(model.find_concepts(grid)) if matching is not None else (None, None)
         states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix), concepts=concepts)
-        real = batch.targets != IGNORED
+        real = said = batch.targets != IGNORED
         if replaced is not None and not replaced.all():
-            real &= ~replaced.unsqueeze(1)  # a caption says nothing of another picture's concepts
+            real = real & ~replaced.unsqueeze(1)  # a caption says nothing of another picture's concepts
         mean = model.heads.branch_states(states[real]).mean(0)
         logits = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1))
-        loss = caption_loss(logits, config.label_smoothing)
+        loss = caption_loss(logits, config.label_smoothing, None if weights is None else weights[batch.rows][real[said]])
         if words is not None:
             loss = loss + config.word_weight * words.loss(grid.float(), batch.said())
         if wanted is not None:
@@ -92,6 +96,13 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)
     write_captioner(context.output, model, tokenizer, settings)
+
+
+def weights_of(data: Corpus, tokenizer: Tokenizer, share: float, context: Context) -> Tensor:
+    """(`data.captions.predicted`,) float32, the weight of each predicted piece: its caption's."""
+    texts = [list(example.captions) for example in context.data.split("train").examples]
+    weights = 1 - share + share * CiderReward.of(texts, tokenizer, context.progress).agreement()
+    return torch.from_numpy(np.repeat(weights, np.diff(data.captions.offsets)).astype(np.float32))
 
 
 def started(config: Train, context: Context, seed: int) -> tuple[LightCap, Tokenizer, dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.context import Context
 from compress.data import CaptionSet
+from compress.errors import DataError
 from compress.parallel import ALONE, Share
 from compress.training.batches import Batch, Captions, Masking, order, pack, pack_masked, steps_of
 from compress.training.features import device, grids, grids_key, normalised, pixels
@@ -79,13 +80,25 @@ def corpus(
     `disturbed`; otherwise their grids are computed once. `beside`: word pieces that are kept for others, such as a teacher's own."""
     data = context.data.split("train")
     encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
+    tell_unknown(tokenizer, encoded, context)
     used = {piece for captions in encoded for caption in captions for piece in caption}
-    ends = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))  # where all captions are cut off, none has [SEP]
-    keep = torch.tensor(sorted(used.union(model.own_pieces(), beside, ends)))
+    end = tokenizer.token_to_id("[SEP]")  # which no caption has where all are cut off
+    keep = torch.tensor(sorted(used.union(model.own_pieces(), beside, [end])))
     place = {int(piece): index for index, piece in enumerate(keep)}
     captions = Captions.of([[[place[piece] for piece in caption] for caption in captions] for captions in encoded])
     key = "" if tuned else grids_key(model, data, settings)
     return Corpus(captions, keep, grids_of(model, data, settings, context, tuned, flip, crop), key)
+
+
+def tell_unknown(tokenizer: Tokenizer, encoded: Sequence[Sequence[Sequence[int]]], context: Context) -> None:
+    """Logs the share of pieces that the tokenizer does not know, which no captioner says; DataError where it is most of them."""
+    unknown, pieces = tokenizer.token_to_id("[UNK]"), [piece for captions in encoded for caption in captions for piece in caption[1:]]
+    share = pieces.count(unknown) / max(1, len(pieces))
+    if share > 0.5:
+        raise DataError(f"the tokenizer does not know {share:.0%} of the captions' word pieces: name one of their language, "
+                        "--set student.tokenizer=PATH")
+    if share > 0.001:
+        context.progress.log(f"{share:.1%} of the captions' word pieces are unknown to the tokenizer, and will not be said")
 
 
 def grids_of(

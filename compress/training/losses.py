@@ -9,9 +9,10 @@ from torch import Tensor
 from compress.training.softmax import Logits
 
 
-def caption_loss(logits: Logits, smoothing: float) -> Tensor:
-    """Label-smoothed cross-entropy; the first of the picked pieces is the true one."""
-    return (logits.total - (1 - smoothing) * logits.picked[:, 0] - smoothing * logits.mean).mean()
+def caption_loss(logits: Logits, smoothing: float, weights: Tensor | None = None) -> Tensor:
+    """Label-smoothed cross-entropy; the first of the picked pieces is the true one. `weights` (n,): of a weighted mean."""
+    each = logits.total - (1 - smoothing) * logits.picked[:, 0] - smoothing * logits.mean
+    return each.mean() if weights is None else (each * weights).sum() / weights.sum()
 
 
 def token_loss(logs: Tensor, probabilities: Tensor, temperature: float) -> Tensor:

@@ -12,6 +12,7 @@ a caption's reward has the same bits in every batch.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from students.lightcap.tokenizer import decode_caption
 
 ORDERS = 4
 SIGMA = 6.0
+PART = 512  # references that are scored together
 SCALE = 1000.0  # CIDEr-D is 10 times the mean cosine, and this project's scores are 100 times CIDEr-D
 NEITHER = -1, -2  # fill candidates and references: equal to no token, nor to each other
 
@@ -96,6 +98,20 @@ class CiderReward:
         k = max(counts, default=0)
         texts = [decode_caption(self.tokenizer, ids) for captions in sampled for ids in captions]
         return self._score(np.repeat(image, k), [ptb_tokenize(text) for text in texts]).reshape(len(image), k)
+
+    def agreement(self) -> np.ndarray:
+        """(references,) float64, 1 on average: of each reference its reward against the others of its image. Of an only one, and where no
+        two agree, 1."""
+        image = np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+        count, names = np.diff(self.first)[image], list(self.numbers)
+        words = [[names[number] for number in self.tokens[start:stop]] for start, stop in itertools.pairwise(self.starts)]
+        parts = (slice(start, start + PART) for start in range(0, len(words), PART))
+        of_all = np.concatenate([self._score(image[part], words[part]) for part in parts])
+        alike = SCALE * (self.norms > 0).mean(1)  # what each has of itself
+        of_others = np.maximum(count * of_all - alike, 0.0) / np.maximum(count - 1, 1)
+        several = count > 1
+        mean = of_others[several].mean() if several.any() else 0.0
+        return np.where(several, of_others / mean, 1.0) if mean > 0 else np.ones(len(image))
 
     def _score(self, image: np.ndarray, captions: Sequence[Sequence[str]]) -> np.ndarray:
         """The rewards (C,) of C tokenized captions, caption i for image[i]."""

@@ -119,7 +119,7 @@ def least(count: int, enough: Callable[[int], bool]) -> int:
 
 def choose(model: LightCap, order: Sequence[Block], target: Target, share: float = 1.0) -> int:
     """The least number of leading blocks without which the target is met after `share` of the way, by bisection over exact counts.
-    TargetError, at the first step already, where the whole way is too far."""
+    TargetError where the whole way is too far, whatever share is asked for."""
     for aim, left in target.missed(remove(model, order), 1.0).items():
         raise TargetError(f"prune: {aim.name} {aim.wanted:.4g} cannot be reached; with every removable block gone it is {left:.4g}; "
                           "ask for less, or allow more parts")

@@ -1,0 +1,44 @@
+"""A command's result on standard output: one JSON document, or what is drawn of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+
+def answer(json_wanted: bool, value, draw: Callable[[], object]) -> None:
+    if json_wanted:
+        print_json(value)
+    else:
+        print_drawn(draw())
+
+
+def print_json(value) -> None:
+    print(document(value, 2))
+
+
+def print_drawn(drawn) -> None:
+    """A rich table or text, as it is written, wide enough for a whole row where there is no terminal."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # as `print` does; rich itself would end with status 1
+
+    width = None if sys.stdout.isatty() else 160
+    Plain(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(drawn)
+
+
+def document(value, indent: int) -> str:
+    """JSON in letters, or in ASCII where a file's name is no UTF-8: such a name has no other form that can be written."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return json.dumps(value, indent=indent) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """What libraries print goes to standard error: standard output is the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
