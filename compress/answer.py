@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -16,7 +17,7 @@ def answer(json_wanted: bool, value, draw: Callable[[], object]) -> None:
 
 
 def print_json(value) -> None:
-    print(document(value, 2))
+    say(document(value, 2))
 
 
 def print_drawn(drawn) -> None:
@@ -25,10 +26,25 @@ def print_drawn(drawn) -> None:
 
     class Plain(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # as `print` does; rich itself would end with status 1
+            unread()  # rich itself would end with status 1
 
     width = None if sys.stdout.isatty() else 160
     Plain(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(drawn)
+
+
+def say(text: str, stream=None) -> bool:
+    """A line of a result, on standard output if no `stream` is named; whether somebody still reads."""
+    try:
+        print(text, file=stream or sys.stdout, flush=True)
+        return True
+    except BrokenPipeError:
+        unread()
+        return False
+
+
+def unread() -> None:
+    """Who reads the result, such as `head`, has read enough: the rest of it goes nowhere, and the command ends as it would have."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
 
 def document(value, indent: int) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from compress import __version__
-from compress.answer import answer, print_drawn, print_json, quietly
+from compress.answer import answer, print_drawn, print_json, quietly, say, unread
 from compress.errors import DataError, LightcapError, UsageError, expected, nearest
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
@@ -44,9 +44,6 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.Abort from None  # click itself would print an empty line before it
-        except BrokenPipeError:  # who reads, such as `head`, has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise click.exceptions.Exit(0) from None
 
     def list_commands(self, ctx):
         return list(self.commands)  # in the order written here: that of use
@@ -64,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # deprecations inside the libraries say nothing to who runs a recipe
         logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # where torch logs its own (torchao, which transformers loads)
+    status = None
     try:
         status = cli.main(arguments, prog_name="lightcap", standalone_mode=False)
         sys.stdout.flush()
@@ -74,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         status = error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        unread()
     except Exception as error:
         status = _report_error(error, "--json" in arguments)
     sys.exit(status if isinstance(status, int) else 0)
@@ -246,16 +243,16 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
     photos = captioning.photos(images)
     answers, result = [], sys.stdout  # without --json the captions themselves are the progress
     with quietly(), Progress(quiet=not as_json).task("captions", len(photos)) as task:
-        for answer in captioning.captions(chosen, photos, beam):
-            answers.append(answer)
+        for said in captioning.captions(chosen, photos, beam):
+            answers.append(said)
             task.advance()
-            if "error" in answer:
-                click.echo(f"lightcap: {answer['error']}", err=True)
-            elif not as_json:
-                click.echo(f"{click.format_filename(answer['image'])}\t{answer['caption']}", file=result)
+            if "error" in said:
+                click.echo(f"lightcap: {said['error']}", err=True)
+            elif not as_json and not say(f"{click.format_filename(said['image'])}\t{said['caption']}", result):
+                break
     if as_json:
         print_json(answers)
-    if any("error" in answer for answer in answers):
+    if any("error" in said for said in answers):
         ctx.exit(1)
 
 

@@ -15,19 +15,29 @@ EVERY = "every run"
 
 def compared(runs: Sequence[str]) -> dict:
     """The ledgers of several runs, the rows that nothing in any of them beats, and the `differences`: what `lightcap compare` says."""
-    found = [{"run": name, "rows": rows, "data": data_of(Path(name), rows)} for name, rows in ((name, read_run(name)) for name in runs)]
+    found = [{"run": name, "rows": rows, "images": images_of(Path(name), rows)} for name, rows in ((name, read_run(name)) for name in runs)]
     flat = [(entry["run"], row) for entry in found for row in entry["rows"]]
-    best = [flat[index] for index in pareto([row for _, row in flat], [entry["data"] for entry in found for _ in entry["rows"]])]
-    unbeaten = [{"run": name, "stage": row["stage"], "name": row["name"]} for name, row in best]
+    best = pareto([row for _, row in flat], [entry["images"] for entry in found for _ in entry["rows"]])
+    unbeaten = [{"run": flat[index][0], "stage": flat[index][1]["stage"], "name": flat[index][1]["name"]} for index in best]
     return {"runs": found, "pareto": unbeaten, "differences": differences(found)}
 
 
-def data_of(run: Path, rows: Sequence[Mapping]) -> str | None:
-    """The fingerprint of the captioned images that a run was made of and measured on; None where its artifacts are gone."""
+def images_of(run: Path, rows: Sequence[Mapping]) -> str | None:
+    """The digest of the images and references that a run was measured on; None where its artifacts are gone."""
     for row in rows:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return noted(run / row["artifact"])["parts"]["data"]
+            return noted(run / row["artifact"])["images"]
     return None
+
+
+def drawn(value: Mapping) -> tuple[list[tuple[str, Mapping]], list[object], set[int]]:
+    """Of what `compared` says, for people: the rows as (run, row), those of `side_by_side`; the images that each was measured on; and the
+    places of those that nothing beats."""
+    flat = [(run, row) for run, rows in side_by_side(value["runs"]) for row in rows]
+    images_of_run = {entry["run"]: entry.get("images") for entry in value["runs"]}
+    first = next(iter(images_of_run.values()), None)  # those of rows that all runs have
+    images = [images_of_run.get(run, first) for run, _ in flat]
+    return flat, images, set(pareto([row for _, row in flat], images))
 
 
 def side_by_side(runs: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:
@@ -47,7 +57,7 @@ def differences(runs: Sequence[Mapping]) -> list[dict]:
     from compress.metrics.bootstrap import paired  # numpy, which no other command that draws a table waits for
 
     found = []
-    for entry in (entry for entry in runs[1:] if entry["data"] == runs[0]["data"]):
+    for entry in (entry for entry in runs[1:] if entry.get("images") == runs[0].get("images")):
         for row in entry["rows"]:
             first = next((other for other in runs[0]["rows"] if other["name"] == row["name"]), None)
             if first is None or first.get("lock") == row.get("lock") or first.get("split") != row.get("split"):

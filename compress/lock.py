@@ -105,6 +105,11 @@ def measure_parts(recipe: Recipe, against: Sequence[str], fingerprint: str, thre
     return named | {"sources": sources, "versions": versions(libraries), "threads": threads}
 
 
+def measured_on(examples: Sequence) -> str:
+    """What rows have to share so that their CIDEr can be compared: names and references of the images, in any order."""
+    return digest({example.image_id: list(example.captions) for example in examples})
+
+
 def digest(lock_parts: Mapping) -> str:
     return hashlib.sha256(json.dumps(lock_parts, sort_keys=True).encode()).hexdigest()
 

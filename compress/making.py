@@ -13,6 +13,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import time
 import traceback
@@ -26,10 +27,11 @@ from compress.artifact import Artifact
 from compress.cache import finished
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
-from compress.errors import LightcapError, StageError, UsageError, expected
+from compress.errors import LightcapError, RecipeError, StageError, UsageError, expected
 from compress.parallel import ALONE, Share
 from compress.process import forget_peak, peak, thread_count
 
+PLACED = re.compile(r"\S.*:\d+: ")  # an error that says the file and line of the recipe
 JOINT = ("concepts", "train", "distill", "scst")  # stages that several processes train together
 
 
@@ -54,6 +56,11 @@ class Run:
     def told(self) -> Path:
         """Where the first process of several tells the others, stage by stage, whether it trains."""
         return self.out / f".told-{self.share.launch}"
+
+    @functools.cached_property
+    def images(self) -> str:
+        """The digest of the images that rows are measured on."""
+        return lock.measured_on(self.data.split(self.recipe.data.val_split).examples)
 
     def tell(self, stage: Stage, trains: bool) -> None:
         if self.share.size > 1 and not (self.told / stage.name).exists():
@@ -104,9 +111,10 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     earlier = Artifact(target).row() if finished(target) else None
     if earlier is None and target.exists():  # without metrics.json it was never finished under this name
         shutil.rmtree(target)
-    tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]  # before anything is made: it finds sizes that cannot be
     work = target.with_name(f"{target.name}.work")
     state, model = work / "state", target if earlier else work / "model"
+    with _failing_as(stage, run.out, work):  # before anything is made: it finds sizes that cannot be
+        tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]
     if earlier is None:
         state.mkdir(parents=True, exist_ok=True)
         before = _seconds_before(work, began)
@@ -131,11 +139,12 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
             cost = {"peak_mb": round(peak() / 1e6, 1), "seconds": round(before + time.time() - began, 2)}
         named = {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name}
         row = ledger.row(dict(measured) | named | cost | {"against": ledger.against(stage, measured)})
+        noted = {"lock": target.name, "measured": how, "images": run.images, "tmacs": tmacs, "parts": lock_parts}
         if earlier:  # a stop between the files below leaves numbers that no recipe takes for its own
-            artifact.write_json(model / "lock.json", {"lock": target.name, "measured": None, "tmacs": tmacs, "parts": lock_parts})
+            artifact.write_json(model / "lock.json", noted | {"measured": None})
         artifact.write_text(model / "README.md", card.text(run.recipe, stage, row))
         artifact.write_json(model / "metrics.json", row)
-        artifact.write_json(model / "lock.json", {"lock": target.name, "measured": how, "tmacs": tmacs, "parts": lock_parts})
+        artifact.write_json(model / "lock.json", noted)
         if earlier is None:
             os.rename(model, target)
     shutil.rmtree(work, ignore_errors=True)
@@ -158,6 +167,9 @@ def _failing_as(stage: Stage, out: Path, work: Path) -> Iterator[None]:
     """Turns what a stage raises into a LightcapError that names the stage; a surprise leaves its trace in error.txt."""
     try:
         yield
+    except RecipeError as error:
+        _forget(work)
+        raise error if PLACED.match(error.message) else RecipeError(f"stage '{stage.name}': {error.message}") from error
     except LightcapError as error:
         if isinstance(error, UsageError):
             _forget(work)

@@ -34,18 +34,17 @@ def plan(planned: Mapping) -> Group:
 
 
 def compare(value: Mapping) -> Group:
-    groups = comparison.side_by_side(value["runs"])
-    flat = [(run if place == 0 else "", row) for run, rows in groups for place, row in enumerate(rows)]
-    best = set(ledger.pareto([row for _, row in flat]))
+    flat, _, best = comparison.drawn(value)
     drawn = Table()
     for index, heading in enumerate(("run", *ledger.HEADINGS, "best")):
         folds = index < 2 or "95 %" in heading  # in a narrow terminal; a number is never cut
         drawn.add_column(heading, justify="left" if index < 2 else "right", no_wrap=not folds, overflow="fold")
     for index, (run, row) in enumerate(flat):
-        if run:
+        first = index == 0 or run != flat[index - 1][0]
+        if first:
             drawn.add_section()
-        drawn.add_row(_short(run, value["runs"]), *ledger.cells(row), "*" if index in best else "")
-    note = "* nothing here is at least as good in CIDEr, bytes and, in the same runtime, time, and better in one"
+        drawn.add_row(_short(run, value["runs"]) if first else "", *ledger.cells(row), "*" if index in best else "")
+    note = "* nothing measured on the same images is at least as good in CIDEr, bytes and, in the same runtime, time, and better in one"
     return Group(drawn, note, *([_differences(value)] if value["differences"] else []))
 
 

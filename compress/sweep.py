@@ -22,10 +22,10 @@ def combinations(vary: Sequence[str]) -> list[tuple[str, ...]]:
     options = []
     for text in vary:
         key, mark, values = text.partition("=")
+        key = key.strip()
         found = [value.strip() for value in COMMA.split(values)]
         if not mark or not key or len(found) < 2 or not all(found) or len(set(found)) < len(found):
             raise UsageError(f"--vary {text}: write NAME.key=a,b with two different values or more")
-        key = key.strip()
         if any(other[0].startswith(f"{key}=") for other in options):
             raise UsageError(f"--vary {text}: '{key}' varies already")
         options.append([f"{key}={value}" for value in found])

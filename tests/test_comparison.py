@@ -1,12 +1,15 @@
 """Runs side by side. Rows of one name in several runs: their difference is the mean over the same images, with a paired interval."""
 
+import io
 import json
+import re
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from compress import cli, comparison, ledger
+from compress import cli, comparison, ledger, report, show
 from compress.metrics.bootstrap import paired
 
 VALUES = np.random.default_rng(3).uniform(0, 100, 50)
@@ -51,12 +54,20 @@ def test_runs_of_other_data_are_not_compared(tmp_path):
     """Generated scenes of another seed have the same names; the better and smaller of two is not better on other pictures."""
     for name, lock, data, size in (("a", "1", "x", 20), ("b", "2", "y", 10), ("c", "3", "x", 10)):
         write_run(tmp_path / name, lock, VALUES)
-        (tmp_path / ".cache" / lock / "lock.json").write_text(json.dumps({"parts": {"data": data}}))
+        (tmp_path / ".cache" / lock / "lock.json").write_text(json.dumps({"images": data}))
         [row] = ledger.read(tmp_path / name / "ledger.jsonl")
         ledger.write(tmp_path / name / "ledger.jsonl", [row | {"bytes": size, "latency_ms": {"p50": 1.0}}])
     found = comparison.compared([str(tmp_path / name) for name in "abc"])
     assert [entry["run"] for entry in found["differences"]] == [str(tmp_path / "c")]
     assert [entry["run"] for entry in found["pareto"]] == [str(tmp_path / "b"), str(tmp_path / "c")]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(show.compare(found))
+    starred = [line.split("│")[1].strip() for line in console.export_text().splitlines() if "*" in line and "│" in line]
+    report.write(found, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert starred == ["b", "c"] and text.count('class="best"') == 2
+    lines = [re.findall(r'<polyline points="([^"]*)"', chart) for chart in text.split("</svg>")[:2]]
+    assert [[len(line.split()) for line in chart] for chart in lines] == [[1, 1], [1, 1]]  # "a" lies behind "c"
 
 
 def test_captions_that_are_gone_leave_the_row(tmp_path):

@@ -275,7 +275,7 @@ def test_lightcap_coco(tmp_path):
 @pytest.mark.timeout(1200)
 def test_photos(tmp_path):
     karpathy(tmp_path)
-    names = ["extractor", "frozen", "teacher", "cider-1", "cider-2", "cider-3", "teacher-cider", "student", "student-cider",
+    names = ["extractor", "frozen", "tuned", "teacher", "cider-1", "cider-2", "cider-3", "teacher-cider", "student", "student-cider",
              "vocabulary", "pruned", "pruned-cider", "int8", "export"]  # fmt: skip
     check("photos", PHOTOS, tmp_path, names)
 

@@ -19,6 +19,7 @@ from compress.training.matching import Matching, replace
 from compress.training.start import read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.concepts import NONE
+from students.lightcap.tokenizer import load_tokenizer
 
 STUDENT = Student(preset="tiny", heads=2)
 
@@ -177,7 +178,10 @@ def test_captions_that_others_agree_with_weigh_more(run, scenes, monkeypatch, ob
         for example, (usual, odd) in zip(scenes.examples, said, strict=False)
     )
     odd = dataclasses.replace(scenes, examples=examples)
-    asked, real = [], train.caption_loss
+    asked, ids, kept, real = [], [], [], train.caption_loss
+    real_logits, real_corpus = train.logits_at, train.corpus
+    monkeypatch.setattr(train, "logits_at", lambda mean, word, bias, picked: ids.append(picked) or real_logits(mean, word, bias, picked))
+    monkeypatch.setattr(train, "corpus", lambda *given: kept.append(real_corpus(*given)) or kept[-1])
     monkeypatch.setattr(train, "caption_loss", lambda logits, smoothing, weights: asked.append(weights) or real(logits, smoothing, weights))
     run("plain", preset="tiny", objective=objective, data=odd)
     made = [run(f"by {share}", preset="tiny", objective=objective, consensus=share, data=odd) for share in (0.5, 1.0)]
@@ -185,4 +189,8 @@ def test_captions_that_others_agree_with_weigh_more(run, scenes, monkeypatch, ob
     assert made[0].digest() != made[1].digest()
     half, whole = asked[1:]
     torch.testing.assert_close(half, 0.5 + 0.5 * whole)
-    assert 0 < int((whole == 0).sum()) < len(whole) and float(whole.max()) > 1
+    words, never = load_tokenizer("english"), {"zebra", "violin", "carpet"}
+    said = [words.id_to_token(piece) for piece in kept[-1].keep[ids[-1].flatten()].tolist()]
+    weighs = {word: [float(weight) for weight, other in zip(whole, said, strict=True) if other == word] for word in said}
+    assert all(set(weighs[word]) == {0.0} for word in never & weighs.keys()) and never & weighs.keys()
+    assert all(min(weighs[word]) > 0 for word in {"ring", "cross", "stars", "here"} & weighs.keys()) and float(whole.max()) > 1

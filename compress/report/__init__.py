@@ -17,24 +17,22 @@ def write(value: Mapping, path: Path) -> None:
     """Writes the report of what `comparison.compared` says to `path`. ModelError where the folder cannot be written."""
     from jinja2 import Environment, PackageLoader
 
-    groups = comparison.side_by_side(value["runs"])
-    flat = [(number, run, row) for number, (run, rows) in enumerate(groups) for row in rows]
-    data_of = {entry["run"]: entry.get("data") for entry in value["runs"]}
-    first = next(iter(data_of.values()), None)  # that of rows which all runs have
-    data = [data_of.get(run, first) for _, run, _ in flat]
-    best = set(ledger.pareto([row for _, _, row in flat], data))
+    flat, images, best = comparison.drawn(value)
+    runs = list(dict.fromkeys(run for run, _ in flat))
+    colours = [COLOURS[runs.index(run) % len(COLOURS)] for run, _ in flat]
     rows = [
-        {"run": run, "colour": COLOURS[number % len(COLOURS)], "cells": ledger.cells(row), "best": index in best}
-        for index, (number, run, row) in enumerate(flat)
+        {"run": run, "colour": colour, "cells": ledger.cells(row), "best": index in best}
+        for index, ((run, row), colour) in enumerate(zip(flat, colours, strict=True))
     ]
+    drawn = [(row, colour, measured_on) for (_, row), colour, measured_on in zip(flat, colours, images, strict=True)]
     charts = [
-        _chart(flat, "MB on disk", lambda row: None if row.get("bytes") is None else row["bytes"] / 1e6, lambda row: row.get("split")),
-        _chart(flat, "ms per caption, median", lambda row: (row.get("latency_ms") or {}).get("p50"),
-               lambda row: (row.get("split"), (row.get("latency_ms") or {}).get("runtime"))),
+        _chart(drawn, "MB on disk", lambda row: None if row.get("bytes") is None else row["bytes"] / 1e6, lambda row: None),
+        _chart(drawn, "ms per caption, median", lambda row: (row.get("latency_ms") or {}).get("p50"),
+               lambda row: (row.get("latency_ms") or {}).get("runtime")),
     ]
     environment = Environment(loader=PackageLoader("compress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.get_template("report.html.j2")
-    legend = [{"run": run, "colour": COLOURS[number % len(COLOURS)]} for number, (run, _) in enumerate(groups)]
+    legend = [{"run": run, "colour": COLOURS[number % len(COLOURS)]} for number, run in enumerate(runs)]
     text = template.render(rows=rows, headings=ledger.HEADINGS, charts=[chart for chart in charts if chart], legend=legend,
                            differences=[(entry["run"], *comparison.cells(entry)) for entry in value["differences"]],
                            against=value["runs"][0]["run"] if value["runs"] else "")
@@ -44,17 +42,17 @@ def write(value: Mapping, path: Path) -> None:
         raise ModelError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _chart(flat: Sequence[tuple[int, str, Mapping]], title: str, cost, alike) -> dict | None:
-    """Pixel positions of one scatter: points with their intervals, lines of rows that no other beats, and ticks. Rows are compared where
-    they are `alike`: of one split, and in time of one runtime."""
-    kept = [(number, row, cost(row)) for number, _, row in flat if row.get("cider") is not None and cost(row) is not None]
+def _chart(drawn: Sequence[tuple[Mapping, str, object]], title: str, cost, alike) -> dict | None:
+    """Pixel positions of one scatter: points with their intervals, lines of rows that no other beats, and ticks. `drawn`: each row, its
+    colour, the images it was measured on. Rows are compared on the same images, where they are `alike` (in time: of one runtime)."""
+    kept = [(row, colour, images, cost(row)) for row, colour, images in drawn if row.get("cider") is not None and cost(row) is not None]
     if not kept:
         return None
     groups: dict[object, list[tuple[float, float]]] = {}
-    for _, row, x in kept:
-        groups.setdefault(alike(row), []).append((x, row["cider"]))
-    intervals = [row.get("cider_ci95") or (row["cider"], row["cider"]) for _, row, _ in kept]
-    across = _scale([x for _, _, x in kept] + [0.0], MARGIN, WIDTH - 12)
+    for row, _, images, x in kept:
+        groups.setdefault((images, row.get("split"), alike(row)), []).append((x, row["cider"]))
+    intervals = [row.get("cider_ci95") or (row["cider"], row["cider"]) for row, *_ in kept]
+    across = _scale([x for *_, x in kept] + [0.0], MARGIN, WIDTH - 12)
     up = _scale([value for interval in intervals for value in interval], HEIGHT - MARGIN, 12)
     points = [
         {
@@ -62,10 +60,10 @@ def _chart(flat: Sequence[tuple[int, str, Mapping]], title: str, cost, alike) ->
             "y": up["place"](row["cider"]),
             "low": up["place"](low),
             "high": up["place"](high),
-            "colour": COLOURS[number % len(COLOURS)],
+            "colour": colour,
             "label": row["name"],
         }
-        for (number, row, x), (low, high) in zip(kept, intervals, strict=True)
+        for (row, colour, _, x), (low, high) in zip(kept, intervals, strict=True)
     ]
     return {
         "title": title,

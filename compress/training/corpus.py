@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +80,6 @@ def corpus(
     `disturbed`; otherwise their grids are computed once. `beside`: word pieces that are kept for others, such as a teacher's own."""
     data = context.data.split("train")
     encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
-    tell_unknown(tokenizer, encoded, context)
     used = {piece for captions in encoded for caption in captions for piece in caption}
     end = tokenizer.token_to_id("[SEP]")  # which no caption has where all are cut off
     keep = torch.tensor(sorted(used.union(model.own_pieces(), beside, [end])))
@@ -90,10 +89,12 @@ def corpus(
     return Corpus(captions, keep, grids_of(model, data, settings, context, tuned, flip, crop), key)
 
 
-def tell_unknown(tokenizer: Tokenizer, encoded: Sequence[Sequence[Sequence[int]]], context: Context) -> None:
-    """Logs the share of pieces that the tokenizer does not know, which no captioner says; DataError where it is most of them."""
-    unknown, pieces = tokenizer.token_to_id("[UNK]"), [piece for captions in encoded for caption in captions for piece in caption[1:]]
-    share = pieces.count(unknown) / max(1, len(pieces))
+def tell_unknown(tokenizer: Tokenizer, context: Context) -> None:
+    """Logs the share of the training captions' pieces that the tokenizer does not know, which no captioner says; DataError where it is most
+    of them."""
+    texts = (caption for example in context.data.split("train").examples for caption in example.captions)
+    pieces = [piece for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False) for piece in encoding.ids]
+    share = pieces.count(tokenizer.token_to_id("[UNK]")) / max(1, len(pieces))
     if share > 0.5:
         raise DataError(f"the tokenizer does not know {share:.0%} of the captions' word pieces: name one of their language, "
                         "--set student.tokenizer=PATH")

@@ -10,9 +10,10 @@ from compress.training.softmax import Logits
 
 
 def caption_loss(logits: Logits, smoothing: float, weights: Tensor | None = None) -> Tensor:
-    """Label-smoothed cross-entropy; the first of the picked pieces is the true one. `weights` (n,): of a weighted mean."""
+    """Label-smoothed cross-entropy; the first of the picked pieces is the true one. `weights` (n,), 1 on average
+    over all training captions, if not in each batch."""
     each = logits.total - (1 - smoothing) * logits.picked[:, 0] - smoothing * logits.mean
-    return each.mean() if weights is None else (each * weights).sum() / weights.sum()
+    return each.mean() if weights is None else (each * weights).mean()
 
 
 def token_loss(logs: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
