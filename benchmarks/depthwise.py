@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    if asked.repeats < 2:
+        parser.error("--repeats must be at least 2: quartiles are of several")
     keep()  # as training does: the pages of freed memory are not taken anew at every call
     rows = []
     for name, module, shape in shapes(asked.images):

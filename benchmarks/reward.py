@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--images", type=positive, nargs="+", default=[6000])
     parser.add_argument("--batches", type=positive, default=50)
     arguments = parser.parse_args()
+    if arguments.batches < 2:
+        parser.error("--batches must be at least 2: quartiles are of several")
     rows = [measure(source, images, arguments.batches) for source in SOURCES for images in arguments.images]
     ratios = {
         f"pycocoevalcap / ours, {row['source']}, {row['images']}": round(row["pycocoevalcap_ms"] / row["ms"], 1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+
+from compress.artifact import json_text
 
 
 def answer(json_wanted: bool, value, draw: Callable[[], object]) -> None:
@@ -17,7 +18,7 @@ def answer(json_wanted: bool, value, draw: Callable[[], object]) -> None:
 
 
 def print_json(value) -> None:
-    say(document(value, 2))
+    say(json_text(value))
 
 
 def print_drawn(drawn) -> None:
@@ -45,12 +46,6 @@ def say(text: str, stream=None) -> bool:
 def unread() -> None:
     """Who reads the result, such as `head`, has read enough: the rest of it goes nowhere, and the command ends as it would have."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-
-
-def document(value, indent: int) -> str:
-    """JSON in letters, or in ASCII where a file's name is no UTF-8: such a name has no other form that can be written."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return json.dumps(value, indent=indent) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
 
 
 @contextlib.contextmanager

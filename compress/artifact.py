@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from compress.answer import document
 from compress.errors import ModelError
 
 WEIGHTS = "model.safetensors"
@@ -167,7 +166,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, document(value, 2) + "\n")
+    write_text(path, json_text(value) + "\n")
+
+
+def json_text(value) -> str:
+    """JSON in letters, or in ASCII where a file's name is no UTF-8: such a name has no other form that can be written."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return json.dumps(value, indent=2) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
 
 
 def make_folders(path: Path) -> list[Path]:

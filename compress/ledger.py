@@ -102,17 +102,17 @@ def read_run(folder: str | Path) -> list[dict]:
     return read(path)
 
 
-def pareto(rows: Sequence[Mapping], data: Sequence[object] | None = None) -> list[int]:
+def pareto(rows: Sequence[Mapping], images: Sequence[object] | None = None) -> list[int]:
     """Indices of the rows that no other row beats or equals in CIDEr, bytes and median latency at once, and beats in one of them. Times of
-    different runtimes are not compared: there CIDEr and bytes decide. Nor are rows of different splits, or of different `data`: a word for
-    each row."""
+    different runtimes are not compared: there CIDEr and bytes decide. Nor are rows of different splits, or of
+    different `images`, which say for each row what it was measured on."""
 
     def point(values: Mapping, of: object) -> tuple[str | None, tuple[float, float, float], object] | None:
         latency = values.get("latency_ms") or {}
         numbers = (values.get("cider"), values.get("bytes"), latency.get("p50"))
         return None if None in numbers else (latency.get("runtime"), (-numbers[0], numbers[1], numbers[2]), (values.get("split"), of))
 
-    pairs = zip(rows, data or [None] * len(rows), strict=True)
+    pairs = zip(rows, images or [None] * len(rows), strict=True)
     points = [None if values["stage"] == "baseline" else point(values, of) for values, of in pairs]
 
     def beats(other: tuple, mine: tuple) -> bool:

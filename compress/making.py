@@ -167,12 +167,11 @@ def _failing_as(stage: Stage, out: Path, work: Path) -> Iterator[None]:
     """Turns what a stage raises into a LightcapError that names the stage; a surprise leaves its trace in error.txt."""
     try:
         yield
-    except RecipeError as error:
-        _forget(work)
-        raise error if PLACED.match(error.message) else RecipeError(f"stage '{stage.name}': {error.message}") from error
     except LightcapError as error:
         if isinstance(error, UsageError):
             _forget(work)
+        if isinstance(error, RecipeError) and PLACED.match(error.message):
+            raise
         raise type(error)(f"stage '{stage.name}': {error.message}") from error
     except Exception as error:
         known = expected(error)

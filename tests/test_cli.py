@@ -59,14 +59,16 @@ def test_recipes(lightcap):
     assert "quickstart" in lightcap("recipes")[1]
 
 
-@pytest.mark.parametrize("form", [(), ("--json",)])
-def test_nobody_has_to_read_all_that_a_command_says(tmp_path, form):
+@pytest.mark.parametrize(("arguments", "status", "lines"), [(("recipes",), 0, 0), (("recipes", "--json"), 0, 0),
+                                                            (("compare", "nowhere", "--json"), 2, 1)])  # fmt: skip
+def test_nobody_has_to_read_all_that_a_command_says(tmp_path, arguments, status, lines):
+    """A failure is still one, and said."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen([sys.executable, "-m", "compress", "recipes", *form], cwd=tmp_path, env=environment,
+    running = subprocess.Popen([sys.executable, "-m", "compress", *arguments], cwd=tmp_path, env=environment,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     running.stdout.close()
     with running.stderr as said:
-        assert said.read() == b"" and running.wait() == 0
+        assert said.read().count(b"\n") == lines and running.wait() == status
 
 
 def test_brackets_are_drawn_as_they_are(capsys):
