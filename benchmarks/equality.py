@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from integers import greedy, integer  # noqa: E402
 from quantized import Quantized, quantized  # noqa: E402
 
 from compress import runtime  # noqa: E402
@@ -29,8 +30,7 @@ from compress.decode import Special  # noqa: E402
 from compress.errors import LightcapError, ModelError  # noqa: E402
 from compress.process import thread_count  # noqa: E402
 from compress.stages import quantize  # noqa: E402
-from compress.stages.quantize import simulate  # noqa: E402
-from compress.stages.quantize.integers import integer  # noqa: E402
+from compress.stages.quantize import calibrate, simulate  # noqa: E402
 from compress.stages.quantize.tune import tune  # noqa: E402
 from students.lightcap.tokenizer import decode_caption  # noqa: E402
 
@@ -48,7 +48,7 @@ def compare(run: Path, floats: bool) -> dict:
         raise ModelError(f"{run}: '{of.stage.name}' predicts masked pieces, which PyTorch's graph here does not")
     described = of.made.config["quantized"]
     floating, epochs = described["float_parts"], described["tune_epochs"]
-    found = quantize.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
+    found = calibrate.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "int8"
         written.mkdir()
@@ -72,7 +72,7 @@ def compare(run: Path, floats: bool) -> dict:
             theirs = captioner.encode(pixels)
             with torch.no_grad():
                 grid = encoding(torch.from_numpy(pixels))
-                said, logits = simulate.greedy(decoding, model, grid, special, *concepts)
+                said, logits = greedy(decoding, model, grid, special, *concepts)
             grids_equal += int((grid.numpy() == theirs).all((1, 2)).sum())
             heard = captioner.search(theirs, 1, model.config.max_tokens)
             for example, mine, (other, _), chosen in zip(examples, said, heard, logits.log_softmax(-1), strict=True):

@@ -31,7 +31,7 @@ from compress.metrics.bootstrap import paired  # noqa: E402
 from compress.process import thread_count  # noqa: E402
 from compress.runtime import positive  # noqa: E402
 from compress.stages import quantize  # noqa: E402
-from compress.stages.quantize import simulate  # noqa: E402
+from compress.stages.quantize import calibrate, simulate  # noqa: E402
 from compress.stages.quantize.sensitivity import ALL, grids, sensitivity  # noqa: E402
 from students.lightcap.tokenizer import encode_captions  # noqa: E402
 
@@ -43,7 +43,7 @@ def compare(run: Path, count: int) -> dict:
     progress, of = Progress(), quantized(run)
     model, tokenizer, settings, val = of.model, of.tokenizer, of.settings, of.data.split(of.recipe.data.val_split)
     few = val.examples[:count]
-    pixels = [picture for batch in quantize.pixel_batches(val, few, settings) for picture in batch]
+    pixels = [picture for batch in calibrate.pixel_batches(val, few, settings) for picture in batch]
     captions = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in few]
     batches = [torch.from_numpy(pixels[i][None]) for i in range(len(pixels))]
     with torch.no_grad():
@@ -52,7 +52,7 @@ def compare(run: Path, count: int) -> dict:
     for rounding, smoothing in WAYS:
         config = dataclasses.replace(of.stage.config, rounding=rounding, tune_epochs=0.0)
         config = config if smoothing is None else dataclasses.replace(config, smoothing=smoothing)
-        seen = quantize.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
+        seen = calibrate.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)
         with torch.no_grad():
             error = float((grids(simulate.simulated(seen.encoder), batches) - goal).square().mean() / goal.var())
         lost = sensitivity(seen.model, seen.encoder, seen.decoder, seen.concepts, pixels, captions, progress, names=())

@@ -44,7 +44,7 @@ from compress.stages import distill, train  # noqa: E402
 from compress.training import loop  # noqa: E402
 from compress.training.batches import IGNORED, Batch, Captions, order, pack  # noqa: E402
 from compress.training.features import device, normalised  # noqa: E402
-from compress.training.loop import Group, linear, optimizer_of, settled  # noqa: E402
+from compress.training.loop import Group, faster, linear, optimizer_of  # noqa: E402
 from compress.training.losses import token_loss  # noqa: E402
 from compress.training.start import read_captioner  # noqa: E402
 from students.lightcap import LightCap  # noqa: E402
@@ -236,7 +236,7 @@ class Peak:
 
     def __init__(self) -> None:
         where = device()
-        kind = torch.bfloat16 if settled("auto", where) == "bf16" else torch.float32
+        kind = torch.bfloat16 if faster(where) == "bf16" else torch.float32
         self.operands = [[torch.randn(size, device=where).to(kind) for size in ((m, k), (k, n))] for m, k, n in PEAK_SHAPES]
         self.rates: list[list[float]] = [[] for _ in PEAK_SHAPES]
 
@@ -357,7 +357,7 @@ def main() -> None:
     where = device()
     machine = {
         "processor": torch.cuda.get_device_name() if where.type == "cuda" else processor(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "precision": settled("auto", where), "weights": "pretrained" if real else "random",
+        "torch": torch.__version__, "precision": faster(where), "weights": "pretrained" if real else "random",
         "images": arguments.images, "captions_per_image": CAPTIONS,
     }  # fmt: skip
     print(json.dumps({"rows": rows, "ratios": ratios, "machine": machine}))

@@ -38,9 +38,10 @@ def captions(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[di
 
 
 def without_torch(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[dict]:
+    from compress.process import thread_count
     from compress.runtime import Captioner
 
-    captioner = Captioner(chosen.path)
+    captioner = Captioner(chosen.path, thread_count())
     yield from answers(photos, captioner.open, lambda image: captioner.caption(image, beam))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import yaml
 
-from compress.config import Recipe, Stage
-from compress.recipe import resolved
+from compress.config import Data, Recipe, Stage
+from compress.recipe import entry
 
 MADE = {
     "concepts": "a concept extractor; its captions were not trained",
@@ -40,13 +41,21 @@ def text(recipe: Recipe, stage: Stage, row: Mapping) -> str:
     ]
     lines += [f"| {what} | {value} |" for what, value in _numbers(row) if value]
     if stage.config is not None:
-        entry = next(entry for entry in resolved(recipe)["stages"] if entry.get(stage.kind, {}).get("as") == stage.name)
-        lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(entry, sort_keys=False, width=100).rstrip(), "```"]
-        lines += ["", f"Trained and measured on `{recipe.data.source}` captions; what those pictures do not show, it does not know."]
+        lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(entry(stage), sort_keys=False, width=100).rstrip(), "```"]
+        lines += ["", f"Trained and measured on {_named(recipe.data)}; what those pictures do not show, it does not know."]
+    if stage.kind not in ("concepts", "baseline"):
         by_itself = ["python FOLDER/caption.py PHOTO"] if stage.kind == "export" else []
         lines += ["", "## Use", "", "```", *by_itself, "lightcap caption FOLDER PHOTO", "```"]
     lines += ["", f"Lock: `{row['lock']}`", ""]
     return "\n".join(lines)
+
+
+def _named(data: Data) -> str:
+    """The data in words; of its files only their names, since a card goes where the folders of who made it are nobody's business."""
+    if data.source == "scenes":
+        return "generated scenes"
+    files = (data.images if data.source == "datasets" else data.captions) or ""
+    return f"captioned photos, `{', '.join(Path(name).name for name in files.split(','))}`"
 
 
 def _numbers(row: Mapping) -> list[tuple[str, str]]:
@@ -62,7 +71,7 @@ def _numbers(row: Mapping) -> list[tuple[str, str]]:
     latency = row.get("latency_ms") or {}
     milliseconds = ""
     if latency.get("p50") is not None:
-        how = f"{latency.get('runtime', '')}, {latency.get('threads', '?')} threads, beam {latency.get('beam', '?')}".strip(", ")
+        how = f"{latency.get('runtime', '')}, threads: {latency.get('threads', '?')}, beam {latency.get('beam', '?')}".strip(", ")
         milliseconds = f"{latency['p50']:.1f} ({how})"
     return [
         (f"CIDEr-D x100, {row.get('images') or '?'} images of {row.get('split') or '?'}", cider),

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = cli.main(arguments, prog_name="lightcap", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, click.Abort):
-        click.echo("lightcap: stopped; the same command goes on", err=True)
+        goes_on = next((word for word in arguments if not word.startswith("-")), "") in ("run", "sweep", "fit")
+        click.echo(f"lightcap: stopped{'; the same command goes on' if goes_on else ''}", err=True)
         status = 130
     except click.exceptions.NoArgsIsHelpError as error:  # `lightcap` alone
         error.show()
@@ -76,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         status = _report_error(error, "--json" in arguments)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def answers() -> bool:
+    """Whether this process speaks: of several that a launcher started, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report_error(error: Exception, json_wanted: bool) -> int:
@@ -89,7 +95,7 @@ def _report_error(error: Exception, json_wanted: bool) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         known = LightcapError(f"{text} (LIGHTCAP_TRACE=1 shows where)")
     known.show()
-    if json_wanted and os.environ.get("RANK", "0") == "0":  # of several processes one answers
+    if json_wanted and answers():
         print_json({"ok": False, "error": known.message})
     return known.exit_code
 
@@ -138,7 +144,7 @@ def plan_command(recipe: str, sets: tuple[str, ...], out: Path | None, as_json: 
 @click.pass_context
 def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Run a recipe, or go on with it after a stop. Example: lightcap run quickstart"""
-    from compress import ledger, pipeline
+    from compress import pipeline, show
     from compress.context import Progress
     from compress.parallel import share
     from compress.recipe import read_recipe
@@ -154,12 +160,14 @@ def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Pat
         if mine.rank:  # what is to be said the first process says; but its own failure is its own
             result.check()
             return
-    if as_json:
-        print_json(result.json())
-    elif result.rows:
-        print_drawn(ledger.table(result.rows, title=str(result.folder)))
+    if answers():
+        if as_json:
+            print_json(result.json())
+        elif result.rows:
+            print_drawn(show.table(result.rows, title=str(result.folder)))
+        if result.error is not None:
+            result.error.show()
     if result.error is not None:
-        result.error.show()
         ctx.exit(result.error.exit_code)
 
 
@@ -182,7 +190,8 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
 
 @cli.command("sweep")
 @click.argument("recipe")
-@click.option("--vary", multiple=True, required=True, metavar="NAME.KEY=A,B,...", help="Values to try, each in a run; repeatable.")
+@click.option("--vary", multiple=True, required=True, metavar="NAME.KEY=A,B,...",
+              help="Values to try, each in a run; of several such lists, every combination.")  # fmt: skip
 @settings
 @out_option(what="What the runs' folders begin with: each has its settings behind it")
 @as_json
@@ -214,7 +223,7 @@ def fit_command(
     ctx: click.Context, recipe: str, max_mb: float | None, max_ms: float | None, max_drop_cider: float | None, sets: tuple[str, ...],
     out: Path | None, as_json: bool,
 ) -> None:
-    """Prune no more than limits of size and time ask for. Example: lightcap fit photos --max-mb 11 --max-ms 16 --max-drop-cider 2"""
+    """Prune to limits of size, of time, or both, and no further. Example: lightcap fit photos --max-mb 11 --max-ms 16 --max-drop-cider 2"""
     from compress import fit, show
     from compress.context import Progress
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compress.cache import noted
-from compress.ledger import captions_file, pareto, read_run
+from compress.errors import ModelError
+from compress.ledger import captions, read_run
 
 EVERY = "every run"
 
@@ -17,7 +17,7 @@ def compared(runs: Sequence[str]) -> dict:
     """The ledgers of several runs, the rows that nothing in any of them beats, and the `differences`: what `lightcap compare` says."""
     found = [{"run": name, "rows": rows, "images": images_of(Path(name), rows)} for name, rows in ((name, read_run(name)) for name in runs)]
     flat = [(entry["run"], row) for entry in found for row in entry["rows"]]
-    best = pareto([row for _, row in flat], [entry["images"] for entry in found for _ in entry["rows"]])
+    best = pareto([row for _, row in flat], [entry["images"] or entry["run"] for entry in found for _ in entry["rows"]])
     unbeaten = [{"run": flat[index][0], "stage": flat[index][1]["stage"], "name": flat[index][1]["name"]} for index in best]
     return {"runs": found, "pareto": unbeaten, "differences": differences(found)}
 
@@ -34,10 +34,34 @@ def drawn(value: Mapping) -> tuple[list[tuple[str, Mapping]], list[object], set[
     """Of what `compared` says, for people: the rows as (run, row), those of `side_by_side`; the images that each was measured on; and the
     places of those that nothing beats."""
     flat = [(run, row) for run, rows in side_by_side(value["runs"]) for row in rows]
-    images_of_run = {entry["run"]: entry.get("images") for entry in value["runs"]}
+    images_of_run = {entry["run"]: entry.get("images") or entry["run"] for entry in value["runs"]}  # unknown: nobody else's
     first = next(iter(images_of_run.values()), None)  # those of rows that all runs have
     images = [images_of_run.get(run, first) for run, _ in flat]
     return flat, images, set(pareto([row for _, row in flat], images))
+
+
+def pareto(rows: Sequence[Mapping], images: Sequence[object] | None = None) -> list[int]:
+    """Indices of the rows that no other row beats or equals in CIDEr, bytes and median latency at once, and beats in one of them. Times of
+    different runtimes are not compared: there CIDEr and bytes decide. Nor are rows of different splits, or of
+    different `images`, which say for each row what it was measured on."""
+
+    def point(values: Mapping, of: object) -> tuple[str | None, tuple[float, float, float], object] | None:
+        latency = values.get("latency_ms") or {}
+        numbers = (values.get("cider"), values.get("bytes"), latency.get("p50"))
+        return None if None in numbers else (latency.get("runtime"), (-numbers[0], numbers[1], numbers[2]), (values.get("split"), of))
+
+    pairs = zip(rows, images or [None] * len(rows), strict=True)
+    points = [None if values["stage"] == "baseline" else point(values, of) for values, of in pairs]
+
+    def beats(other: tuple, mine: tuple) -> bool:
+        count = 3 if other[0] == mine[0] else 2
+        theirs, own = other[1][:count], mine[1][:count]
+        return other[2] == mine[2] and theirs != own and all(a <= b for a, b in zip(theirs, own, strict=True))
+
+    def beaten(mine: tuple) -> bool:
+        return any(other is not None and beats(other, mine) for other in points)
+
+    return [index for index, mine in enumerate(points) if mine is not None and not beaten(mine)]
 
 
 def side_by_side(runs: Sequence[Mapping]) -> list[tuple[str, list[Mapping]]]:
@@ -72,8 +96,10 @@ def differences(runs: Sequence[Mapping]) -> list[dict]:
 
 def ciders(run: Path, row: Mapping) -> dict[str, float]:
     """Image -> CIDEr-D x100 of what the row's artifact said of it; empty where that was not measured, or is gone."""
-    path = captions_file(run / row["artifact"], row.get("split") or "")
-    return {item["image"]: item["cider"] for item in json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+    try:
+        return {item["image"]: item["cider"] for item in captions(run, row)}
+    except ModelError:
+        return {}
 
 
 def cells(difference: Mapping) -> tuple[str, str, str]:

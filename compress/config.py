@@ -16,14 +16,14 @@ class Data:
     """Where pictures and captions come from (`compress.data.load`)."""
 
     source: str = "scenes"
-    captions: str | None = None
-    images: str | None = None
-    val_split: str = "val"
-    train_images: int | None = None
+    captions: str | None = None  # file; of COCO, several with commas between them; of 'datasets', a column
+    images: str | None = None  # folder; of 'datasets', also a name on the hub
+    val_split: str = "val"  # what rows are measured on, and gates and searches choose by
+    train_images: int | None = None  # drawn from that split by `seed`, or made; all if absent
     val_images: int | None = None
-    image_size: int | None = None
+    image_size: int | None = None  # of generated scenes; photos are squashed to the student section's
     seed: int = 17
-    max_unreadable: float = 0.01
+    max_unreadable: float = 0.01  # a share of the images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class Student:
     means the preset's own; sizes hold for this preset, not for another that a stage names. Weights are a word (`imagenet`, `openai`,
     `minilm`; of an encoder `none`, too), a path, or a name on the hub."""
 
-    preset: str = "lightcap"
-    encoder: str | None = None
+    preset: str = "lightcap"  # or tiny, minilm-student, ... (students/lightcap/config.py)
+    encoder: str | None = None  # clip-rn50, efficientnet-lite0, resnet-small
     encoder_weights: str | None = None  # if absent, drawn anew
     fusion_weights: str | None = None  # if absent, drawn anew, or in 'distill' the first teacher's layers
     tokenizer: str | None = None  # that of the fusion's weights where the section names some, else the shipped word pieces of English
@@ -115,7 +115,7 @@ class Distill(Optimisation):
     ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
     heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
     modulator: int | None = None  # inner width of a new student's (its first teacher's if absent); 0: none
-    init: str = "teacher"  # its layers, or the student section's fusion_weights: the default where there are some
+    init: str = "teacher"  # the first teacher's layers; or weights, the student section's fusion_weights or, without them, random ones
     ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)
@@ -322,7 +322,7 @@ class Stage:
     kind: str
     name: str
     parent: str | None
-    config: Concepts | Train | Distill | Scst | Vocabulary | Prune | Quantize | Export
+    config: Concepts | Train | Distill | Scst | Average | Vocabulary | Prune | Quantize | Export | None  # None: the baseline
     against: str | None = None
     place: str = field(default="", compare=False)
 

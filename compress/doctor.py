@@ -98,7 +98,8 @@ def _cpu(cpuinfo: Path) -> dict:
     }
 
 
-def _memory_gb(meminfo: Path = Path("/proc/meminfo")) -> float | None:
+def _memory_gb() -> float | None:
+    meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemTotal:"):

@@ -22,6 +22,7 @@ from compress.decode import Special, beam_search
 from compress.errors import ModelError, StageError
 from compress.ledger import captions_file
 from compress.metrics.bootstrap import paired
+from compress.process import thread_count
 from compress.training.corpus import UNSEEN_BIAS
 from compress.training.features import device, grids, pixels
 from compress.training.mentions import mentioned, precision_recall
@@ -146,7 +147,7 @@ def captions(
     """(caption, log-probability) of every example of `data`. Graphs run in ONNX Runtime, float artifacts in PyTorch."""
     said: list[tuple[str, float]] = []
     if artifact.graphs:
-        captioner = runtime.Captioner(artifact.path)
+        captioner = runtime.Captioner(artifact.path, thread_count())
         pictures = pixels(data, captioner.settings, cache, progress)
         for start in range(0, len(data), BATCH):
             batch = np.stack([runtime.pixels(picture, captioner.settings) for picture in pictures[start : start + BATCH]])

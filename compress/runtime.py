@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -296,9 +297,9 @@ def open_session(path: Path, options):
 
 
 def without_vnni(cpuinfo: Path) -> bool:
-    """Whether this is an x86 processor without VNNI. False where the system does not say."""
+    """Whether this is an x86 processor without VNNI, or one whose system does not say (Windows, macOS): slower is better than wrong."""
     if not cpuinfo.is_file():
-        return False
+        return platform.machine().lower() in ("x86_64", "amd64")
     lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines())
     flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), [])  # ARM says "Features"
     return bool(flags) and not set(flags).intersection(VNNI)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
-from compress import comparison, ledger
+from compress import comparison
 
 
 def recipes(listed: Sequence[Mapping]) -> Table:
@@ -33,17 +33,59 @@ def plan(planned: Mapping) -> Group:
     return Group(drawn, last, note, *([planned["imagined"]] if "imagined" in planned else []))
 
 
+HEADINGS = ("name", "CIDEr [95 %]", "delta [95 %]", "params", "GMACs", "MB", "ms")
+
+
+def cells(values: Mapping) -> tuple[str, ...]:
+    """A row as the table shows it, in the order of HEADINGS; what was not measured is empty."""
+
+    def number(key: str, form: str, scale: float = 1.0) -> str:
+        return "" if values.get(key) is None else format(values[key] / scale, form)
+
+    def with_interval(key: str, form: str, interval: str) -> str:
+        low, high = values.get(interval) or (None, None)
+        return number(key, form) + ("" if low is None or values.get(key) is None else f" [{low:{form}}, {high:{form}}]")
+
+    latency = (values.get("latency_ms") or {}).get("p50")
+    milliseconds = "" if latency is None else f"{latency:.1f}"
+    params = "" if values.get("params") is None else _count(values["params"])
+    megabytes = number("bytes", ".2f", 1e6)
+    return (
+        values["name"],
+        with_interval("cider", ".1f", "cider_ci95"),
+        with_interval("delta_cider", "+.1f", "delta_ci95"),
+        params,
+        number("gmacs_caption", ".3f"),
+        megabytes,
+        milliseconds,
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
+
+
+def table(rows: Sequence[Mapping], title: str = "") -> Table:
+    """The rows as a rich table."""
+    drawn = Table(title=title or None, title_justify="left")
+    for index, heading in enumerate(HEADINGS):
+        drawn.add_column(heading, justify="right" if index else "left", no_wrap="95 %" not in heading)  # narrow terminals fold intervals
+    for values in rows:
+        drawn.add_row(*cells(values))
+    return drawn
+
+
 def compare(value: Mapping) -> Group:
     flat, _, best = comparison.drawn(value)
     drawn = Table()
-    for index, heading in enumerate(("run", *ledger.HEADINGS, "best")):
+    for index, heading in enumerate(("run", *HEADINGS, "best")):
         folds = index < 2 or "95 %" in heading  # in a narrow terminal; a number is never cut
         drawn.add_column(heading, justify="left" if index < 2 else "right", no_wrap=not folds, overflow="fold")
     for index, (run, row) in enumerate(flat):
         first = index == 0 or run != flat[index - 1][0]
         if first:
             drawn.add_section()
-        drawn.add_row(_short(run, value["runs"]) if first else "", *ledger.cells(row), "*" if index in best else "")
+        drawn.add_row(_short(run, value["runs"]) if first else "", *cells(row), "*" if index in best else "")
     note = "* nothing measured on the same images is at least as good in CIDEr, bytes and, in the same runtime, time, and better in one"
     return Group(drawn, note, *([_differences(value)] if value["differences"] else []))
 
@@ -65,7 +107,7 @@ def fit(value: Mapping) -> Group:
         f"{'met' if value['ok'] else 'not met'}: {value['macs']:g} of MACs, {value['mb']:.2f} MB, {value['ms']:.1f} ms, "
         f"CIDEr {-value['drop_cider']:+.2f} against '{value['against']}'"
     )
-    return Group(ledger.table(value["ledger"], title=value["run"]), said)
+    return Group(table(value["ledger"], title=value["run"]), said)
 
 
 def scores(value: Mapping) -> Table:
@@ -94,7 +136,7 @@ def profile(row: Mapping) -> Group:
             cost.append((what, format(row[key], form)))
     latency = row.get("latency_ms")
     if latency and latency.get("p50") is not None:
-        cost.append(("ms per caption, median", f"{latency['p50']:.1f} (p90 {latency['p90']:.1f}, {latency['threads']} threads)"))
+        cost.append(("ms per caption, median", f"{latency['p50']:.1f} (p90 {latency['p90']:.1f}, threads: {latency['threads']})"))
     return Group(_table(("cost", row.get("name") or ""), cost))
 
 

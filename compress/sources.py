@@ -7,7 +7,7 @@ import ast
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -31,7 +31,9 @@ LIBRARIES = {  # top-level import name: distribution
     "PIL": "pillow",
 }
 
-DECLARATIONS = "compress.config"  # what it declares reaches a stage as its resolved settings, which the lock holds
+# What config declares reaches a stage as its resolved settings, which the lock holds; the package itself says its version, which computes
+# nothing.
+DECLARATIONS = ("compress", "compress.config")
 
 
 @cache
@@ -52,9 +54,7 @@ def imported(starts: Sequence[str], root: Path = ROOT) -> tuple[dict[str, str], 
         if module in sources or top not in PACKAGES:
             continue
         file = _file(module, root)
-        if module == DECLARATIONS:
-            continue
-        if file is None:  # a name inside a module, such as compress.errors.DataError
+        if module in DECLARATIONS or file is None:  # None: a name inside a module, such as compress.errors.DataError
             continue
         text = file.read_bytes()
         sources[module] = hashlib.sha256(text).hexdigest()
@@ -62,6 +62,12 @@ def imported(starts: Sequence[str], root: Path = ROOT) -> tuple[dict[str, str], 
         if "." in module:
             waiting.append(module.rpartition(".")[0])  # importing a.b runs a/__init__.py too
     return dict(sorted(sources.items())), sorted(libraries)
+
+
+def changed(sources: Mapping[str, str], root: Path = ROOT) -> list[str]:
+    """Those of `sources` ({module: SHA-256}) whose file is another now, or gone."""
+    files = {module: _file(module, root) for module in sources}
+    return [name for name, file in files.items() if file is None or hashlib.sha256(file.read_bytes()).hexdigest() != sources[name]]
 
 
 def _file(module: str, root: Path) -> Path | None:
@@ -94,11 +100,12 @@ def _imports(text: bytes, module: str, is_package: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
-def versions(libraries: Sequence[str]) -> dict[str, str]:
+def versions(libraries: Sequence[str], distributions: Mapping[str, str] = LIBRARIES) -> dict[str, str]:
+    """The installed version of each, or "absent"."""
     found = {}
     for name in libraries:
         try:
-            found[name] = importlib.metadata.version(LIBRARIES[name])
+            found[name] = importlib.metadata.version(distributions[name])
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     return found

@@ -33,7 +33,7 @@ def combinations(vary: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def run(wanted: Sequence[tuple[Path, tuple[str, ...], Recipe]], progress: Progress) -> dict:
-    """Runs each of `recipes`, one after the other, and compares them: what `lightcap sweep` says. One that fails stops no other; input that
+    """Runs each of `wanted`, one after the other, and compares them: what `lightcap sweep` says. One that fails stops no other; input that
     the first cannot use does, before anything is made."""
     done, failed = [], []
     for number, (folder, chosen, recipe) in enumerate(wanted, start=1):

@@ -1,11 +1,16 @@
 """The exported tiny captioner that the tests of graphs and of the runtime share, and a hub without network; whole recipes begin first."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_captioner as tiny
 
+import compress
 from compress import runtime
+
+BENCHMARKS = Path(compress.__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

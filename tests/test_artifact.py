@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -54,10 +56,9 @@ def test_writing_is_all_or_nothing(tmp_path):
 
 
 def test_writing_removes_what_a_kill_left(tmp_path):
-    dead = os.fork()
-    if dead == 0:
-        os._exit(0)
-    os.waitpid(dead, 0)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead = gone.pid
     stale = tmp_path / f".model.writing-{dead}"
     stale.mkdir()
     with writing(tmp_path / "model"):
@@ -145,3 +146,13 @@ def test_write_text_replaces_in_one_step(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         artifact.write_text(path, "new")
     assert path.read_text() == "old"
+
+
+def test_writing_leaves_what_another_process_writes(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        theirs = tmp_path / f".model.writing-{other.pid}"
+        theirs.mkdir()
+        with writing(tmp_path / "model"):
+            pass
+        assert theirs.is_dir()
+        other.communicate(b"\n")

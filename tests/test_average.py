@@ -49,6 +49,17 @@ def test_weights_are_the_mean_of_all_and_the_rest_is_the_parents(tmp_path):
         assert (here.output / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
+def test_counts_of_batches_are_no_weights(tmp_path):
+    """Ends that trained an encoder from nothing for as many steps each have as many; others have not."""
+    made = {name: tiny.build(seed=seed) for seed, name in enumerate(("first", "second"))}
+    for module in made["second"].modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.num_batches_tracked += 5
+    here = context(tmp_path, made, ("second",))
+    average.run(here.artifacts["first"], here.stage.config, here)
+    assert LightCap.from_pretrained(here.output).config == made["first"].config
+
+
 def shorter(model: LightCap, folder) -> None:
     config = dataclasses.replace(model.config, layers=1)
     write_captioner(folder, LightCap(config), tiny.tokenizer(), tiny.SETTINGS)

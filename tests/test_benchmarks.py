@@ -6,29 +6,22 @@ import importlib.util
 import json
 import os
 import sys
-import time
-from pathlib import Path
 
+import latency
+import memory
+import models
+import neighbours
 import numpy as np
+import oracle
+import prune
 import pytest
 import torch
+from conftest import BENCHMARKS
 
-import compress
-
-BENCHMARKS = Path(compress.__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import latency  # noqa: E402
-import memory  # noqa: E402
-import models  # noqa: E402
-import neighbours  # noqa: E402
-import oracle  # noqa: E402
-import prune  # noqa: E402
-
-from compress.artifact import Artifact  # noqa: E402
-from compress.config import Prune  # noqa: E402
-from compress.cost import TOKENS  # noqa: E402
-from students.lightcap import preset  # noqa: E402
+from compress.artifact import Artifact
+from compress.config import Prune
+from compress.cost import TOKENS
+from students.lightcap import preset
 
 
 def rows(**captions):
@@ -71,18 +64,19 @@ def test_a_row_holds_each_phase_a_step_and_the_whole_caption():
     assert latency.summary([{"encoder": (1.0, 1.0)}] * 2).keys() == {"encoder_ms", "encoder_ms_q1", "encoder_ms_q3", "encoder_cpu_ms"}
 
 
-def test_a_turns_second_picture_counts_and_its_first_is_told():
-    pictures, seen = [np.full((1, 1, 3), value, np.uint8) for value in range(2)], []
+def test_a_turns_second_picture_counts_and_its_first_is_told(monkeypatch):
+    pictures, seen, now = [np.full((1, 1, 3), value, np.uint8) for value in range(2)], [], [0.0]
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
 
     def work(picture):
         seen.append(int(picture[0, 0, 0]))
-        time.sleep(0.05 if len(seen) % 2 else 0.0)
+        now[0] += 0.05 if len(seen) % 2 else 0.01
         yield "encoder"
         yield None
 
     found = latency.measure([latency.Subject("one", "", work, {})], pictures, 2)["one"]
     assert seen == [0, 1, 1, 0] * 2
-    assert all(times["first"][0] >= 50 > times["encoder"][0] for times in found)
+    assert all((times["first"][0], times["encoder"][0]) == pytest.approx((50.0, 10.0)) for times in found)
 
 
 def test_both_routes_run_all_phases_and_all_rounds_in_turn(model, folder):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import decoders
 from torch import nn
 
 from compress import runtime
@@ -503,3 +504,34 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     assert checkpoint_file("~/bert") == tmp_path / "bert" / "model.safetensors"
     assert existing("~/rn50.safetensors", "clip-rn50") == tmp_path / "rn50.safetensors"
     assert load_tokenizer("~/bert").get_vocab_size() > 100
+
+
+def test_vocabularies_of_other_languages(tmp_path):
+    """A line separator is a piece of Chinese BERT's; capitals and accents stay where pieces have them, and are taken off where none has."""
+    from students.lightcap.tokenizer import SPECIAL, decode_caption, encode_captions, load_tokenizer, pieces_of
+
+    def said(name: str, pieces: list[str], text: str) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text("\n".join([*SPECIAL, *pieces]) + "\n", encoding="utf-8")
+        tokenizer = load_tokenizer(str(tmp_path / name))
+        assert pieces_of(tokenizer)[5:] == pieces
+        return decode_caption(tokenizer, encode_captions(tokenizer, [text], 20)[0])
+
+    assert said("chinese", ["\u2028", "\u72d7", "\u8dd1"], "\u72d7\u8dd1") == "\u72d7 \u8dd1"
+    assert said("cased", ["Ein", "M\u00e4dchen", "ein"], "Ein M\u00e4dchen") == "Ein M\u00e4dchen"
+    assert said("small", ["ein", "m\u00e4dchen"], "Ein M\u00e4dchen") == "ein m\u00e4dchen"
+    assert said("plain", ["ein", "madchen"], "Ein M\u00e4dchen") == "ein madchen"
+    with pytest.raises(ValueError, match="twice/vocab.txt: the word piece 'a' stands in the vocabulary more than once"):
+        said("twice", ["a", "b", "a"], "a")
+
+
+def test_a_tokenizer_json_joins_words_as_references_have_them(tmp_path):
+    from students.lightcap.tokenizer import decode_caption, encode_captions, load_tokenizer
+
+    whole = load_tokenizer("english")
+    text = "a dog's t-shirt, torn"
+    whole.decoder = decoders.WordPiece()
+    assert decode_caption(whole, encode_captions(whole, [text], 20)[0]) != text
+    whole.save(str(tmp_path / "tokenizer.json"))
+    read = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert decode_caption(read, encode_captions(read, [text], 20)[0]) == text

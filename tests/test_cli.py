@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 import compress
-from compress import answer, cli, doctor, ledger, show
+from compress import answer, cli, doctor, ledger, pipeline, show
+from compress.errors import GateError
 from compress.metrics import java
 
 ROOT = Path(compress.__file__).resolve().parent.parent
@@ -157,6 +158,10 @@ def test_compare(lightcap, tmp_path):
         row = {"stage": "train", "name": "teacher", "artifact": "../.cache/x", "cider": cider, "bytes": 1e6, "latency_ms": {"p50": 9.0}}
         (tmp_path / name).mkdir()
         ledger.write(tmp_path / name / "ledger.jsonl", [row])
+    alone = json.loads(lightcap("compare", "a", "b", "--json")[1])
+    assert len(alone["pareto"]) == 2  # what they were measured on is gone: each is compared with itself
+    (tmp_path / ".cache" / "x").mkdir(parents=True)
+    (tmp_path / ".cache" / "x" / "lock.json").write_text('{"images": "f"}')
     status, output, error = lightcap("compare", "a", "b", "--html", "report.html", "--json")
     document = json.loads(output)
     assert status == 0 and error == "wrote report.html\n"
@@ -165,6 +170,17 @@ def test_compare(lightcap, tmp_path):
     assert document["pareto"] == [{"run": "a", "stage": "train", "name": "teacher"}]
     assert "<svg" in (tmp_path / "report.html").read_text()
     assert "teacher" in lightcap("compare", "a", "b")[1]
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_run_that_misses_its_gate(lightcap, monkeypatch, tmp_path, more):
+    """Its rows are printed all the same."""
+    row = ledger.row({"stage": "train", "name": "teacher", "artifact": "x", "cider": 50.04})
+    failed = pipeline.Result(tmp_path / "runs" / "x", (row,), GateError("stage 'pruned' missed its gate"))
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: failed)
+    status, output, error = lightcap("run", "quickstart", *more)
+    assert (status, error) == (1, "lightcap: stage 'pruned' missed its gate\n")
+    assert json.loads(output) == json.loads(json.dumps(failed.json())) if more else ("teacher" in output and "50.0" in output)
 
 
 def test_compare_shows_what_all_runs_share_once_and_cuts_no_number(lightcap, tmp_path):
@@ -437,7 +453,9 @@ def test_a_keyboard_stop(lightcap, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.cli.commands["recipes"], "callback", stop)
-    assert lightcap("recipes") == (130, "", "lightcap: stopped; the same command goes on\n")
+    monkeypatch.setattr(cli.cli.commands["run"], "callback", stop)
+    assert lightcap("recipes") == (130, "", "lightcap: stopped\n")
+    assert lightcap("run", "quickstart") == (130, "", "lightcap: stopped; the same command goes on\n")
 
 
 def test_a_bug_is_one_line_too(lightcap, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -19,7 +20,7 @@ from compress.recipe import read_recipe
 from compress.stages import concepts, distill, train
 from compress.training import corpus, text
 from compress.training.features import grids
-from compress.training.mentions import best_concepts, concept_loss, mentioned, vocabulary_of
+from compress.training.mentions import best_concepts, concept_loss, mentioned, precision_recall, vocabulary_of
 from compress.training.start import new_captioner, read_captioner
 from students.lightcap.concepts import NONE
 
@@ -308,3 +309,10 @@ def test_clips_text_encoder_has_its_activation(tmp_path, monkeypatch):
 def test_an_absent_text_encoder():
     with pytest.raises(ModelError, match=r"no text encoder 'nowhere\.pt'; set text_encoder to minilm, openai, or a file"):
         text.embed_texts(["a photo of a dog"], "nowhere.pt")
+
+
+def test_precision_and_recall_by_hand():
+    scores, pieces = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]), torch.tensor([[10], [11], [12]])
+    model = SimpleNamespace(concept_scores=lambda grid: scores, concepts=SimpleNamespace(pieces=pieces), config=SimpleNamespace(concepts=2))
+    wanted = torch.tensor([[True, False, True], [False, False, True]])
+    assert precision_recall(model, np.zeros((2, 1, 1)), wanted) == (0.5, pytest.approx(2 / 3))

@@ -49,6 +49,8 @@ def read(tmp_path, stage: str):
         ("distill: {match_epochs: 2}", "match_epochs", "is of hidden states and attention"),
         ("distill: {hidden_weight: 2}", "hidden_weight", "is of matching hidden; add hidden to 'match'"),
         ("distill: {match: hidden, attention_weight: 2}", "attention_weight", "is of matching attention"),
+        ("distill: {match: hidden, token_weight: 0.5}", "token_weight", "is of teachers' tokens, and here 'match' has no tokens"),
+        ("prune: {macs: 0.5, recover_epochs: 0, top_k: 4}", "top_k", "is of teachers' tokens, and nothing recovers by them"),
         ("scst: {draw: beams, temperature: 0.5}", "temperature", "is of captions drawn by chance; draw: beams takes"),
         ("prune: {macs: null, steps: 2}", "macs", "'prune' needs a target"),
         ("prune: {macs: 0.5, flip: true, parts: [fusion]}", "flip", "disturbs pictures while the encoder recovers"),

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,13 +16,14 @@ from compress.config import Data, Distill, Recipe, Stage, Student
 from compress.context import Context, Progress
 from compress.errors import DataError, RecipeError, UsageError
 from compress.stages import distill, vocabulary
-from compress.training import targets
+from compress.training import distillation, targets
 from compress.training.corpus import corpus, tell_unknown
 from compress.training.losses import token_loss
 from compress.training.start import new_captioner, write_captioner
 from students.lightcap import LightCap, preset
 from students.lightcap.bert import copy_layers
 from students.lightcap.tokenizer import load_tokenizer, narrowed, pieces_of, read_tokenizer, word_pieces
+from teachers.lightcap import LightCapTeacher
 
 STUDENT = Student(preset="tiny", heads=3)
 ALL = ("tokens", "hidden", "attention")
@@ -61,7 +63,8 @@ def run(tmp_path, scenes, teachers):
         for folder in (f"{name}/out", f"{name}/work"):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         recipe = Recipe("x", 17, Data(), student, (stage,), tmp_path / "x.yaml")
-        context = Context(recipe, stage, scenes, 17, 1, tmp_path / name / "out", tmp_path / name / "work", tmp_path / "cache",
+        seed = 17 if config.seed is None else config.seed
+        context = Context(recipe, stage, scenes, seed, 1, tmp_path / name / "out", tmp_path / name / "work", tmp_path / "cache",
                           sources or teachers, Progress(quiet=True))  # fmt: skip
         distill.run(parent, config, context)
         return Artifact(context.output)
@@ -127,6 +130,14 @@ def test_the_same_seed_gives_the_same_student(run):
 def test_one_teacher_teaches_every_head(run, teachers):
     made = run(Distill(teachers=("teacher-2",), init="weights", epochs=1, batch_images=40))
     assert LightCap.from_pretrained(made.path).config.heads == 3
+
+
+def test_heads_of_one_teacher_part(run, teachers):
+    """Only the first starts as the teacher's own: copies of it, taught alike, would stay copies."""
+    for named in (("teacher",), ("teacher",) * 3):
+        made = LightCap.from_pretrained(run(Distill(teachers=named, epochs=1, batch_images=40), name=f"x{len(named)}").path)
+        first, *others = (branch.transform.weight for branch in made.heads.branches)
+        assert not any(torch.allclose(first, other, atol=1e-3) for other in others) and not torch.allclose(*others, atol=1e-3)
 
 
 def test_heads_learn_from_all_teachers_or_from_the_heads_before_them(run, teachers):
@@ -233,6 +244,14 @@ def test_vocabulary_keeps_what_training_captions_use(scenes, teachers, tmp_path)
     kept = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
     assert kept["pieces_before"] == large.config.vocabulary
     assert [pieces_of(whole)[i] for i in kept["kept"]] == list(pieces_of(tokenizer))
+    often = dataclasses.replace(context, output=tmp_path / "often")
+    often.output.mkdir()
+    vocabulary.run(parent, Vocabulary(min_count=20), often)
+    fewer = read_tokenizer(often.output / "tokenizer.json")
+    counts = Counter(i for ids in encode_captions(whole, [c for e in scenes.split("train").examples for c in e.captions], 20) for i in ids)
+    words = {pieces_of(whole)[i]: count for i, count in counts.items() if len(pieces_of(whole)[i].removeprefix("##")) > 1}
+    kept_words = {piece for piece in pieces_of(fewer) if piece in words}
+    assert kept_words == {piece for piece, count in words.items() if count >= 20} and 0 < len(kept_words) < len(words)
     spelled = [pieces_of(tokenizer)[i] for i in after[-1][1:-1]]
     assert spelled == ["a", "z", "##e", "##b", "##r", "##a"]  # never seen, and still said
     assert decode_caption(tokenizer, after[-1]) == "a zebra"
@@ -292,3 +311,31 @@ def test_teachers_are_asked_in_the_precision_of_the_stage(run, monkeypatch, prec
     monkeypatch.setattr(targets, "autocast", lambda chosen, where: asked.append(chosen) or real(chosen, where))
     run(Distill(epochs=0.1, batch_images=20, precision=precision))
     assert set(asked) == {precision}
+
+
+def test_hidden_states_come_from_the_mapped_layer_through_a_trained_map(run, monkeypatch):
+    """A student of one layer learns from the second of two; of the map is nothing left, but the student moves with it."""
+    shown, asked, probe, real = [], [], LightCapTeacher.probe, distillation.hidden_loss
+    monkeypatch.setattr(LightCapTeacher, "probe", lambda self, *given: shown.append(probe(self, *given)) or shown[-1])
+    monkeypatch.setattr(distillation, "hidden_loss", lambda mine, theirs, where: asked.append((mine, theirs)) or real(mine, theirs, where))
+    run(Distill(init="weights", match=("hidden",), epochs=1, batch_images=20), dataclasses.replace(STUDENT, layers=1))
+    assert len(asked) == 2 and all(asked[i][1] is shown[i][1][0] for i in range(2))
+
+
+def test_each_weight_is_that_of_its_loss(run, monkeypatch):
+    """Where one of the two losses says nothing, its weight changes nothing, and the other's does."""
+    given = {"init": "weights", "match": ("hidden", "attention"), "epochs": 1, "batch_images": 20}
+    weights = ("hidden_weight", "attention_weight")
+    for silent, its, others in (("hidden_loss", *weights), ("attention_loss", *reversed(weights))):
+        with monkeypatch.context() as patched:
+            real = getattr(distillation, silent)
+            patched.setattr(distillation, silent, lambda *arguments, real=real: 0.0 * real(*arguments))
+            plain, same, other = (run(Distill(**given | more), name=f"{silent}{i}").digest()
+                                  for i, more in enumerate(({}, {its: 5.0}, {others: 5.0})))
+        assert plain == same != other
+
+
+def test_the_temperature_is_of_both_sides(run):
+    config = Distill(epochs=1, batch_images=20)
+    plain, warm = (run(dataclasses.replace(config, temperature=value), name=f"t{value}") for value in (1.0, 2.0))
+    assert plain.digest() != warm.digest()

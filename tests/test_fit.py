@@ -115,6 +115,9 @@ def test_limits_that_cannot_be_held_fail_in_one_line(world):
         fit.fit("quickstart", [], fit.Limits(drop_cider=1.0), None, Progress(quiet=True))
     with pytest.raises(UsageError, match="one 'prune' stage; ablation has 0"):
         fit.fit("ablation", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
+    Path("x.yaml").write_text("stages: [{concepts: {preset: tiny}}, {prune: {as: cut, macs: 0.5}}]\n")
+    with pytest.raises(UsageError, match="fit judges captions, and 'concepts', which 'cut' works on, has none yet"):
+        fit.fit("x.yaml", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
     with pytest.raises(UsageError, match="--out .: name a folder"):
         fit.fit("quickstart", [], fit.Limits(mb=10.0), Path("."), Progress(quiet=True))
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import integers
+import mlas
 import numpy as np
 import onnxruntime
 import pytest
 import tiny_captioner as tiny
 import torch
 import torch.nn.functional as F
+from integers import greedy, integer
 from onnx import TensorProto, helper, numpy_helper
 
 from compress import graphs, runtime
@@ -15,7 +18,7 @@ from compress.config import Quantize
 from compress.context import Progress
 from compress.decode import Special
 from compress.stages import quantize
-from compress.stages.quantize import concepts, decoder, encoder, gptq, integers, kernels, observe, simulate, smoothquant
+from compress.stages.quantize import calibrate, concepts, decoder, encoder, gptq, observe, simulate, smoothquant
 from students.lightcap import LightCap, preset
 from students.lightcap.modulator import Modulator
 from students.lightcap.tokenizer import encode_captions
@@ -44,32 +47,32 @@ def test_float_functions_are_those_of_their_names():
     """Within some last bits of float64."""
     x, weight, bias = spread((50, 72)), spread((72,), 1), spread((72,), 2)
     ours = {
-        "gelu": (kernels.gelu(x), F.gelu(x.double())),
-        "erf": (kernels.erf(x), torch.erf(x.double())),
-        "sigmoid": (kernels.sigmoid(x), torch.sigmoid(x.double())),
-        "softmax": (kernels.softmax(x), x.double().softmax(-1)),
-        "layer_norm": (kernels.layer_norm(x, [72], weight, bias, 1e-5),
+        "gelu": (mlas.gelu(x), F.gelu(x.double())),
+        "erf": (mlas.erf(x), torch.erf(x.double())),
+        "sigmoid": (mlas.sigmoid(x), torch.sigmoid(x.double())),
+        "softmax": (mlas.softmax(x), x.double().softmax(-1)),
+        "layer_norm": (mlas.layer_norm(x, [72], weight, bias, 1e-5),
                        F.layer_norm(x.double(), [72], weight.double(), bias.double(), 1e-5)),
     }  # fmt: skip
     for name, (mine, exact) in ours.items():
         assert (mine - exact).abs().max() <= 8 * UNIT * exact.abs().max(), name
-    torch.testing.assert_close(kernels.exp(-x.abs()), torch.exp(-x.abs().double()).float(), rtol=4 * UNIT, atol=0)
-    assert kernels.exp(torch.tensor([0.0, -200.0])).tolist() == pytest.approx([1.0, 0.0], abs=1e-40)
+    torch.testing.assert_close(mlas.exp(-x.abs()), torch.exp(-x.abs().double()).float(), rtol=4 * UNIT, atol=0)
+    assert mlas.exp(torch.tensor([0.0, -200.0])).tolist() == pytest.approx([1.0, 0.0], abs=1e-40)
 
 
 @pytest.mark.parametrize("width", [8, 12, 69, 100, 216, 308, 384])
 def test_float_functions_are_those_of_the_runtime(width):
-    """To the last bit on x86 with FMA."""
+    """To the last bit on x86 with FMA, of the version that mlas.py writes down."""
     x, weight, bias = spread((50, width)), spread((width,), 1), spread((width,), 2)
     pairs = {
-        "Gelu": (kernels.gelu(x), runtimes("Gelu", {"x": x})),
-        "Sigmoid": (kernels.sigmoid(x), runtimes("Sigmoid", {"x": x})),
-        "Softmax": (kernels.softmax(x), runtimes("Softmax", {"x": x}, axis=-1)),
-        "LayerNormalization": (kernels.layer_norm(x, [width], weight, bias, 1e-5),
+        "Gelu": (mlas.gelu(x), runtimes("Gelu", {"x": x})),
+        "Sigmoid": (mlas.sigmoid(x), runtimes("Sigmoid", {"x": x})),
+        "Softmax": (mlas.softmax(x), runtimes("Softmax", {"x": x}, axis=-1)),
+        "LayerNormalization": (mlas.layer_norm(x, [width], weight, bias, 1e-5),
                                runtimes("LayerNormalization", {"x": x, "weight": weight, "bias": bias}, axis=-1, epsilon=1e-5)),
     }  # fmt: skip
     for name, (mine, theirs) in pairs.items():
-        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and onnxruntime.__version__.startswith("1.32."):
             assert torch.equal(mine, theirs), name
         else:
             assert (mine - theirs).abs().max() <= 8 * UNIT * theirs.abs().max(), name
@@ -79,7 +82,7 @@ def test_attention_is_pytorchs():
     query, key, value = (spread((2, 3, 7, 8), seed) for seed in range(3))
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
     mask[..., :4] = True
-    torch.testing.assert_close(kernels.attention(query, key, value, mask, 4), F.scaled_dot_product_attention(query, key, value, mask))
+    torch.testing.assert_close(mlas.attention(query, key, value, mask, 4), F.scaled_dot_product_attention(query, key, value, mask))
 
 
 def calibrated_encoder(name: str) -> tuple[LightCap, torch.fx.GraphModule, np.ndarray]:
@@ -98,7 +101,7 @@ def test_the_encoder_gives_the_grids_of_onnx_runtime(name, kinds, tmp_path):
     """Strided convolutions with pads, ReLU6 and sums; of a ResNet pools and ReLUs behind sums. On processors without FMA some sums that
     end in a half are rounded to the other side."""
     model, calibrated, pixels = calibrated_encoder(name)
-    graph = integers.integer(simulate.simulated(calibrated))
+    graph = integer(simulate.simulated(calibrated))
     made = [type(module) for module in graph.modules()]
     left = {node.target for node in graph.graph.nodes if node.op == "call_function"}
     assert not left & (integers.PRODUCTS | integers.SUMS | observe.ACTIVATIONS)
@@ -145,7 +148,7 @@ def captioner():
     gptq.gptq(encoding, [(pixels,)], Progress(quiet=True))
     gptq.gptq(decoding, forced, Progress(quiet=True))
     finding = concepts.calibrated(model, grids, Quantize(), Progress(quiet=True))
-    return quantize.Calibrated(model, encoding, decoding, finding, [], captions), tiny.pixels(tiny.pictures(16, seed=5))
+    return calibrate.Calibrated(model, encoding, decoding, finding, [], captions), tiny.pixels(tiny.pictures(16, seed=5))
 
 
 def test_with_concepts_and_a_modulator_captions_are_those_of_onnx_runtime(captioner, tmp_path):
@@ -155,19 +158,19 @@ def test_with_concepts_and_a_modulator_captions_are_those_of_onnx_runtime(captio
     theirs = runtime.Captioner(tmp_path, threads=1)
     grid = theirs.encode(pixels)
     computed = [simulate.simulated(graph) for graph in (found.encoder, found.decoder, found.concepts)]
-    encoding, decoding, scores = (integers.integer(graph, found.model.config.prefix) for graph in computed)
+    encoding, decoding, scores = (integer(graph, found.model.config.prefix) for graph in computed)
     for made in (decoding, scores):
         assert not {node.target for node in made.graph.nodes} & {*integers.FLOAT, *integers.PRODUCTS}
     with torch.no_grad():
         assert float((encoding(torch.from_numpy(pixels)).numpy() != grid).mean()) < 0.02
-        said, _ = simulate.greedy(decoding, found.model, torch.from_numpy(grid), Special.of(tiny.tokenizer()), scores)
+        said, _ = greedy(decoding, found.model, torch.from_numpy(grid), Special.of(tiny.tokenizer()), scores)
     assert said == [pieces for pieces, _ in theirs.search(grid, 1, found.model.config.max_tokens)]
 
 
 def test_what_is_rounded_on_one_side_alone_stays_float(captioner):
     """A part that is left in float keeps its products, and the rest its integers."""
     encoding, pixels = captioner[0].encoder, captioner[1]
-    graph = integers.integer(simulate.simulated(simulate.leave_float(encoding, ("encoder.blocks.1",))))
+    graph = integer(simulate.simulated(simulate.leave_float(encoding, ("encoder.blocks.1",))))
     left = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert left.count(aten.conv2d.default) > 0 and any(isinstance(module, integers.Product) for module in graph.modules())
     with torch.no_grad():

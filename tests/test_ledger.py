@@ -5,8 +5,9 @@ import re
 import pytest
 from rich.console import Console
 
-from compress import ledger, report
+from compress import card, comparison, ledger, report, show
 from compress.errors import ModelError
+from compress.recipe import read_recipe
 
 
 def made(name, cider, megabytes, milliseconds, stage="train", runtime="torch"):
@@ -53,18 +54,18 @@ def test_rows_are_kept_exactly(tmp_path):
 
 
 def test_pareto_keeps_what_nothing_beats():
-    assert [ROWS[index]["name"] for index in ledger.pareto(ROWS)] == ["teacher", "student", "twin", "int8"]
-    assert ledger.pareto([]) == []
+    assert [ROWS[index]["name"] for index in comparison.pareto(ROWS)] == ["teacher", "student", "twin", "int8"]
+    assert comparison.pareto([]) == []
 
 
 def test_times_of_different_runtimes_are_not_compared():
     """The smaller and better one beats the other, though its time in another runtime is longer; a bigger one does not, however fast."""
     rows = [made("float", 47.0, 20.0, 50.0), made("int8", 47.0, 5.0, 60.0, runtime="onnxruntime")]
-    assert ledger.pareto(rows) == [1]
-    assert ledger.pareto([rows[0], made("large", 47.0, 30.0, 1.0, runtime="onnxruntime")]) == [0]
-    assert ledger.pareto([rows[0], made("slow", 47.0, 5.0, 60.0)]) == [0, 1]
+    assert comparison.pareto(rows) == [1]
+    assert comparison.pareto([rows[0], made("large", 47.0, 30.0, 1.0, runtime="onnxruntime")]) == [0]
+    assert comparison.pareto([rows[0], made("slow", 47.0, 5.0, 60.0)]) == [0, 1]
     splits = [made("float", 47.0, 20.0, 50.0) | {"split": "val"}, made("test", 57.0, 5.0, 5.0) | {"split": "test"}]
-    assert ledger.pareto(splits) == [0, 1]  # nor is CIDEr of different splits
+    assert comparison.pareto(splits) == [0, 1]  # nor is CIDEr of different splits
 
 
 def test_each_runtime_and_split_has_a_line_of_its_own(tmp_path):
@@ -80,7 +81,7 @@ def test_each_runtime_and_split_has_a_line_of_its_own(tmp_path):
 def test_the_table_shows_the_rows():
     console = Console(width=140, record=True, file=open("/dev/null", "w"))
     with console.file:
-        console.print(ledger.table(ROWS))
+        console.print(show.table(ROWS))
     text = console.export_text()
     assert re.search(r"nearest +│ +20.0 │", text)
     assert re.search(r"teacher +│ +50.0 \[48.0, 52.0\] │ +│ +41.99M │ +5.600 │ +40.00 │ +100.0 │", text)
@@ -103,3 +104,19 @@ def test_the_report_is_one_file_without_a_network(tmp_path):
 def test_the_frontier_of_the_picture():
     points = [(3.0, 50.0), (1.0, 40.0), (2.0, 39.0), (1.0, 41.0)]
     assert report.frontier(points) == [(1.0, 41.0), (3.0, 50.0)]
+
+
+def test_the_card_holds_the_rows_numbers(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("data: {source: coco, captions: 'private/a.json,private/b.json', images: private}\nstudent: {preset: tiny}\n"
+                    "stages:\n  - concepts: {as: found}\n  - train: {as: teacher, extractor: found}\n  - prune: {as: pruned, macs: 0.7}\n")
+    recipe = read_recipe(path)
+    values = ledger.row({"cider": 50.04, "cider_ci95": [46.0, 54.0], "bytes": 8.71e6, "params": 23_527_264, "delta_cider": -1.25,
+                         "p_value": 0.5, "against": "teacher", "gmacs_caption": 1.5, "lock": "x",
+                         "latency_ms": {"p50": 6.64, "p90": 9.0, "threads": 1, "beam": 1, "runtime": "torch"}})  # fmt: skip
+    said = card.text(recipe, recipe.stages[2], values)
+    for cell in ("50.0 (95 % interval 46.0 to 54.0)", "| 8.71 |", "| 23,527,264 |", "-1.25 (p = 0.5", "| 1.500 |",
+                 "6.6 (torch, threads: 1, beam 1)", "captioned photos, `a.json, b.json`", "macs: 0.7",
+                 "lightcap caption FOLDER PHOTO"):  # fmt: skip
+        assert cell in said, cell
+    assert "private" not in said and "lightcap caption" not in card.text(recipe, recipe.stages[0], values)

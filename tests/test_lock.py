@@ -131,11 +131,11 @@ def test_the_sizes_beside_visual_genomes_objects_are_in_the_lock(tmp_path):
 
 def test_the_shipped_concepts_are_in_the_lock(tmp_path, monkeypatch):
     text = "stages:\n  - concepts: {as: a}\n"
-    base = locks_of(tmp_path, text)
+    base, without = locks_of(tmp_path, text), locks_of(tmp_path)
     other = tmp_path / "concepts.txt"
     other.write_text("dog\n")
     monkeypatch.setattr(lock, "SHIPPED", other)
-    assert locks_of(tmp_path, text) != base and locks_of(tmp_path) == locks_of(tmp_path)
+    assert locks_of(tmp_path, text) != base and locks_of(tmp_path) == without
 
 
 def test_defaults_written_out_are_the_same(tmp_path):
@@ -166,8 +166,7 @@ def test_sources_follow_imports(tmp_path):
     )
     (root / "compress" / "__init__.py").write_text("")
     texts, libraries = sources.imported(("compress.stages.train", "compress.evaluate"), root)
-    assert list(texts) == [
-        "compress",
+    assert list(texts) == [  # not the package itself, whose version trains nothing anew
         "compress.cost",
         "compress.errors",
         "compress.evaluate",
@@ -229,3 +228,40 @@ def test_a_gate_is_in_the_lock_where_the_stage_itself_looks_at_val(tmp_path):
     trials = [locks("steps: 1", "trials: 2, max_drop_cider: 2"), locks("steps: 1", "trials: 2, max_drop_cider: 8"),
               locks("steps: 1", "trials: 2, max_drop_cider: 8", "test")]  # fmt: skip
     assert len({pruned for pruned, _ in trials}) == 1 and len({quantized for _, quantized in trials}) == 3
+
+
+def test_other_libraries_make_anew_and_another_evaluation_measures_anew(tmp_path, monkeypatch):
+    base = locks_of(tmp_path)
+    recipe = read_recipe(tmp_path / "r.yaml")
+
+    def measured(text: str, threads: int = 2, data: str = "f", against: tuple = ()) -> str:
+        root = project(tmp_path / "project", compress__evaluate=text)
+        return lock.digest(lock.measure_parts(recipe, against, data, threads, root))
+
+    assert measured("x = 1\n") == measured("x = 1\n")
+    others = [measured("x = 2\n"), measured("x = 1\n", threads=1), measured("x = 1\n", data="g"), measured("x = 1\n", against=("a",))]
+    assert len({measured("x = 1\n"), *others}) == 5
+    first = lock.digest(lock.baseline_parts("a", "f", 2))
+    assert first != lock.digest(lock.baseline_parts("b", "f", 2)) and first != lock.digest(lock.baseline_parts("a", "g", 2))
+    monkeypatch.setattr(lock, "versions", lambda names: dict.fromkeys(names, "other"))
+    assert not set(locks_of(tmp_path).values()) & set(base.values()) and lock.digest(lock.baseline_parts("a", "f", 2)) != first
+
+
+def test_what_changed_since(tmp_path):
+    root = project(tmp_path / "project", compress__a="x = 1\n", compress__b="x = 1\n", compress__c="x = 1\n")
+    known, _ = sources.imported(("compress.a", "compress.b", "compress.c"), root)
+    assert sources.changed(known, root) == []
+    (root / "compress" / "a.py").write_text("x = 2\n")
+    (root / "compress" / "c.py").unlink()
+    assert sources.changed(known, root) == ["compress.a", "compress.c"]
+
+
+def test_the_version_of_a_package_with_weights_is_in_the_lock(tmp_path, monkeypatch):
+    text = RECIPE.replace("preset: tiny, heads: 1", "preset: tiny, heads: 1, encoder_weights: imagenet, tokenizer: minilm")
+    base = locks_of(tmp_path, text)
+    real = sources.importlib.metadata.version
+    for package in lock.CARRIED.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(sources.importlib.metadata, "version", lambda name, package=package: "9.9" if name == package else real(name))
+            assert not set(locks_of(tmp_path, text).values()) & set(base.values())
+            assert locks_of(tmp_path) == locks_of(tmp_path, RECIPE)

@@ -1,10 +1,12 @@
 """Huge pages for the heap: counted in page faults of a process of its own, and nothing where there are none."""
 
-import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import pytest
 
 import compress
 from compress import pages
@@ -63,5 +65,7 @@ def test_the_heap_is_whole_huge_pages(tmp_path, monkeypatch):
 
 def test_without_the_call_nothing_happens(monkeypatch):
     monkeypatch.setattr(pages, "_madvise", lambda: None)
-    with contextlib.ExitStack() as stack:
-        assert stack.enter_context(pages.huge_pages()) is None
+    monkeypatch.setattr(pages, "heap", lambda: pytest.fail("nobody is to look"))
+    before = threading.active_count()
+    with pages.huge_pages():
+        assert threading.active_count() == before

@@ -45,7 +45,8 @@ def start(code: list[str], folder: Path, size: int) -> list[tuple[int, str, str]
         processes.append(subprocess.Popen([sys.executable, *code], cwd=folder, env=environment, stdout=subprocess.PIPE,
                                           stderr=subprocess.PIPE, text=True))  # fmt: skip
     try:
-        return [(process.wait(300), *process.communicate()) for process in processes]
+        said = [process.communicate(timeout=300) for process in processes]
+        return [(process.returncode, *both) for process, both in zip(processes, said, strict=True)]
     finally:
         for process in processes:
             process.kill()

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import compress
-from compress import artifact, ledger, lock, pipeline, process
+from compress import artifact, ledger, lock, making, pipeline, process
 from compress.artifact import Artifact
 from compress.context import Progress
 from compress.data import CaptionSet
@@ -159,7 +159,7 @@ def test_a_renamed_stage_is_the_same_artifact(tmp_path):
     assert [row["name"] for row in result.rows] == [*NAMES[:4], "small", "export"]
 
 
-def test_a_cached_run_imports_no_torch_and_answers_at_once(tmp_path):
+def test_a_cached_run_imports_no_torch(tmp_path):
     first, *_ = go(tmp_path)
     code = textwrap.dedent(
         f"""
@@ -173,10 +173,8 @@ def test_a_cached_run_imports_no_torch_and_answers_at_once(tmp_path):
         print(len(result.rows), "torch" in sys.modules)
         """
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert done.stdout == f"{len(first.rows)} False\n", done.stderr
-    assert time.monotonic() - began < 10
 
 
 def environment() -> dict:
@@ -244,6 +242,17 @@ def test_a_missed_gate_stops_the_run(tmp_path):
     assert passed.ok and passed.rows[-1]["name"] == "export"
     met, *_ = go(tmp_path, read(tmp_path, RECIPE, "pruned.max_drop_cider=3"), evaluation=Evaluation({"pruned": -2.5}))
     assert met.ok
+
+
+def test_code_that_changes_while_a_run_lasts_makes_nothing(tmp_path, monkeypatch):
+    """What is in memory is not what lies there: neither lock would be right."""
+    with monkeypatch.context() as patch:
+        patch.setattr(making.sources, "changed", lambda known: [name for name in known if name == "compress.stages.distill"])
+        result, stages, _ = go(tmp_path)
+    assert stages.runs == ["teacher", "teacher-2"] and isinstance(result.error, StageError)
+    assert "stage 'student': compress.stages.distill is not the code that this run began with; run the same command" in result.error.message
+    again, stages, _ = go(tmp_path)
+    assert again.ok and stages.runs == ["student", "pruned", "export"]
 
 
 def test_a_file_that_a_later_stage_reads_is_missed_at_once(tmp_path):

@@ -830,10 +830,12 @@ def test_layers_and_ratios_of_the_stage(world, monkeypatch):
     assert {"fusion.layers.0 ffn", "encoder.stem.0 conv"} <= set(rises)
 
 
-def test_a_layer_can_be_all_that_leaves(world):
+def test_a_layer_can_be_all_that_leaves(world, monkeypatch):
+    """An encoder that lost nothing has nothing to recover."""
     model, _, _, parent, context = world
     here = context("a")
-    pruned = cut(parent, Prune(params=0.99, layers=1, parts=("fusion",), recover_epochs=0, batch_images=40), here)
+    monkeypatch.setattr(prune, "recover_encoder", None)
+    pruned = cut(parent, Prune(params=0.99, layers=1, recover_epochs=0, batch_images=40), here)
     assert pruned.config.layers == 1 and not pruned.config.shapes
     kept = pruned.fusion.layers[0].state_dict()
     assert any(all(torch.equal(kept[name], value) for name, value in layer.state_dict().items()) for layer in model.fusion.layers)
@@ -863,6 +865,34 @@ def test_an_unpruned_encoder_has_nothing_to_recover(world, disturbed, monkeypatc
     with torch.no_grad():
         goal, grid = model.eval().encode(pictures), recovered.encode(pictures)
     assert (grid - goal).square().mean() < 0.02 * goal.var()
+
+
+def test_recovery_brings_the_grid_nearer(world, monkeypatch):
+    model, _, preprocessing, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    given = {"macs": 0.5, "parts": ("encoder",), "batch_images": 8, "recover_epochs": 0.0, "encoder_learning_rate": 3e-4}
+    here = context("plain")
+    plain = cut(parent, Prune(**given, recover_encoder_epochs=0.0), here)
+    recovered = cut(parent, Prune(**given, recover_encoder_epochs=6.0), context("recovered"))
+    seen = repair.pictures(preprocessing, 17, here)
+    with torch.no_grad():
+        goal = model.eval().encode(seen)
+        errors = [float((one.encode(seen) - goal).square().mean() / goal.var()) for one in (recovered, plain)]
+    assert errors[0] < 0.8 * errors[1], errors
+
+
+def test_recovery_brings_captions_nearer(world, monkeypatch):
+    model, tokenizer, preprocessing, parent, context = world
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    # The parent is not trained, so its best 16 pieces are few of what it says.
+    given = {"params": 0.99, "parts": ("fusion",), "batch_images": 8, "learning_rate": 1e-3, "token_weight": 1.0, "dropout": 0.0, "top_k": 400}
+    here = context("plain")
+    both = [cut(parent, Prune(**given, recover_epochs=0.0), here), cut(parent, Prune(**given, recover_epochs=6.0), context("recovered"))]
+    _, moved = sensitivity.measured(model, tokenizer, preprocessing, 17, here)
+    for one in both:
+        one.narrow(importance.corpus(one, tokenizer, preprocessing, here).keep)
+    plain, recovered = map(moved, both)
+    assert recovered < 0.8 * plain, (recovered, plain)
 
 
 # ---- milliseconds, and steps that are taken back

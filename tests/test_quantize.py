@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import tiny_captioner as tiny
 import torch
+from integers import greedy
 from onnx import TensorProto, helper, numpy_helper
 
 from compress import graphs, runtime
@@ -19,7 +20,7 @@ from compress.data import Example
 from compress.decode import Special
 from compress.errors import ModelError, StageError
 from compress.stages import export, quantize
-from compress.stages.quantize import decoder, encoder, observe, sensitivity, simulate
+from compress.stages.quantize import calibrate, decoder, encoder, observe, sensitivity, simulate
 from compress.training.start import read_captioner
 
 
@@ -263,8 +264,8 @@ def test_calibration_captions_see_what_a_step_sees(model):
 
 def test_calibration_images_are_the_same_for_the_same_seed():
     data = SimpleNamespace(examples=list(range(100)))
-    assert quantize.chosen(data, 10, 1) == quantize.chosen(data, 10, 1) != quantize.chosen(data, 10, 2)
-    assert sorted(quantize.chosen(data, 500, 1)) == list(range(100))
+    assert calibrate.chosen(data, 10, 1) == calibrate.chosen(data, 10, 1) != calibrate.chosen(data, 10, 2)
+    assert sorted(calibrate.chosen(data, 500, 1)) == list(range(100))
 
 
 def test_a_pad_before_a_quantized_convolution_becomes_the_convolutions_own():
@@ -309,12 +310,12 @@ def test_concepts_are_quantized_too(tmp_path):
         worst = row[torch.from_numpy(ids) - 10].min()
         assert worst > row.topk(6).values[-1] - 0.1 * row.std()
     assert all(text for text, _ in captioner.decode(grid, beam=2))
-    again = quantize.calibrate(*read_captioner(parent.path), Quantize(calibration_images=12), where.data, where.seed, where.progress)
+    again = calibrate.calibrate(*read_captioner(parent.path), Quantize(calibration_images=12), where.data, where.seed, where.progress)
     finding = simulate.simulated(again.concepts)
     with torch.no_grad():
         assert torch.equal(model.concepts.choose(finding(torch.from_numpy(grid)), 6), torch.from_numpy(found))
         special, decoding = Special.of(tiny.tokenizer()), simulate.simulated(again.decoder)
-        said, _ = simulate.greedy(decoding, again.model, torch.from_numpy(grid), special, finding)
+        said, _ = greedy(decoding, again.model, torch.from_numpy(grid), special, finding)
     assert said == [pieces for pieces, _ in captioner.search(grid, 1, model.config.max_tokens)]
 
 
@@ -327,7 +328,7 @@ def test_the_extractors_layers_are_parts_that_can_stay_in_float(tmp_path):
         model.alignment.first.weight[0].abs_().mul_(300)
         model.alignment.second.weight[:, 0] = 0
     parent, where, config = tiny.artifact(model.eval(), tmp_path / "float"), context(tmp_path / "int8"), Quantize(calibration_images=12)
-    found = quantize.calibrate(*read_captioner(parent.path), config, where.data, where.seed, where.progress)
+    found = calibrate.calibrate(*read_captioner(parent.path), config, where.data, where.seed, where.progress)
     assert list(simulate.parts(found.concepts)) == ["concepts.first", "concepts.matching.0"]
     pixels = tiny.pixels(tiny.pictures(12))
     lost = sensitivity.sensitivity(found.model, found.encoder, found.decoder, found.concepts, pixels, found.captions, where.progress)

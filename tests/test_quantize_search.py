@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_captioner as tiny
 import torch
+from integers import greedy, integer
 
 from compress import evaluate, graphs, runtime
 from compress.artifact import Artifact
@@ -18,8 +19,7 @@ from compress.decode import Special
 from compress.errors import StageError
 from compress.ledger import captions_file
 from compress.stages import export, quantize
-from compress.stages.quantize import decoder, encoder, gptq, observe, search, sensitivity, simulate, smoothquant, tune
-from compress.stages.quantize.integers import integer
+from compress.stages.quantize import calibrate, decoder, encoder, gptq, observe, search, sensitivity, simulate, smoothquant, tune
 from students.lightcap.tokenizer import decode_caption, encode_captions
 
 WORST = "fusion.layers.1.attention"
@@ -121,7 +121,7 @@ def test_pytorchs_quantized_graph_and_onnx_runtime_say_the_same(calibrated, inte
     if integers:
         computed = [integer(graph, model.config.prefix) for graph in computed]
     with torch.no_grad():
-        said, logits = simulate.greedy(computed[1], model, computed[0](torch.from_numpy(pixels)), Special.of(tiny.tokenizer()))
+        said, logits = greedy(computed[1], model, computed[0](torch.from_numpy(pixels)), Special.of(tiny.tokenizer()))
     theirs = captioner.captions(pixels, beam=1)
     assert [decode_caption(tiny.tokenizer(), pieces) for pieces in said] == [text for text, _ in theirs]
     for pieces, chosen, (_, logprob) in zip(said, logits.log_softmax(-1).amax(-1), theirs, strict=True):
@@ -199,7 +199,7 @@ def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(way, left, data
     parent = tiny.artifact(model, tmp_path / "float")
     config = Quantize(calibration_images=16, tune_epochs=25.0, tune_learning_rate=3e-4, **way)
     where = context(tmp_path, data, config)
-    found = quantize.calibrate(model, tiny.tokenizer(), tiny.SETTINGS, config, data, 17, where.progress)
+    found = calibrate.calibrate(model, tiny.tokenizer(), tiny.SETTINGS, config, data, 17, where.progress)
     captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
     given = copy.deepcopy(model), tiny.pixels(tiny.pictures(16)), captions
     expected = logs(found.encoder, found.decoder, *given)  # observers change nothing

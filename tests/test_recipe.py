@@ -120,6 +120,20 @@ stages:
     assert "2 teachers for 3 heads" in error_of(tmp_path, text, "tuned.heads=3")
 
 
+def test_null_is_what_is_not_written(tmp_path):
+    text = """student: {preset: tiny, fusion_weights: minilm, tokenizer: null}
+stages:
+  - concepts: {as: found}
+  - train: {as: teacher, from: null, extractor: found}
+  - distill: {as: student, from: null}
+"""
+    read = read_recipe(write(tmp_path, text))
+    plain = "\n".join(line.replace(", from: null", "").replace(", tokenizer: null", "") for line in text.splitlines())
+    assert read == read_recipe(write(tmp_path, plain)) and read.student.tokenizer == "minilm"
+    assert [stage.parent for stage in read.stages] == [None] * 3 and read.stages[2].config.init == "weights"
+    assert read_recipe(write(tmp_path, recipe.as_yaml(read), "again.yaml")) == read
+
+
 def test_distill_learns_from_the_stage_before(tmp_path):
     read = read_recipe(write(tmp_path, one_stage("distill: {}")))
     assert read.stages[1].config.teachers == ("teacher",)

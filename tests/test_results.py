@@ -48,6 +48,14 @@ def test_karpathy_by_file_name_or_number_within_the_split(tmp_path, names):
     assert wanted == [["a car", "one car"], ["a bus"]]
 
 
+def test_karpathys_coco_is_named_by_cocos_ids_first(tmp_path):
+    """Which are other images' places in the file, too."""
+    images = [image | {"cocoid": cocoid} for image, cocoid in zip(KARPATHY["images"], (90, 2, 1), strict=True)]
+    entries = [{"image_id": name, "caption": f"said {name}"} for name in (1, 2)]
+    written, wanted = results.read(*pair(tmp_path, entries, {"images": images}))
+    assert dict(zip(written, wanted, strict=True)) == {"said 2": ["a car", "one car"], "said 1": ["a bus"]}
+
+
 def test_references_that_are_no_text_are_none(tmp_path):
     """A sentence without its raw text has its tokens; a file may begin with a byte order mark."""
     coco = {"annotations": [*COCO["annotations"], {"image_id": 7, "caption": None}]}

@@ -1,6 +1,7 @@
 """CIDEr optimisation: its loss against the stepwise model, and that it raises what it optimises."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from compress.config import Data, Recipe, Scst, Stage, Student, Train
 from compress.context import Context, Progress
 from compress.decode import Special, beam_search, sample
 from compress.stages import scst, train
+from compress.training import loop
 from compress.training.corpus import corpus
 from compress.training.reward import CiderReward
 from compress.training.start import read_captioner
@@ -25,7 +27,8 @@ def context(folder, config, scenes, kind: str) -> Context:
         (folder / name).mkdir(parents=True)
     stage = Stage(kind, kind, None, config)
     recipe = Recipe("x", 17, Data(), STUDENT, (stage,), folder / "x.yaml")
-    return Context(recipe, stage, scenes, 17, 1, folder / "out", folder / "work", folder.parent / "cache", {}, Progress(quiet=True))
+    seed = 17 if config.seed is None else config.seed
+    return Context(recipe, stage, scenes, seed, 1, folder / "out", folder / "work", folder.parent / "cache", {}, Progress(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,25 @@ def test_the_same_seed_gives_the_same_weights(parent, scenes, tmp_path):
         scst.run(parent, config, context(tmp_path / name, config, scenes, "scst"))
         digests.append(Artifact(tmp_path / name / "out").digest())
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_stopped_it_ends_as_undisturbed(parent, scenes, tmp_path, monkeypatch):
+    config = Scst(epochs=4, batch_images=8, samples=3, flip=True, crop=0.2, learning_rate=1e-3)
+    calm, stopped = (context(tmp_path / name, config, scenes, "scst") for name in "ab")
+    scst.run(parent, config, calm)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    count, loss = itertools.count(), scst.policy_loss
+
+    def stopping(*given):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return loss(*given)
+
+    monkeypatch.setattr(scst, "policy_loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        scst.run(parent, config, stopped)
+    scst.run(parent, config, stopped)
+    assert next(count) == 5 and Artifact(stopped.output).digest() == Artifact(calm.output).digest()
 
 
 def test_a_search_draws_the_best_hypotheses_of_each_image(parent, scenes):

@@ -52,7 +52,10 @@ def test_the_command_runs_each_and_goes_on_after_one_that_fails(monkeypatch, tmp
         out.mkdir(parents=True)
         if wanted.stages[1].config.macs == 0.4:
             return pipeline.Result(out, (), DataError("no captions there"))
-        row = {"stage": "prune", "name": "pruned", "cider": 100 * wanted.stages[1].config.macs, "bytes": 1000, "latency_ms": {"p50": 1.0}}
+        row = {"stage": "prune", "name": "pruned", "cider": 100 * wanted.stages[1].config.macs, "bytes": 1000, "latency_ms": {"p50": 1.0},
+               "artifact": "../made"}  # fmt: skip
+        (out.parent / "made").mkdir(exist_ok=True)
+        (out.parent / "made" / "lock.json").write_text('{"images": "f"}')
         (out / "ledger.jsonl").write_text(json.dumps(pipeline.ledger.row(row)) + "\n")
         return pipeline.Result(out, (row,), GateError("stage 'pruned' missed its gate") if wanted.stages[1].config.macs == 0.5 else None)
 

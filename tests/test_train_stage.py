@@ -1,23 +1,28 @@
 """The train stage on a few scenes: what each of its keys does, and which of them go together."""
 
+import contextlib
 import dataclasses
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from compress import data
 from compress.artifact import Artifact
-from compress.config import Data, Recipe, Stage, Student, Train
+from compress.config import Concepts, Data, Recipe, Stage, Student, Train
 from compress.context import Context, Progress
-from compress.stages import train
+from compress.errors import ModelError
+from compress.stages import concepts, train
+from compress.training import loop, start
 from compress.training.batches import IGNORED
 from compress.training.corpus import Corpus, disturbed
 from compress.training.features import grids
 from compress.training.matching import Matching, replace
-from compress.training.start import read_captioner, write_captioner
-from students.lightcap import LightCap
+from compress.training.start import read_captioner, ready, write_captioner
+from compress.training.words import Words
+from students.lightcap import LightCap, preset
 from students.lightcap.concepts import NONE
 from students.lightcap.tokenizer import load_tokenizer
 
@@ -99,6 +104,27 @@ def test_grid_dropout_drops_features_in_training_alone(run, monkeypatch):
     run("none")
     run("half", grid_dropout=0.5)
     assert abs(shares[1] - shares[0] * 0.5 - 0.5) < 0.05 and shares[0] < 0.9
+
+
+# ---- weights that it begins with
+
+
+def test_the_sections_weights_begin_every_captioner_of_its_preset(monkeypatch, tmp_path, scenes):
+    """Also where a stage names that preset, to start anew, and where a captioner goes on from a `concepts` stage; none of another."""
+    taken = []
+    monkeypatch.setattr(start, "load_bert", lambda fusion, weights: taken.append(weights))
+    student = dataclasses.replace(STUDENT, fusion_weights="bert")
+    for number, config in enumerate((Train(), Train(preset="tiny"), Train(preset="scenes-student"), Train(fusion_weights="own"),
+                                     Concepts(preset="tiny"), Concepts(preset="scenes-student"))):  # fmt: skip
+        stage = Stage("train" if isinstance(config, Train) else "concepts", "x", None, dataclasses.replace(config, epochs=0.01))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        recipe = Recipe("x", 17, Data(), student, (stage,), tmp_path / "x.yaml")
+        context = Context(recipe, stage, scenes, 17, 1, folder, folder, tmp_path / "cache", {}, Progress(quiet=True))
+        taken.append(stage.config.preset)
+        with contextlib.suppress(ModelError):  # MiniLM, which concepts are embedded by, may not be here
+            (train if stage.kind == "train" else concepts).run(None, stage.config, context)
+    assert taken == [None, "bert", "tiny", "bert", "scenes-student", None, "own", "tiny", "bert", "scenes-student"]
 
 
 # ---- learning rates
@@ -194,3 +220,34 @@ def test_captions_that_others_agree_with_weigh_more(run, scenes, monkeypatch, ob
     weighs = {word: [float(weight) for weight, other in zip(whole, said, strict=True) if other == word] for word in said}
     assert all(set(weighs[word]) == {0.0} for word in never & weighs.keys()) and never & weighs.keys()
     assert all(min(weighs[word]) > 0 for word in {"ring", "cross", "stars", "here"} & weighs.keys()) and float(whole.max()) > 1
+
+
+# ---- the encoder's words and norms
+
+
+@pytest.mark.parametrize(("tuned", "weights", "learns"), [(True, None, True), (True, "none", True), (True, "imagenet", False),
+                                                          (False, None, False)])  # fmt: skip
+def test_norms_of_a_pretrained_encoder_stay(tuned, weights, learns):
+    encoder = LightCap(preset("tiny", vocabulary=9)).encoder
+    ready(encoder, tuned, Student(encoder_weights=weights))
+    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and all(norm.training == learns for norm in norms)
+
+
+def test_an_untrained_word_classifier_answers_the_shares(run):
+    shares, said = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([[0, 2, IGNORED], [1, 1, 0]])
+    words = Words(4, 6, shares)
+    nn.init.zeros_(words.classify.weight)
+    present = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    wanted = F.binary_cross_entropy(shares.expand(2, 3), present, reduction="sum") / 2
+    torch.testing.assert_close(words.loss(torch.randn(2, 6, 4), said), wanted)
+    assert run("plain", encoder="tuned").digest() != run("words", encoder="tuned", word_weight=1.0).digest()
+
+
+def test_a_stopped_matching_goes_on_with_its_classifier(run, scenes, monkeypatch, tmp_path):
+    """The classifier is no part of the captioner, and is in the state all the same."""
+    found, real = [], loop.save_state
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "save_state", lambda modules, *rest: found.append([*modules.state_dict()]) or real(modules, *rest))
+    run("words", encoder="tuned", word_weight=1.0)
+    assert any("classify" in name for name in found[0])

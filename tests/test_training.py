@@ -1,5 +1,6 @@
 """The loop that resumes bit by bit, its batches, its stores and its targets."""
 
+import dataclasses
 import errno
 import itertools
 import os
@@ -88,7 +89,7 @@ def test_a_resumed_fit_is_the_undisturbed_one(tmp_path, monkeypatch, kills, save
     for name, tensor in undisturbed.items():
         assert torch.equal(tensor, resumed[name]), name
     assert int(resumed["1.num_batches_tracked"]) == 12
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["part-1-of-2.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["part-1-of-2.safetensors", "precision"]
 
 
 def test_a_resumed_fit_computes_nothing_twice(tmp_path, monkeypatch):
@@ -117,11 +118,11 @@ def test_all_of_a_state_goes_to_where_its_parameters_are(tmp_path):
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     net(torch.ones(2, 3, 8, 8)).sum().backward()
     optimizer.step()
-    loop.save_state(net, optimizer, tmp_path / "x.safetensors", 7, "fp32")
+    loop.save_state(net, optimizer, tmp_path / "x.safetensors", 7)
     away = network().to("meta")
     optimizer = torch.optim.AdamW(away.parameters(), fused=False)
     with pytest.warns(UserWarning, match="copying from a non-meta parameter"):
-        assert loop.load_state(away, optimizer, tmp_path / "x.safetensors") == (7, "fp32")
+        assert loop.load_state(away, optimizer, tmp_path / "x.safetensors") == 7
     assert {tensor.device.type for state in optimizer.state.values() for tensor in state.values()} == {"meta"}
     assert len(optimizer.state) == len(list(net.parameters()))
 
@@ -151,14 +152,14 @@ def test_a_loss_that_is_not_finite_ends_the_stage(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "half", "chosen"), [(True, 0.4, "bf16"), (True, 0.95, "fp32"), (True, 2.0, "fp32"), (False, 0.4, "fp32")]
 )
-def test_auto_is_the_precision_that_this_processor_multiplies_faster_in(monkeypatch, flags, half, chosen):
+def test_auto_is_the_precision_that_this_processor_multiplies_faster_in(tmp_path, monkeypatch, flags, half, chosen):
     """The instruction alone does not tell: some processors that have it are slower for it."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: flags)
     monkeypatch.setattr(loop, "product_seconds", {torch.bfloat16: half, torch.float32: 1.0}.get)
     loop.multiplies_faster_in_bf16.cache_clear()
     try:
-        with loop.autocast(loop.settled("auto", torch.device("cpu")), torch.device("cpu")):
+        with loop.autocast(loop.settled("auto", torch.device("cpu"), tmp_path), torch.device("cpu")):
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == (torch.bfloat16 if chosen == "bf16" else torch.float32)
     finally:
@@ -223,6 +224,11 @@ def test_captions_are_counted():
     assert CAPTIONS.images == ((0, 1), (2,))
     assert CAPTIONS.offsets.tolist() == [0, 3, 5, 10] and CAPTIONS.predicted == 10
     assert (CAPTIONS.length(0), CAPTIONS.length(1)) == (5, 5)
+
+
+def test_shares_are_of_what_images_say():
+    captions = Captions.of([[[0, 2, 3, 1], [0, 2, 1]], [[0, 4, 1]]])  # [CLS] is never said
+    assert captions.shares(6).tolist() == [0.0, 1.0, 0.5, 0.5, 0.5, 0.0]
 
 
 def test_pack_by_hand():
@@ -375,7 +381,7 @@ def test_targets_are_the_teacher_s_softmax_at_each_place(tmp_path, temperature):
     captions = Captions.of(encoded)
     data = Corpus(captions, torch.arange(8), lambda model, images: torch.tensor(np.asarray(images), dtype=torch.float32).view(-1, 1, 1), "")
     teacher = Softmax()
-    ids, best = targets(teacher, "digest", data, "print", 3, temperature, "auto", tmp_path, "teacher", QUIET)
+    ids, best = targets(teacher, "digest", data, "print", 3, temperature, "fp32", tmp_path, "teacher", QUIET)
     assert ids.shape == best.shape == (captions.predicted, 3) and teacher.calls == 2
     place = 0
     for image, group in enumerate(encoded):
@@ -386,15 +392,25 @@ def test_targets_are_the_teacher_s_softmax_at_each_place(tmp_path, temperature):
                 np.testing.assert_allclose(best[place].astype(np.float32), wanted.numpy(), atol=1e-3)
                 place += 1
     assert place == captions.predicted
-    targets(teacher, "digest", data, "print", 3, temperature, "auto", tmp_path, "teacher", QUIET)
+    targets(teacher, "digest", data, "print", 3, temperature, "fp32", tmp_path, "teacher", QUIET)
     assert teacher.calls == 2  # read back
-    targets(teacher, "another", data, "print", 3, temperature, "auto", tmp_path, "teacher", QUIET)
+    targets(teacher, "another", data, "print", 3, temperature, "fp32", tmp_path, "teacher", QUIET)
     assert teacher.calls == 4
+
+
+def test_other_questions_are_asked_anew(tmp_path):
+    data = Corpus(Captions.of([[[2, 5, 3]]]), torch.arange(8), lambda model, images: torch.zeros(len(images), 1, 1), "a")
+    given = {"teacher_digest": "d", "data": data, "fingerprint": "p", "top_k": 3, "temperature": 1.0, "precision": "fp32"}
+    teacher, other = Softmax(), dataclasses.replace(data, features="b")
+    for calls, more in enumerate([{}, {"temperature": 2.0}, {"precision": "bf16"}, {"fingerprint": "q"}, {"data": other}], 1):
+        for _ in range(2):
+            targets(teacher, **given | more, cache=tmp_path, label="teacher", progress=QUIET)
+        assert teacher.calls == calls, more
 
 
 def test_more_targets_than_pieces_are_all_of_them(tmp_path):
     data = Corpus(Captions.of([[[2, 5, 3]]]), torch.arange(8), lambda model, images: torch.zeros(len(images), 1, 1), "")
-    ids, best = targets(Softmax(), "d", data, "p", 50, 1.0, "auto", tmp_path, "teacher", QUIET)
+    ids, best = targets(Softmax(), "d", data, "p", 50, 1.0, "fp32", tmp_path, "teacher", QUIET)
     assert ids.shape == (2, 8) and best.astype(np.float32).sum(1) == pytest.approx([1, 1], abs=1e-2)
 
 
@@ -423,7 +439,7 @@ def test_a_real_teacher_s_targets_are_its_steps(tmp_path):
                     wanted.append(logits[0, keep].softmax(-1))
     teacher.narrow(keep)
     data = Corpus(Captions.of(encoded), keep, lambda model, images: grid[np.asarray(images)], "")
-    ids, best = targets(teacher, "d", data, "p", 6, 1.0, "auto", tmp_path, "teacher", QUIET)
+    ids, best = targets(teacher, "d", data, "p", 6, 1.0, "fp32", tmp_path, "teacher", QUIET)
     for row, place in enumerate(wanted):
         found = np.zeros(6)
         found[ids[row]] = best[row]
@@ -460,7 +476,11 @@ def test_features_are_the_encoder_s_and_computed_once(tmp_path, monkeypatch):
     batch = np.stack([runtime.pixels(data.image(example), settings) for example in data.examples])
     with torch.no_grad():
         wanted = model.encode(torch.from_numpy(batch)).numpy()
-    np.testing.assert_allclose(grids, wanted, atol=2e-3)  # half precision; the device's own preprocessing
+    for picture in map(data.image, data.examples):  # the device's own preprocessing
+        assert np.array_equal(features.squash(picture, settings), runtime.squash(picture, settings))
+        seen = features.normalised(features.squash(picture, settings)[None], settings, torch.device("cpu"))[0]
+        np.testing.assert_allclose(seen, runtime.pixels(picture, settings), atol=1e-5)
+    np.testing.assert_allclose(grids, wanted, atol=1e-4, rtol=1e-3)  # half precision
     data.read.clear()
     assert np.array_equal(features.grids(model, data, settings, tmp_path, QUIET), grids) and data.read == []
     with torch.no_grad():
@@ -470,6 +490,10 @@ def test_features_are_the_encoder_s_and_computed_once(tmp_path, monkeypatch):
     assert data.read == []  # the pictures were decoded already
     monkeypatch.setattr(features, "made_by", lambda module: "other code")
     assert np.array_equal(features.grids(model, data, settings, tmp_path, QUIET), changed) and len(data.read) == len(data.examples)
+    other = Pictures()  # of the same names, as generated scenes of another seed are
+    other.fingerprint = "e" * 64
+    features.grids(model, other, settings, tmp_path, QUIET)
+    assert len(other.read) == len(other.examples)
 
 
 def test_pictures_are_disturbed_alike_in_every_precision():

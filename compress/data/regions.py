@@ -23,6 +23,7 @@ the regions of one that is named otherwise.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -89,7 +90,7 @@ def read_regions(path: str | Path, concepts: Sequence[str], image_data: str | Pa
     """
     path = Path(path).expanduser()
     found = _json(path, LABELLED)
-    named = _naming(concepts)
+    named = functools.cache(Mentions(concepts).named)  # Visual Genome repeats a few ten thousand names millions of times
     if isinstance(found, list) and found and isinstance(found[0], dict) and "objects" in found[0]:
         regions = _visual_genome(path, found, named, image_data)
     elif isinstance(found, dict) and all(isinstance(found.get(key), list) for key in ("images", "annotations", "categories")):
@@ -241,19 +242,6 @@ def _coco_images(path: Path, listed: list) -> dict[str, tuple[str, tuple[int, in
             raise DataError(f"{path} lists image id {key} more than once; each image must stand there once")
         images[key] = image["file_name"], size
     return images
-
-
-def _naming(concepts: Sequence[str]) -> Callable[[str], int | None]:
-    """`Mentions.named`, each name looked up once: Visual Genome repeats a few ten thousand names millions of times."""
-    named = Mentions(concepts).named
-    known: dict[str, int | None] = {}
-
-    def look_up(name: str) -> int | None:
-        if name not in known:
-            known[name] = named(name)
-        return known[name]
-
-    return look_up
 
 
 def _short_names(keys: Mapping[str, object]) -> dict[str, str]:

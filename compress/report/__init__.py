@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compress import comparison, ledger
+from compress import comparison, show
 from compress.artifact import write_text
 from compress.errors import ModelError
 
@@ -21,7 +21,7 @@ def write(value: Mapping, path: Path) -> None:
     runs = list(dict.fromkeys(run for run, _ in flat))
     colours = [COLOURS[runs.index(run) % len(COLOURS)] for run, _ in flat]
     rows = [
-        {"run": run, "colour": colour, "cells": ledger.cells(row), "best": index in best}
+        {"run": run, "colour": colour, "cells": show.cells(row), "best": index in best}
         for index, ((run, row), colour) in enumerate(zip(flat, colours, strict=True))
     ]
     drawn = [(row, colour, measured_on) for (_, row), colour, measured_on in zip(flat, colours, images, strict=True)]
@@ -33,7 +33,7 @@ def write(value: Mapping, path: Path) -> None:
     environment = Environment(loader=PackageLoader("compress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.get_template("report.html.j2")
     legend = [{"run": run, "colour": COLOURS[number % len(COLOURS)]} for number, run in enumerate(runs)]
-    text = template.render(rows=rows, headings=ledger.HEADINGS, charts=[chart for chart in charts if chart], legend=legend,
+    text = template.render(rows=rows, headings=show.HEADINGS, charts=[chart for chart in charts if chart], legend=legend,
                            differences=[(entry["run"], *comparison.cells(entry)) for entry in value["differences"]],
                            against=value["runs"][0]["run"] if value["runs"] else "")
     try:

@@ -39,13 +39,13 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     """Writes the parent (or a new captioner of the preset, whose language part is untrained) with a trained concept extractor."""
     if not config.pieces:
         return take_away(parent, context)
-    seed = context.seed if config.seed is None else config.seed
+    seed = context.seed
     student = context.recipe.student
     names = read_concepts(config.vocabulary)
     if parent is None:
-        model, tokenizer, settings = new_captioner(
-            student, config.preset or student.preset, None, context.recipe.data.image_size, 0.0, seed, extracts=True
-        )
+        name = config.preset or student.preset
+        weights = student.fusion_weights if name == student.preset else None  # for the captioner that goes on from it
+        model, tokenizer, settings = new_captioner(student, name, weights, context.recipe.data.image_size, 0.0, seed, extracts=True)
         tell_unknown(tokenizer, context)
     else:
         model, tokenizer, settings = read_captioner(parent.path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 
 from compress.artifact import Artifact
 from compress.config import Distill
@@ -25,7 +26,7 @@ from teachers.teacher import load
 
 def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     """Writes the student, taught by the artifacts that `config.teachers` names."""
-    seed = context.seed if config.seed is None else config.seed
+    seed = context.seed
     sources = [context.artifacts[name] for name in config.teachers]
     first, _, settings = read_captioner(sources[0].path)
     student = context.recipe.student
@@ -49,7 +50,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
             raise RecipeError(f"teacher '{name}': its vocabulary is not the student's; tokens cannot be distilled between them")
     if parent is None and config.init == "teacher":
-        start_from(model, first, [read_captioner(source.path)[0] for source in sources])
+        others = [context.artifacts[name] for name in dict.fromkeys(config.teachers) if name != config.teachers[0]]
+        start_from(model, [first, *(read_captioner(other.path)[0] for other in others)])
     data = corpus(model, tokenizer, settings, context, beside={piece for teacher in teachers for piece in teacher.own_pieces()})
     for teacher in teachers:
         teacher.narrow(data.keep)
@@ -74,17 +76,19 @@ def multiply_heads(model: LightCap, count: int) -> None:
     model.config = dataclasses.replace(model.config, heads=count)
 
 
-def start_from(model: LightCap, first: LightCap, teachers: list[LightCap]) -> None:
-    """The first teacher's embeddings and every n-th layer, its modulator, and head i as teacher i's head.
+def start_from(model: LightCap, teachers: Sequence[LightCap]) -> None:
+    """The first teacher's embeddings and every n-th layer, its modulator, and head i as the head of the i-th of `teachers`. Heads beyond
+    them stay as they were drawn: copies of one head, taught alike, would never part.
 
     RecipeError where their sizes differ.
     """
+    first = teachers[0]
     try:
         copy_layers(model.fusion, first.fusion)
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"the student cannot start from its first teacher: {str(error).splitlines()[-1].strip()}") from None
-    for index, branch in enumerate(model.heads.branches):
-        branch.load_state_dict(teachers[index % len(teachers)].heads.branches[0].state_dict())
+    for branch, teacher in zip(model.heads.branches, teachers, strict=False):
+        branch.load_state_dict(teacher.heads.branches[0].state_dict())
     model.heads.bias.data.copy_(first.heads.bias)
     if model.modulator is not None and model.config.modulator == first.config.modulator:
         model.modulator.load_state_dict(first.modulator.state_dict())

@@ -331,7 +331,7 @@ def write_decoder(prefix: ModelProto, step: ModelProto, folder: Path) -> None:
 def export(artifact, out: str | Path) -> None:
     """Writes into the folder `out` (made if absent) the artifact's captioner, in its own precision, with caption.py and requirements.txt.
 
-    `artifact` has `.path` and `.quantized`. ModelError where it cannot be read.
+    `artifact` has a `.path`. ModelError where it cannot be read.
     """
     source, out = Path(artifact.path), Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from students.lightcap.norms import folded
 
 def run(parent: Artifact, config: Scst, context: Context) -> None:
     """Writes the parent, further trained towards CIDEr-D."""
-    seed = context.seed if config.seed is None else config.seed
+    seed = context.seed
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
     data = corpus(model, tokenizer, settings, context, bool(config.flip or config.crop), config.flip, config.crop)

@@ -35,7 +35,7 @@ NEW = ("fusion.grid.", "modulator.", "heads.")  # what a language model's checkp
 
 def run(parent: Artifact | None, config: Train, context: Context) -> None:
     """Writes a trained captioner: the preset's, or the parent's further trained with this stage's seed and order."""
-    seed = context.seed if config.seed is None else config.seed
+    seed = context.seed
     model, tokenizer, settings = started(config, context, seed) if parent is None else continued(parent, config)
     tuned = config.encoder == "tuned"
     data = corpus(model, tokenizer, settings, context, tuned, config.flip, config.crop)
@@ -53,7 +53,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
     if tuned and config.concept_weight:
         wanted = mentioned(context.data.split("train"), read_concepts(vocabulary_of(context.recipe, context.stage))).float().to(where)
     torch.manual_seed(seed)
-    matching = Matching(model.config.hidden).to(where) if config.matching_weight else None
+    matching = Matching(model.word.shape[1]).to(where) if config.matching_weight else None
     weights = weights_of(data, tokenizer, config.consensus, context).to(where) if config.consensus else None
     batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
 
@@ -110,7 +110,7 @@ def started(config: Train, context: Context, seed: int) -> tuple[LightCap, Token
     student = context.recipe.student
     name = config.preset or student.preset
     extractor = read_captioner(context.artifacts[config.extractor].path)[0] if config.extractor else None
-    weights = config.fusion_weights or (student.fusion_weights if not config.preset else None)
+    weights = config.fusion_weights or (student.fusion_weights if name == student.preset else None)
     model, tokenizer, settings = new_captioner(
         student, name, weights, context.recipe.data.image_size, config.dropout, seed, extractor, config.modulator
     )

@@ -41,10 +41,10 @@ class Captions:
         return sum(len(self.pieces[c]) - 1 for c in self.images[image])
 
     def shares(self, vocabulary: int) -> np.ndarray:
-        """(vocabulary,) float32: the share of images whose captions hold each piece."""
+        """(vocabulary,) float32: the share of images whose captions say each piece ([CLS] is never said)."""
         counts = np.zeros(vocabulary, np.float32)
         for captions in self.images:
-            counts[list({piece for c in captions for piece in self.pieces[c]})] += 1
+            counts[list({piece for c in captions for piece in self.pieces[c][1:]})] += 1
         return counts / len(self.images)
 
 

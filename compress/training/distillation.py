@@ -15,7 +15,7 @@ from compress.context import Context
 from compress.training.batches import IGNORED, Batch
 from compress.training.corpus import Corpus
 from compress.training.features import device
-from compress.training.loop import Group, fit
+from compress.training.loop import Group, fit, settled
 from compress.training.losses import attention_loss, caption_loss, hidden_loss, token_loss
 from compress.training.softmax import logits_at
 from compress.training.start import language
@@ -50,10 +50,9 @@ def teach(
     context: Context,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each teacher's ids and probabilities over the training captions."""
+    chosen = settled(precision, device(), context.work, context.share)
     return [
-        targets(
-            teacher, source.digest(), data, context.data.fingerprint, top_k, temperature, precision, context.cache, name, context.progress
-        )
+        targets(teacher, source.digest(), data, context.data.fingerprint, top_k, temperature, chosen, context.cache, name, context.progress)
         for teacher, source, name in zip(teachers, sources, names, strict=True)
     ]
 

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compress.artifact import write_text
 from compress.config import Optimisation
 from compress.context import Progress
 from compress.errors import StageError
 from compress.memory import keep
-from compress.parallel import ALONE, Share
+from compress.parallel import ALONE, Share, until
 
 SAVE_SECONDS = 20.0
 NOTE_STEPS = 10
@@ -41,18 +42,16 @@ def fit(
     """Minimises `loss_of(step)`, of this process's share of each batch, over `steps` steps, in `config.precision`. `modules` holds
     everything that changes (buffers included).
 
-    Randomness is a function of seed and step, so the only state is weights, buffers and moments, and the precision that was chosen: saved
-    every SAVE_SECONDS to `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not finite.
+    Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS to
+    `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not finite.
     """
     keep()
     optimizer = optimizer_of(groups, config)
     state = work / (label.replace(" ", "-").replace("/", "-of-") + ".safetensors")
     parameters = [p for group in groups for p in group.parameters]
     where = parameters[0].device
-    if state.exists():
-        start, chosen = load_state(modules, optimizer, state)
-    else:
-        start, chosen = 0, settled(config.precision, where)
+    chosen = settled(config.precision, where, work, share)
+    start = load_state(modules, optimizer, state) if state.exists() else 0
     schedule = [linear(step, steps, config) for step in range(steps)]
     saved = time.monotonic()
     with progress.task(label, steps) as task:
@@ -72,10 +71,10 @@ def fit(
             optimizer.step()
             task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
             if share.rank == 0 and time.monotonic() - saved > SAVE_SECONDS:
-                save_state(modules, optimizer, state, step + 1, chosen)
+                save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()
     if share.rank == 0:
-        save_state(modules, optimizer, state, steps, chosen)
+        save_state(modules, optimizer, state, steps)
 
 
 def optimizer_of(groups: Sequence[Group], config: Optimisation) -> torch.optim.AdamW:
@@ -99,10 +98,22 @@ def linear(step: int, steps: int, config: Optimisation) -> float:
     return 1 - (1 - config.final_learning_rate) * (step - warm) / max(1, steps - warm)
 
 
-def settled(name: str, where: torch.device) -> str:
-    """fp32 or bf16: `auto` is bf16 on a GPU, and on a CPU whose bf16 products are the faster ones."""
+def settled(name: str, where: torch.device, work: Path, share: Share = ALONE) -> str:
+    """fp32 or bf16; `auto` is the `faster`. Chosen once for a stage, by the first of its processes, and kept in `work`: asked again after a
+    stop, a clock could choose the other."""
     if name != "auto":
         return name
+    note = work / "precision"
+    if share.rank:
+        until(note.exists)
+    elif not note.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(note, faster(where))
+    return note.read_text()
+
+
+def faster(where: torch.device) -> str:
+    """bf16 on a GPU, and on a CPU whose bf16 products are the faster ones; else fp32."""
     return "bf16" if where.type == "cuda" or multiplies_faster_in_bf16() else "fp32"
 
 
@@ -132,22 +143,22 @@ def product_seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def save_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int, chosen: str) -> None:
+def save_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int) -> None:
     tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in modules.state_dict().items()}
     for index, parameter in enumerate(all_parameters(optimizer)):
         for name, tensor in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{index}.{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, str(temporary), metadata={"step": json.dumps(step), "precision": chosen})
+    save_file(tensors, str(temporary), metadata={"step": json.dumps(step)})
     temporary.replace(path)
 
 
-def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> tuple[int, str]:
-    """The steps that are done, and their precision."""
+def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> int:
+    """The steps that are done."""
     with safe_open(str(path), "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        step, chosen = json.loads(file.metadata()["step"]), file.metadata()["precision"]
+        step = json.loads(file.metadata()["step"])
     modules.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
     for index, parameter in enumerate(all_parameters(optimizer)):
         mine = {n.split(".", 2)[2]: t for n, t in tensors.items() if n.startswith(f"optimizer.{index}.")}
@@ -157,7 +168,7 @@ def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, path: Path)
             optimizer.state[parameter] = {
                 n: t.to(parameter.device) if n == "step" else torch.empty_like(parameter).copy_(t) for n, t in mine.items()
             }
-    return step, chosen
+    return step
 
 
 def all_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

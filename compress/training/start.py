@@ -57,15 +57,21 @@ def new_captioner(
         if like is None:
             load_encoder(model.encoder, config.encoder, student.encoder_weights)
         else:
-            for part in ("encoder", *(("alignment", "concepts") if config.concepts else ())):
-                getattr(model, part).load_state_dict(getattr(like, part).state_dict())
+            take_encoder(model, like)
         if fusion_weights:
             load_bert(model.fusion, fusion_weights)
-    except RuntimeError as error:
-        raise ModelError(f"the recipe's encoder is not the one it starts from: {str(error).splitlines()[-1].strip()}") from None
     except (ValueError, FileNotFoundError) as error:
         raise ModelError(str(error)) from None
     return model, tokenizer, preprocessor(config.encoder, config.image_size)
+
+
+def take_encoder(model: LightCap, like: LightCap) -> None:
+    """Image encoder and concept extractor of `like`. ModelError where they are of other shapes."""
+    for part in ("encoder", *(("alignment", "concepts") if model.config.concepts else ())):
+        try:
+            getattr(model, part).load_state_dict(getattr(like, part).state_dict())
+        except RuntimeError as error:
+            raise ModelError(f"the recipe's encoder is not the one it starts from: {str(error).splitlines()[-1].strip()}") from None
 
 
 def read_captioner(folder: Path) -> tuple[LightCap, Tokenizer, dict]:
@@ -80,6 +86,7 @@ def read_captioner(folder: Path) -> tuple[LightCap, Tokenizer, dict]:
 
 
 def write_captioner(folder: Path, model: LightCap, tokenizer: Tokenizer, settings: dict) -> None:
+    """What `read_captioner` reads, into a folder that is there."""
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")

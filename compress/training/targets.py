@@ -11,7 +11,7 @@ from compress.sources import made_by
 from compress.training.batches import IGNORED, pack
 from compress.training.corpus import Corpus
 from compress.training.features import device, digest
-from compress.training.loop import autocast, settled
+from compress.training.loop import autocast
 from compress.training.store import found, stored
 from teachers.teacher import Teacher
 
@@ -28,8 +28,7 @@ def targets(
     """
     captions = data.captions
     where = device()
-    chosen = settled(precision, where)
-    how = teacher_digest, data.features, top_k, temperature, chosen, made_by(__name__)
+    how = teacher_digest, data.features, top_k, temperature, precision, made_by(__name__)
     key = digest("targets", *how, fingerprint, data.keep.tolist(), captions.pieces)
     count, width = len(captions.images), min(top_k, len(data.keep))
     longest = max(captions.length(i) for i in range(count))
@@ -40,7 +39,7 @@ def targets(
         plain = pack(captions, range(start, stop)).to(where)
         batch = plain.probing(teacher.mask_piece)
         grid = data.grid_of(None, batch.images)
-        with autocast(chosen, where):
+        with autocast(precision, where):
             logits = teacher.logits(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix), batch.targets != IGNORED)
         best, ids = (logits.float() / temperature).softmax(-1).topk(width, dim=-1)
         real = plain.targets != IGNORED

@@ -47,10 +47,6 @@ class LightCapConfig:
         """Tokens before the caption: concepts and grid."""
         return self.grid**2 + self.concepts
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.attention_heads
-
     def to_dict(self) -> dict:
         return {"model_type": "lightcap", **dataclasses.asdict(self)}
 

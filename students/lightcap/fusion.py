@@ -75,7 +75,7 @@ def attend(queries: Tensor, seen: Seen, mask: Tensor | None) -> Tensor:
 class Layer(nn.Module):
     """Self-attention and feed-forward, each with a residual and a LayerNorm after it (post-norm, as BERT).
 
-    Attention is four plain Linears and SDPA: what quantizers and pruners understand. The number of heads follows from `query`'s width.
+    Attention is four plain Linears: what quantizers and pruners understand. The number of heads follows from `query`'s width.
     """
 
     def __init__(self, hidden: int, head_dim: int, width: int, ffn: int, dropout: float) -> None:

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import string
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,16 +17,30 @@ ENGLISH_WORDS = 8000
 
 
 def word_pieces(pieces: Sequence[str]) -> Tokenizer:
-    """An uncased WordPiece tokenizer over `pieces`, whose position is their id. It splits "t-shirt" and "dog's" into three pieces, as BERT
-    does, and its decoder joins them again: references have such words whole."""
+    """A WordPiece tokenizer over `pieces`, whose position is their id. Capitals are made small, and accents taken off, where no piece has
+    any. ValueError for a piece that stands there twice."""
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    if len(vocabulary) < len(pieces):
+        twice = next(piece for index, piece in enumerate(pieces) if vocabulary[piece] != index)
+        raise ValueError(f"the word piece '{twice}' stands in the vocabulary more than once")
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    words = "".join(piece for piece in pieces if piece not in SPECIAL)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=words == words.lower(), strip_accents=words == without_accents(words))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    joined = [decoders.Replace(Regex(r"(?<=\w) - (?=\w)"), "-"), decoders.Replace(Regex(r" ' (?=(?:s|t|re|ve|ll|d|m)\b)"), "'")]
-    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=True), decoders.Fuse(), *joined])
+    tokenizer.decoder = joining("##")
     tokenizer.add_special_tokens([token for token in SPECIAL if token in vocabulary])
     return tokenizer
+
+
+def joining(prefix: str) -> decoders.Decoder:
+    """Joins what BERT splits: pieces that begin with `prefix`, and "t-shirt" and "dog's", which references have whole."""
+    words = [decoders.Replace(Regex(r"(?<=\w) - (?=\w)"), "-"), decoders.Replace(Regex(r" ' (?=(?:s|t|re|ve|ll|d|m)\b)"), "'")]
+    return decoders.Sequence([decoders.WordPiece(prefix=prefix, cleanup=True), decoders.Fuse(), *words])
+
+
+def without_accents(text: str) -> str:
+    """As BERT takes them off: the marks of Unicode's decomposition are left out."""
+    return unicodedata.normalize("NFC", "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn"))
 
 
 def pieces_of(tokenizer: Tokenizer) -> list[str]:
@@ -64,13 +79,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:
         raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
     check_special(tokenizer, path)
+    if isinstance(tokenizer.model, models.WordPiece):
+        tokenizer.decoder = joining(tokenizer.model.continuing_subword_prefix)  # the file's own leaves "dog ' s" and "t - shirt"
     tokenizer.no_padding()  # a file may ask for both, and captions would be trained on with [PAD] in them
     tokenizer.no_truncation()
     return tokenizer
 
 
 def from_vocabulary(path: Path) -> Tokenizer:
-    tokenizer = word_pieces(path.read_text(encoding="utf-8").splitlines())
+    """vocab.txt, a piece a line. (str.splitlines would cut at U+2028, too, which is a piece of Chinese BERT's.)"""
+    try:
+        tokenizer = word_pieces(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     check_special(tokenizer, path)
     return tokenizer
 

@@ -23,7 +23,7 @@ from compress.stages.prune.importance import importance
 from compress.stages.prune.recover import recover_encoder
 from compress.stages.prune.repair import Repair
 from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
-from compress.stages.prune.target import Target, choose, give_back, megabytes, ranked
+from compress.stages.prune.target import Target, choose, give_back, megabytes, ranked, shapes_megabytes
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.distillation import Goal, distil, teach
 from compress.training.start import read_captioner, write_captioner
@@ -36,10 +36,10 @@ SENSITIVITY = "sensitivity.json"  # part: how far captions' distributions move w
 
 def run(parent: Artifact, config: Prune, context: Context) -> None:
     """Writes the pruned captioner; its shapes stand in config.json."""
-    seed = context.seed if config.seed is None else config.seed
+    seed = context.seed
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
-    target = Target.of(config, model, parent.bytes() / 1e6 - megabytes(model))
+    target = Target.of(config, model, parent.bytes() / 1e6 - megabytes(model) + shapes_megabytes(model))
     repair = Repair.of(model, settings, config.parts, seed, context)
     stay = None
     if config.layers:
@@ -47,6 +47,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         model = with_layers(model, stay)
         context.progress.log(f"{context.stage.name}: layers {', '.join(str(index + 1) for index in stay)} stay; {target.describe(model)}")
     moves = factors = taught = good = before = None
+    encoder_cut = False
     whole = units(model, config.parts)
     gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
@@ -64,7 +65,8 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
         chosen = leaving(model, scores, config.round_to, target, step / config.steps, note)
         model = repair.without(model, chosen, repair.carried(model))
         context.progress.log(f"{label}: {target.describe(model)}")
-        if "encoder" in config.parts:
+        encoder_cut = encoder_cut or any(block.unit.kind == "conv" for block in chosen)
+        if encoder_cut:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
         if config.recover_epochs:
             data = corpus(model, tokenizer, settings, context)

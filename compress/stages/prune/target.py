@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -196,6 +197,12 @@ def macs(model: LightCap) -> float:
 
 def parameters(model: LightCap) -> float:
     return float(sum(p.numel() for p in model.parameters()))
+
+
+def shapes_megabytes(model: LightCap) -> float:
+    """What config.json grows by at most: it lists the shape of every module that is cut."""
+    shapes = {name: list(m.weight.shape) for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    return len(json.dumps(shapes, indent=2)) / 1e6
 
 
 def megabytes(model: LightCap, beside: float = 0.0) -> float:

@@ -1,7 +1,7 @@
 """The quantized model in PyTorch: calibrated observers become roundings, which can be switched on and off part by part.
 
-With all of them on, its grids and logits are near those of the integer graphs (`integers` has those); with those of one part on, they say
-what that part costs (`sensitivity`); and gradients pass through them as if nothing were rounded, so that weights can be tuned (`tune`).
+With all of them on, its grids and logits are near those of the integer graphs; with those of one part on, they say what that part costs
+(`sensitivity`); and gradients pass through them as if nothing were rounded, so that weights can be tuned (`tune`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from compress.decode import Special
 from compress.stages.quantize.observe import ARITHMETIC, aten, is_observer
-from students.lightcap import LightCap
 
 ATTENTION = {"query", "key", "value", "output"}
 FEED_FORWARD = {"up", "down"}
@@ -65,36 +63,6 @@ def simulated(prepared: GraphModule) -> GraphModule:
             source.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node)
     graph.recompile()
     return graph
-
-
-@torch.no_grad()
-def greedy(
-    decoder: GraphModule, model: LightCap, grid: Tensor, special: Special, concepts: GraphModule | None = None
-) -> tuple[list[list[int]], Tensor]:
-    """The pieces of the most probable captions of `grid` (B, G, C) by a simulated decoder, which is asked anew for each piece, and the
-    logits (B, T, V) that chose them, as far as the longest of them goes. `concepts`: the simulated scores of concepts, where the model
-    reads some. `model` says the sizes, and how concepts are spelled; not for one that predicts masked pieces."""
-    count, most, prefix = len(grid), model.config.max_tokens, model.config.prefix
-    tokens = torch.full((count, most), special.start)
-    mask = torch.ones(prefix + most, prefix + most, dtype=torch.bool).tril()
-    mask[:, :prefix] = True
-    positions, mask = torch.arange(most).expand(count, most), mask.expand(count, 1, -1, -1)
-    found = () if concepts is None else (model.concepts.choose(concepts(grid), model.config.concepts),)
-    chosen = []
-    ended = torch.zeros(count, dtype=torch.bool)
-    for place in range(most):
-        length = max(place + 1, 2)  # the graph takes no single token
-        seen = mask[..., : prefix + length, : prefix + length]
-        logits = decoder(grid, tokens[:, :length], positions[:, :length], seen, *found)[:, place].clone()
-        logits[:, list(special.never)] = -torch.inf
-        chosen.append(logits)
-        ended |= logits.argmax(-1) == special.end
-        if ended.all():
-            break
-        if place + 1 < most:
-            tokens[:, place + 1] = logits.argmax(-1)
-    pieces = torch.stack([logits.argmax(-1) for logits in chosen], 1).tolist()
-    return [row[: row.index(special.end)] if special.end in row else row for row in pieces], torch.stack(chosen, 1)
 
 
 def parts(prepared: GraphModule) -> dict[str, list[str]]:

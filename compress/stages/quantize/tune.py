@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from compress.config import Optimisation, Quantize
 from compress.context import Context
-from compress.stages.quantize import Calibrated
+from compress.stages.quantize.calibrate import Calibrated
 from compress.stages.quantize.observe import is_observer
 from compress.stages.quantize.simulate import WeightRounding, simulated, switch
 from compress.training.batches import IGNORED, Captions, image_batches, pack, steps_of

@@ -12,19 +12,21 @@ import math
 from collections.abc import Sequence
 from operator import attrgetter
 
+import mlas
 import torch
+from mlas import fused
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from compress.stages.quantize import kernels
-from compress.stages.quantize.kernels import fused
+from compress.decode import Special
 from compress.stages.quantize.observe import ACTIVATIONS, aten
 from compress.stages.quantize.simulate import ActivationRounding, WeightRounding
+from students.lightcap import LightCap
 
 EXACT = 2**24  # float32 holds all integers up to it
 RELU = {aten.relu.default, aten.relu_.default}
 SUMS = {aten.add.Tensor, aten.add_.Tensor}
-FLOAT = {aten.layer_norm.default: kernels.layer_norm, aten.gelu.default: kernels.gelu, aten.sigmoid.default: kernels.sigmoid}
+FLOAT = {aten.layer_norm.default: mlas.layer_norm, aten.gelu.default: mlas.gelu, aten.sigmoid.default: mlas.sigmoid}
 PRODUCTS = {aten.conv2d.default, aten.avg_pool2d.default, aten.linear.default}
 
 
@@ -93,12 +95,12 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 
 def integer(simulated: GraphModule, prefix: int = 0) -> GraphModule:
     """A copy of what `simulate.simulated` gives, computed in integers: every Linear of rounded inputs, and every convolution, average pool
-    and sum of two whose result is rounded too. Norms, GELU, sigmoid and attention are those of `kernels`; means and the concepts'
+    and sum of two whose result is rounded too. Norms, GELU, sigmoid and attention are those of `mlas`; means and the concepts'
     exponentials are PyTorch's. `prefix`: how many places a caption's pieces see before it."""
     graph = copy.deepcopy(simulated)
     for number, node in enumerate(list(graph.graph.nodes)):
         if node.target is aten.scaled_dot_product_attention.default:
-            node.target, node.args = kernels.attention, (*node.args, prefix)
+            node.target, node.args = mlas.attention, (*node.args, prefix)
         elif node.target in FLOAT:
             node.target = FLOAT[node.target]
         if node.target not in SUMS | PRODUCTS:
@@ -197,3 +199,33 @@ def module_of(graph: GraphModule, node: Node) -> nn.Module | None:
 
 def value(graph: GraphModule, node: Node) -> Tensor:
     return attrgetter(str(node.target))(graph).detach()
+
+
+@torch.no_grad()
+def greedy(
+    decoder: GraphModule, model: LightCap, grid: Tensor, special: Special, concepts: GraphModule | None = None
+) -> tuple[list[list[int]], Tensor]:
+    """The pieces of the most probable captions of `grid` (B, G, C) by a simulated decoder, which is asked anew for each piece, and the
+    logits (B, T, V) that chose them, as far as the longest of them goes. `concepts`: the simulated scores of concepts, where the model
+    reads some. `model` says the sizes, and how concepts are spelled; not for one that predicts masked pieces."""
+    count, most, prefix = len(grid), model.config.max_tokens, model.config.prefix
+    tokens = torch.full((count, most), special.start)
+    mask = torch.ones(prefix + most, prefix + most, dtype=torch.bool).tril()
+    mask[:, :prefix] = True
+    positions, mask = torch.arange(most).expand(count, most), mask.expand(count, 1, -1, -1)
+    found = () if concepts is None else (model.concepts.choose(concepts(grid), model.config.concepts),)
+    chosen = []
+    ended = torch.zeros(count, dtype=torch.bool)
+    for place in range(most):
+        length = max(place + 1, 2)  # the graph takes no single token
+        seen = mask[..., : prefix + length, : prefix + length]
+        logits = decoder(grid, tokens[:, :length], positions[:, :length], seen, *found)[:, place].clone()
+        logits[:, list(special.never)] = -torch.inf
+        chosen.append(logits)
+        ended |= logits.argmax(-1) == special.end
+        if ended.all():
+            break
+        if place + 1 < most:
+            tokens[:, place + 1] = logits.argmax(-1)
+    pieces = torch.stack([logits.argmax(-1) for logits in chosen], 1).tolist()
+    return [row[: row.index(special.end)] if special.end in row else row for row in pieces], torch.stack(chosen, 1)
