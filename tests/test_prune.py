@@ -885,7 +885,8 @@ def test_recovery_brings_captions_nearer(world, monkeypatch):
     model, tokenizer, preprocessing, parent, context = world
     monkeypatch.setattr(importance, "BATCHES", 1)
     # The parent is not trained, so its best 16 pieces are few of what it says.
-    given = {"params": 0.99, "parts": ("fusion",), "batch_images": 8, "learning_rate": 1e-3, "token_weight": 1.0, "dropout": 0.0, "top_k": 400}
+    given = {"params": 0.99, "parts": ("fusion",), "batch_images": 8, "learning_rate": 1e-3, "token_weight": 1.0, "dropout": 0.0}
+    given["top_k"] = 400
     here = context("plain")
     both = [cut(parent, Prune(**given, recover_epochs=0.0), here), cut(parent, Prune(**given, recover_epochs=6.0), context("recovered"))]
     _, moved = sensitivity.measured(model, tokenizer, preprocessing, 17, here)
