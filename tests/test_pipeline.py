@@ -247,10 +247,16 @@ def test_a_missed_gate_stops_the_run(tmp_path):
 def test_code_that_changes_while_a_run_lasts_makes_nothing(tmp_path, monkeypatch):
     """What is in memory is not what lies there: neither lock would be right."""
     with monkeypatch.context() as patch:
-        patch.setattr(making.sources, "changed", lambda known: [name for name in known if name == "compress.stages.distill"])
+        changed = {"compress.stages.distill"}
+        for module in (lock, making.sources):
+            patch.setattr(module, "changed_code", lambda known: sorted(changed & known.keys()))
         result, stages, _ = go(tmp_path)
-    assert stages.runs == ["teacher", "teacher-2"] and isinstance(result.error, StageError)
-    assert "stage 'student': compress.stages.distill is not the code that this run began with; run the same command" in result.error.message
+        assert stages.runs == ["teacher", "teacher-2"] and isinstance(result.error, StageError)
+        assert "stage 'student': compress.stages.distill is not what this run began with; run the same" in result.error.message
+        assert not list((tmp_path / "runs/.cache").glob("*.work"))
+        changed.add("compress.evaluate")
+        result, stages, _ = go(tmp_path, read(tmp_path, RECIPE, "teacher.epochs=3"))
+        assert stages.runs == ["teacher"] and "stage 'teacher': compress.evaluate is not what" in result.error.message
     again, stages, _ = go(tmp_path)
     assert again.ok and stages.runs == ["student", "pruned", "export"]
 

@@ -244,8 +244,8 @@ def test_an_untrained_word_classifier_answers_the_shares(run):
     assert run("plain", encoder="tuned").digest() != run("words", encoder="tuned", word_weight=1.0).digest()
 
 
-def test_a_stopped_matching_goes_on_with_its_classifier(run, scenes, monkeypatch, tmp_path):
-    """The classifier is no part of the captioner, and is in the state all the same."""
+def test_the_classifier_of_words_is_in_the_state(run, monkeypatch):
+    """It is no part of the captioner; a stage that was stopped goes on with it all the same."""
     found, real = [], loop.save_state
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(loop, "save_state", lambda modules, *rest: found.append([*modules.state_dict()]) or real(modules, *rest))

@@ -50,8 +50,10 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
             raise RecipeError(f"teacher '{name}': its vocabulary is not the student's; tokens cannot be distilled between them")
     if parent is None and config.init == "teacher":
-        others = [context.artifacts[name] for name in dict.fromkeys(config.teachers) if name != config.teachers[0]]
-        start_from(model, [first, *(read_captioner(other.path)[0] for other in others)])
+        begin = [first]  # of a teacher that is named again, None
+        for index, (name, source) in enumerate(zip(config.teachers[1:], sources[1:], strict=True), start=1):
+            begin.append(None if name in config.teachers[:index] else read_captioner(source.path)[0])
+        start_from(model, begin)
     data = corpus(model, tokenizer, settings, context, beside={piece for teacher in teachers for piece in teacher.own_pieces()})
     for teacher in teachers:
         teacher.narrow(data.keep)
@@ -76,9 +78,9 @@ def multiply_heads(model: LightCap, count: int) -> None:
     model.config = dataclasses.replace(model.config, heads=count)
 
 
-def start_from(model: LightCap, teachers: Sequence[LightCap]) -> None:
-    """The first teacher's embeddings and every n-th layer, its modulator, and head i as the head of the i-th of `teachers`. Heads beyond
-    them stay as they were drawn: copies of one head, taught alike, would never part.
+def start_from(model: LightCap, teachers: Sequence[LightCap | None]) -> None:
+    """The first teacher's embeddings and every n-th layer, its modulator, and head i as the head of the i-th of `teachers`. Heads of none
+    stay as they were drawn: copies of one head, taught alike, would never part.
 
     RecipeError where their sizes differ.
     """
@@ -88,7 +90,8 @@ def start_from(model: LightCap, teachers: Sequence[LightCap]) -> None:
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"the student cannot start from its first teacher: {str(error).splitlines()[-1].strip()}") from None
     for branch, teacher in zip(model.heads.branches, teachers, strict=False):
-        branch.load_state_dict(teacher.heads.branches[0].state_dict())
+        if teacher is not None:
+            branch.load_state_dict(teacher.heads.branches[0].state_dict())
     model.heads.bias.data.copy_(first.heads.bias)
     if model.modulator is not None and model.config.modulator == first.config.modulator:
         model.modulator.load_state_dict(first.modulator.state_dict())

@@ -24,8 +24,10 @@ def word_pieces(pieces: Sequence[str]) -> Tokenizer:
         twice = next(piece for index, piece in enumerate(pieces) if vocabulary[piece] != index)
         raise ValueError(f"the word piece '{twice}' stands in the vocabulary more than once")
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    words = "".join(piece for piece in pieces if piece not in SPECIAL)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=words == words.lower(), strip_accents=words == without_accents(words))
+    words = [piece for piece in pieces if piece.removeprefix("##").isalpha()]
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=all(word == word.lower() for word in words), strip_accents=not any(map(accented, words))
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = joining("##")
     tokenizer.add_special_tokens([token for token in SPECIAL if token in vocabulary])
@@ -38,9 +40,9 @@ def joining(prefix: str) -> decoders.Decoder:
     return decoders.Sequence([decoders.WordPiece(prefix=prefix, cleanup=True), decoders.Fuse(), *words])
 
 
-def without_accents(text: str) -> str:
-    """As BERT takes them off: the marks of Unicode's decomposition are left out."""
-    return unicodedata.normalize("NFC", "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn"))
+def accented(text: str) -> bool:
+    """Whether BERT would take accents off: marks of Unicode's decomposition."""
+    return any(unicodedata.category(letter) == "Mn" for letter in unicodedata.normalize("NFD", text))
 
 
 def pieces_of(tokenizer: Tokenizer) -> list[str]:
