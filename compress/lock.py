@@ -65,11 +65,10 @@ def files_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
     return files
 
 
-def changed(recipe: Recipe, stage: Stage, known: Mapping) -> str | None:
-    """What is no longer as the lock's parts `known` have it, of the code and of the files that the stage reads; None if nothing is."""
-    files = files_of(recipe, stage) if stage.config is not None else {}
-    other = [f"the file of '{key}'" for key, value in known.get("files", {}).items() if files.get(key) != value]
-    return next(iter([*changed_code(known["sources"]), *other]), None)
+def changed(recipe: Recipe, stage: Stage, known: Mapping) -> list[str]:
+    """What is no longer as the lock's parts `known` have it, of the code and of the files that the stage reads."""
+    before, now = known.get("files", {}), files_of(recipe, stage) if stage.config is not None else {}
+    return changed_code(known["sources"]) + [f"the file of '{key}'" for key in before | now if before.get(key) != now.get(key)]
 
 
 def of_stages(recipe: Recipe, fingerprint: str, threads: int, processes: int = 1) -> dict[str, dict]:

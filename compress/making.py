@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -116,8 +116,8 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     state, model = work / "state", target if earlier else work / "model"
     with _failing_as(stage, run.out, work):  # before anything is made: it finds sizes that cannot be
         tmacs = None if stage.kind == "baseline" else run.tmacs[stage.name]
-    with _failing_as(stage, run.out, work):
-        _refuse(lock.changed(run.recipe, stage, lock_parts) if earlier is None else None)
+        if earlier is None:
+            _refuse(lock.changed(run.recipe, stage, lock_parts))
     if earlier is None:
         state.mkdir(parents=True, exist_ok=True)
         before = _seconds_before(work, began)
@@ -131,7 +131,7 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
                     run.tell(stage, True)
                     make(parent, stage.config, dataclasses.replace(context, output=output))
                     Artifact(output).check()
-        _refuse(next(iter(sources.changed_code(sources.imported(("compress.evaluate",))[0])), None))
+        _refuse(sources.changed_code(sources.imported(("compress.evaluate",))[0]))
         if stage.kind == "baseline":
             measured = run.evaluator().baseline(parent, context)
         else:
@@ -154,10 +154,10 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _refuse(changed: str | None) -> None:
+def _refuse(changed: Sequence[str]) -> None:
     """StageError where something `changed` since this process began: what it makes would stand under a lock that names something else."""
     if changed:
-        raise StageError(f"{changed} is not what this run began with; run the same command again")
+        raise StageError(f"{changed[0]} is not what this run began with; run the same command again")
 
 
 def _seconds_before(work: Path, now: float) -> float:

@@ -263,9 +263,9 @@ def test_a_file_that_changed_since(tmp_path):
     path.write_text(f"stages:\n  - concepts: {{as: a, vocabulary: {tmp_path / 'words.txt'}}}\n")
     recipe = read_recipe(path)
     known = lock.of_stages(recipe, "f", 2)["a"]
-    assert lock.changed(recipe, recipe.stages[0], known) is None
+    assert lock.changed(recipe, recipe.stages[0], known) == []
     (tmp_path / "words.txt").write_text("cat\n")
-    assert lock.changed(recipe, recipe.stages[0], known) == "the file of 'vocabulary'"
+    assert lock.changed(recipe, recipe.stages[0], known) == ["the file of 'vocabulary'"]
     (tmp_path / "words.txt").unlink()
     (tmp_path / "words.txt").symlink_to(tmp_path / "words.txt")  # what is there and cannot be read
     with pytest.raises(DataError, match="words.txt cannot be read"):

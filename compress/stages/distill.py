@@ -50,10 +50,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
             raise RecipeError(f"teacher '{name}': its vocabulary is not the student's; tokens cannot be distilled between them")
     if parent is None and config.init == "teacher":
-        begin = [first]  # of a teacher that is named again, None
-        for index, (name, source) in enumerate(zip(config.teachers[1:], sources[1:], strict=True), start=1):
-            begin.append(None if name in config.teachers[:index] else read_captioner(source.path)[0])
-        start_from(model, begin)
+        others = (None if source in sources[:index] else read_captioner(source.path)[0] for index, source in enumerate(sources) if index)
+        start_from(model, [first, *others])  # None of a teacher that is named again
     data = corpus(model, tokenizer, settings, context, beside={piece for teacher in teachers for piece in teacher.own_pieces()})
     for teacher in teachers:
         teacher.narrow(data.keep)

@@ -27,8 +27,8 @@ SENSITIVITY_IMAGES = 32
 def run(parent: Artifact, config: Quantize, context: Context) -> None:
     """Writes the graphs of `compress.stages.export`, the parent's settings, and "quantized" in config.json, into `context.output`.
 
-    With `trials`, CIDEr on val is held to `max_drop_cider` by `search`. StageError where the weights
-    do not shrink to `config.max_weight_ratio` of the parent's, naming the tensors still in float.
+    With `trials`, CIDEr on val is held to `max_drop_cider` by `search`. StageError where the weights do not shrink to
+    `config.max_weight_ratio` of the parent's, naming the tensors still in float.
     """
     if not (parent.path / "model.safetensors").is_file():
         raise ModelError(f"quantize needs a float model: {parent.path} has no model.safetensors")
