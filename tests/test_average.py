@@ -5,12 +5,13 @@ import dataclasses
 import re
 
 import pytest
+import stage_context
 import tiny_captioner as tiny
 import torch
 
 from compress.artifact import Artifact
-from compress.config import Average, Data, Recipe, Stage, Student
-from compress.context import Context, Progress
+from compress.config import Average
+from compress.context import Context
 from compress.errors import RecipeError, StageError
 from compress.recipe import read_recipe
 from compress.stages import average
@@ -24,11 +25,8 @@ def context(folder, made: dict[str, LightCap], others: tuple[str, ...]) -> Conte
     for name, model in made.items():
         (folder / name).mkdir()
         write_captioner(folder / name, model, tiny.tokenizer(), tiny.SETTINGS)
-    (folder / "out").mkdir()
-    stage = Stage("average", "mean", "first", Average(others=others))
-    recipe = Recipe("x", 17, Data(), Student(preset="tiny"), (stage,), folder / "x.yaml")
     artifacts = {name: Artifact(folder / name) for name in made}
-    return Context(recipe, stage, None, 17, 1, folder / "out", folder / "work", folder / "cache", artifacts, Progress(quiet=True))
+    return stage_context.context(folder, None, "average", Average(others=others), name="mean", parent="first", artifacts=artifacts)
 
 
 def test_weights_are_the_mean_of_all_and_the_rest_is_the_parents(tmp_path):

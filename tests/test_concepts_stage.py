@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import open_clip
 import pytest
+import stage_context
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from compress import data, evaluate
 from compress.artifact import Artifact
-from compress.config import Concepts, Data, Distill, Recipe, Stage, Student, Train
-from compress.context import Context, Progress
+from compress.config import Concepts, Data, Distill, Student, Train
+from compress.context import Context
 from compress.errors import DataError, ModelError, RecipeError
 from compress.recipe import read_recipe
 from compress.stages import concepts, distill, train
@@ -66,12 +67,8 @@ def context(tmp_path, scenes):
     (tmp_path / "words.txt").write_text("# what scenes show\n" + "\n".join(WORDS))
 
     def make(kind: str, config, artifacts=None, name: str = "x") -> Context:
-        for folder in (f"{name}/out", f"{name}/work"):
-            (tmp_path / folder).mkdir(parents=True)
-        stage = Stage(kind, name, None, config)
-        recipe = Recipe("x", 17, Data(), STUDENT, (stage,), tmp_path / "x.yaml")
-        out, work, cache = tmp_path / name / "out", tmp_path / name / "work", tmp_path / "cache"
-        return Context(recipe, stage, scenes, 17, 1, out, work, cache, artifacts or {}, Progress(quiet=True))
+        cache, made = tmp_path / "cache", artifacts or {}
+        return stage_context.context(tmp_path / name, scenes, kind, config, STUDENT, name, cache=cache, artifacts=made)
 
     return make
 

@@ -4,17 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_captioner as tiny
 from PIL import Image
+from stage_context import context
 
 from compress import runtime
 from compress.config import Quantize
-from compress.context import Progress
-from compress.data import Example
 from compress.stages import export, quantize
 
 BATCH = (
@@ -50,13 +48,9 @@ def captioner(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     source = tiny.artifact(tiny.build(tiny.PRUNED, steps=120), place / "model")
     if request.param == "int8":
-        examples = tuple(Example(image_id=str(i), split="train", captions=(tiny.caption(i),)) for i in range(16))
-        pictures = tiny.pictures(16)
-        data = SimpleNamespace(split=lambda name: SimpleNamespace(examples=examples), image=lambda one: pictures[int(one.image_id)])
-        (place / "int8").mkdir()
-        where = SimpleNamespace(data=data, seed=17, output=place / "int8", progress=Progress(quiet=True))
+        where = context(place / "int8", tiny.captioned("train"), "quantize")
         quantize.run(source, Quantize(calibration_images=12), where)
-        source = tiny.Artifact(place / "int8")
+        source = tiny.Artifact(where.output)
     export.export(source, place / "out")
     return runtime.Captioner(place / "out", threads=1)
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from stage_context import context
 
 from compress import data
 from compress.artifact import Artifact
-from compress.config import Data, Distill, Recipe, Stage, Student
-from compress.context import Context, Progress
+from compress.config import Data, Distill, Student, Vocabulary
+from compress.context import Progress
 from compress.errors import DataError, RecipeError, UsageError
 from compress.stages import distill, vocabulary
 from compress.training import distillation, targets
@@ -60,24 +61,18 @@ def run(tmp_path, scenes, teachers):
 
     def go(config: Distill, student: Student = STUDENT, sources=None, parent: Artifact | None = None, name: str = "x") -> Artifact:
         config = config if config.teachers else dataclasses.replace(config, teachers=tuple(teachers))
-        stage = Stage("distill", "student", None, config)
-        for folder in (f"{name}/out", f"{name}/work"):
-            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        recipe = Recipe("x", 17, Data(), student, (stage,), tmp_path / "x.yaml")
-        seed = 17 if config.seed is None else config.seed
-        context = Context(recipe, stage, scenes, seed, 1, tmp_path / name / "out", tmp_path / name / "work", tmp_path / "cache",
-                          sources or teachers, Progress(quiet=True))  # fmt: skip
-        distill.run(parent, config, context)
-        return Artifact(context.output)
+        cache, made = tmp_path / "cache", sources or teachers
+        here = context(tmp_path / name, scenes, "distill", config, student, "student", cache=cache, artifacts=made)
+        distill.run(parent, config, here)
+        return Artifact(here.output)
 
     return go
 
 
 def losses(student: LightCap, tokenizer, teachers: dict[str, Artifact], scenes, tmp_path) -> np.ndarray:
     """(head, teacher): how far each head's pieces are from each teacher's, over the whole vocabulary."""
-    context = Context(None, None, scenes, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(quiet=True))
     settings = {"image_size": 80, "resize": "squash", "interpolation": "bicubic"} | distill.read_captioner(teachers["teacher"].path)[2]
-    words = corpus(student, tokenizer, settings, context)
+    words = corpus(student, tokenizer, settings, context(tmp_path, scenes))
     batch = words.batches(20, 3)(0)
     real = batch.targets > -1
     grid = words.grid_of(student, batch.images)
@@ -229,15 +224,11 @@ def test_a_teacher_of_fewer_pieces_is_refused_before_the_student_is_built(run, t
 
 
 def test_vocabulary_keeps_what_training_captions_use(scenes, teachers, tmp_path):
-    from compress.config import Vocabulary
     from students.lightcap.tokenizer import decode_caption, encode_captions
 
     parent = teachers["teacher"]
-    stage = Stage("vocabulary", "vocabulary", "teacher", Vocabulary())
-    (tmp_path / "out").mkdir()
-    recipe = Recipe("x", 17, Data(), STUDENT, (stage,), tmp_path / "x.yaml")
-    context = Context(recipe, stage, scenes, 17, 1, tmp_path / "out", tmp_path, tmp_path, {}, Progress(quiet=True))
-    vocabulary.run(parent, stage.config, context)
+    here = context(tmp_path, scenes, "vocabulary", Vocabulary(), parent="teacher")
+    vocabulary.run(parent, here.stage.config, here)
     small, tokenizer = LightCap.from_pretrained(tmp_path / "out"), read_tokenizer(tmp_path / "out" / "tokenizer.json")
     large, whole = LightCap.from_pretrained(parent.path), load_tokenizer("english")
     assert small.config.vocabulary == tokenizer.get_vocab_size() < 0.1 * large.config.vocabulary
@@ -249,7 +240,7 @@ def test_vocabulary_keeps_what_training_captions_use(scenes, teachers, tmp_path)
     kept = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
     assert kept["pieces_before"] == large.config.vocabulary
     assert [pieces_of(whole)[i] for i in kept["kept"]] == list(pieces_of(tokenizer))
-    often = dataclasses.replace(context, output=tmp_path / "often")
+    often = dataclasses.replace(here, output=tmp_path / "often")
     often.output.mkdir()
     vocabulary.run(parent, Vocabulary(min_count=20), often)
     fewer = read_tokenizer(often.output / "tokenizer.json")
@@ -266,9 +257,9 @@ def test_what_is_kept_ends_captions_and_serves_others(teachers, scenes, tmp_path
     """Where every caption is cut off, none has [SEP]; a teacher's own pieces are in no caption."""
     model, tokenizer, settings = distill.read_captioner(teachers["teacher"].path)
     model.config = dataclasses.replace(model.config, max_tokens=1)
-    context = Context(None, None, scenes, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(quiet=True))
-    assert {2, 3, 7000} <= set(corpus(model, tokenizer, settings, context, beside={7000}).keep.tolist())
-    assert 7000 not in corpus(model, tokenizer, settings, context).keep
+    here = context(tmp_path, scenes)
+    assert {2, 3, 7000} <= set(corpus(model, tokenizer, settings, here, beside={7000}).keep.tolist())
+    assert 7000 not in corpus(model, tokenizer, settings, here).keep
 
 
 def test_captions_that_the_tokenizer_does_not_know_are_told_of(scenes, tmp_path):
@@ -277,12 +268,12 @@ def test_captions_that_the_tokenizer_does_not_know_are_told_of(scenes, tmp_path)
         examples = [dataclasses.replace(example, captions=("собака бежит",)) if number < strange else example
                     for number, example in enumerate(scenes.split("train").examples)]  # fmt: skip
         data, said = dataclasses.replace(scenes, examples=tuple(examples)), io.StringIO()
-        context = Context(None, None, data, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(stream=said))
+        here = context(tmp_path, data, progress=Progress(stream=said))
         if strange == 40:
             with pytest.raises(DataError, match="the tokenizer does not know 100% of the captions' word pieces: name one of their"):
-                tell_unknown(load_tokenizer("english"), context)
+                tell_unknown(load_tokenizer("english"), here)
         else:
-            tell_unknown(load_tokenizer("english"), context)
+            tell_unknown(load_tokenizer("english"), here)
             assert said.getvalue().endswith("of the captions' word pieces are unknown to the tokenizer, and will not be said\n")
 
 

@@ -1,16 +1,16 @@
 """What a row compares an artifact with, and that its numbers are the artifact's own."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_captioner as tiny
+from stage_context import context
 
 from compress import cost, data, evaluate, metrics, profile
 from compress.artifact import Artifact
-from compress.config import Data, Distill, Recipe, Scst, Stage, Student
-from compress.context import Context, Progress
+from compress.config import Data, Distill, Scst, Stage, Student
+from compress.context import Progress
 from compress.data import CaptionSet, Example
 from compress.ledger import captions_file
 from compress.training.start import new_captioner, write_captioner
@@ -33,13 +33,8 @@ def test_accuracy_is_compared_with_against_and_time_with_the_parent(tmp_path, mo
         model, tokenizer, settings = new_captioner(Student(preset="tiny"), "tiny", None, size, 0.0, number)
         write_captioner(tmp_path / name, model.eval(), tokenizer, settings)
         artifacts[name] = Artifact(tmp_path / name)
-    recipe = Recipe("x", 17, Data(), Student(preset="tiny"), (stage,), Path("x.yaml"))
-
-    def context(of: Stage) -> Context:
-        return Context(recipe, of, captions, 17, 1, tmp_path, tmp_path, tmp_path / "cache", artifacts, Progress(quiet=True))
-
     for name in ("teacher", "student"):
-        evaluate.measure(artifacts[name], None, context(Stage("train", name, None, None)))
+        evaluate.measure(artifacts[name], None, context(tmp_path, captions, name=name, artifacts=artifacts))
     for name, value in (("teacher", 10.0), ("student", 30.0)):  # untrained, all of them say nothing that a reference says
         file = captions_file(artifacts[name].path, "val")
         file.write_text(json.dumps([item | {"cider": value} for item in json.loads(file.read_text())]))
@@ -50,7 +45,7 @@ def test_accuracy_is_compared_with_against_and_time_with_the_parent(tmp_path, mo
         return latency(artifact, parent, pictures[:2])
 
     monkeypatch.setattr(evaluate, "latency", looked)
-    row = evaluate.measure(artifacts["mine"], artifacts[accuracy_of], context(stage))
+    row = evaluate.measure(artifacts["mine"], artifacts[accuracy_of], context(tmp_path, captions, stage=stage, artifacts=artifacts))
     assert accuracy_of == "teacher" and row["delta_cider"] == pytest.approx(row["cider"] - 10.0, abs=1e-3)
     assert timed == [artifacts[time_of]] and row["parent_latency_ms"]["runtime"] == "torch"
 
@@ -62,9 +57,7 @@ def test_the_baseline_says_what_the_nearest_training_picture_is_called(tmp_path)
     examples = [Example(str(i), "train", (tiny.caption(i), "another")) for i in range(8)]
     examples += [Example(str(i), "val", (tiny.caption(colour),)) for i, colour in enumerate(order)]
     rows = CaptionSet(tuple(examples), "0" * 64, "colours", reader=lambda example: pictures[example.split][int(example.image_id)])
-    recipe = Recipe("x", 17, Data(), Student(preset="tiny"), (), Path("x.yaml"))
-    context = Context(recipe, None, rows, 17, 1, tmp_path, tmp_path, tmp_path / "cache", {}, Progress(quiet=True))
-    row = evaluate.baseline(tiny.artifact(tiny.build(), tmp_path / "float"), context)
+    row = evaluate.baseline(tiny.artifact(tiny.build(), tmp_path / "float"), context(tmp_path, rows))
     texts = [tiny.caption(colour) for colour in order]
     assert row["cider"] == pytest.approx(metrics.score(texts, [[text] for text in texts]).cider) and row["split"] == "val"
 

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from stage_context import context
 
 from compress import data, profile
 from compress.artifact import Artifact
-from compress.config import Data, Distill, Recipe, Stage, Student, Train
-from compress.context import Context, Progress
+from compress.config import Data, Distill, Student, Train
 from compress.decode import Special, beam_search
 from compress.errors import UsageError
 from compress.stages import distill, train
@@ -150,13 +150,10 @@ def test_train_and_distill(tmp_path):
     made = {}
 
     def run(name, stage_run, kind, config, parent=None):
-        for folder in (f"{name}/out", f"{name}/work"):
-            (tmp_path / folder).mkdir(parents=True)
-        stage = Stage(kind, name, None, config)
-        recipe = Recipe("x", 17, Data(), Student(preset="tiny", heads=2), (stage,), tmp_path / "x.yaml")
-        out, work = tmp_path / name / "out", tmp_path / name / "work"
-        stage_run(parent, config, Context(recipe, stage, scenes, 17, 1, out, work, tmp_path / "cache", made, Progress(quiet=True)))
-        made[name] = Artifact(out)
+        student, cache = Student(preset="tiny", heads=2), tmp_path / "cache"
+        here = context(tmp_path / name, scenes, kind, config, student, name, cache=cache, artifacts=made)
+        stage_run(parent, config, here)
+        made[name] = Artifact(here.output)
 
     run("teacher", train.run, "train", Train(preset="tiny", objective="masked", epochs=60, batch_images=8, learning_rate=4e-3, dropout=0.0))
     config = Distill(teachers=("teacher",), match=("tokens",), epochs=2, batch_images=8)

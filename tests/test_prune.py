@@ -7,14 +7,15 @@ import json
 import re
 
 import pytest
+import stage_context
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from compress import cost, data
 from compress.artifact import Artifact
-from compress.config import Data, Prune, Recipe, Stage, Student
-from compress.context import Context, Progress
+from compress.config import Data, Prune, Student
+from compress.context import Context
 from compress.errors import StageError, TargetError
 from compress.stages import prune
 from compress.stages.prune import channels, sensitivity, target
@@ -412,14 +413,9 @@ def world(scenes, tmp_path):
     preprocessing = preprocessor("resnet-small", 80)
     (tmp_path / "parent").mkdir()
     write_captioner(tmp_path / "parent", model, tokenizer, preprocessing)
-    stage = Stage("prune", "pruned", None, Prune(macs=0.7))
-    recipe = Recipe("x", 17, Data(), Student(preset="tiny"), (stage,), tmp_path / "x.yaml")
 
     def context(name: str) -> Context:
-        for folder in (f"{name}/out", f"{name}/work"):
-            (tmp_path / folder).mkdir(parents=True)
-        return Context(recipe, stage, scenes, 17, 1, tmp_path / name / "out", tmp_path / name / "work", tmp_path / "cache", {},
-                       Progress(quiet=True))  # fmt: skip
+        return stage_context.context(tmp_path / name, scenes, "prune", Prune(macs=0.7), cache=tmp_path / "cache")
 
     return model, tokenizer, preprocessing, Artifact(tmp_path / "parent"), context
 

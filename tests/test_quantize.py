@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import stage_context
 import tiny_captioner as tiny
 import torch
 from integers import greedy
@@ -15,8 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress import graphs, runtime
 from compress.config import Quantize
-from compress.context import Progress
-from compress.data import Example
 from compress.decode import Special
 from compress.errors import ModelError, StageError
 from compress.stages import export, quantize
@@ -24,12 +23,8 @@ from compress.stages.quantize import calibrate, decoder, encoder, observe, sensi
 from compress.training.start import read_captioner
 
 
-def context(output):
-    output.mkdir(parents=True, exist_ok=True)
-    examples = tuple(Example(image_id=str(i), split="train", captions=(tiny.caption(i),)) for i in range(16))
-    data = SimpleNamespace(split=lambda name: SimpleNamespace(examples=examples) if name == "train" else None,
-                           image=lambda example: tiny.pictures(16)[int(example.image_id)])
-    return SimpleNamespace(data=data, seed=17, output=output, progress=Progress(quiet=True))
+def context(folder):
+    return stage_context.context(folder, tiny.captioned("train"), "quantize")
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +227,7 @@ def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(
 
 def test_weights_that_do_not_shrink_fail_by_name(parent, tmp_path):
     """By their names in what is exported, largest first; those of 4 KB and more."""
-    where = context(tmp_path / "out")
+    where = context(tmp_path)
     with pytest.raises(StageError) as caught:
         quantize.run(parent, Quantize(calibration_images=12, max_weight_ratio=0.1), where)
     assert re.fullmatch(r"quantized weights take 0\.\d\d of the parent's bytes, more than 0\.1; still fp32: decoder: places \(\d+, 32\)",
@@ -245,7 +240,7 @@ def test_weights_that_do_not_shrink_fail_by_name(parent, tmp_path):
 
 def test_a_quantized_parent_is_refused(folder, tmp_path):
     with pytest.raises(ModelError, match="needs a float model"):
-        quantize.run(tiny.Artifact(folder), Quantize(), context(tmp_path / "out"))
+        quantize.run(tiny.Artifact(folder), Quantize(), context(tmp_path))
 
 
 def test_calibration_captions_see_what_a_step_sees(model):

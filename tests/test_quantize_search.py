@@ -6,15 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import stage_context
 import tiny_captioner as tiny
 import torch
 from integers import greedy, integer
 
 from compress import evaluate, graphs, runtime
 from compress.artifact import Artifact
-from compress.config import Data, Prune, Quantize, Recipe, Stage, Student
+from compress.config import Prune, Quantize
 from compress.context import Context, Progress
-from compress.data import CaptionSet, Example
 from compress.decode import Special
 from compress.errors import StageError
 from compress.ledger import captions_file
@@ -35,15 +35,9 @@ def spoil(model, factor: float) -> None:
         layer.output.weight[:, 3] *= factor
 
 
-def captions_of(count: int, split: str) -> tuple[Example, ...]:
-    return tuple(Example(image_id=str(i), split=split, captions=(tiny.caption(i),)) for i in range(count))
-
-
 @pytest.fixture(scope="module")
 def data():
-    pictures = {"train": tiny.pictures(16), "val": tiny.pictures(16, seed=5)}
-    return CaptionSet(captions_of(16, "train") + captions_of(16, "val"), "0" * 64, "colours",
-                      reader=lambda example: pictures[example.split][int(example.image_id)])
+    return tiny.captioned("train", "val")
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +48,11 @@ def broken(tmp_path_factory):
     return tiny.artifact(model, tmp_path_factory.mktemp("search") / "float")
 
 
-def context(folder, data, config, log=None) -> Context:
-    stage = Stage(kind="quantize", name="int8", parent="float", config=config)
-    recipe = Recipe(name="r", seed=17, data=Data(), student=Student(), stages=(stage,), path=folder / "r.yaml")
-    for name in ("out", "work", "cache"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    progress = Progress(quiet=log is None, stream=log)
-    return Context(recipe=recipe, stage=stage, data=data, seed=17, threads=1, output=folder / "out", work=folder / "work",
-                   cache=folder / "cache", artifacts={}, progress=progress,
-                   ciders=lambda artifact: evaluate.ciders(artifact, data.split("val"), folder / "cache", progress))
+def context(folder, data, config) -> Context:
+    def ciders(artifact):
+        return evaluate.ciders(artifact, data.split("val"), folder / "cache", Progress(quiet=True))
+
+    return stage_context.context(folder, data, "quantize", config, name="int8", parent="float", ciders=ciders)
 
 
 @pytest.fixture(scope="module", params=[pytest.param("plain", marks=pytest.mark.slow), "smoothed, by GPTQ"])

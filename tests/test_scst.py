@@ -6,11 +6,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from stage_context import context
 
 from compress import data
 from compress.artifact import Artifact
-from compress.config import Data, Recipe, Scst, Stage, Student, Train
-from compress.context import Context, Progress
+from compress.config import Data, Scst, Student, Train
 from compress.decode import Special, beam_search, sample
 from compress.stages import scst, train
 from compress.training import loop
@@ -18,17 +18,6 @@ from compress.training.corpus import corpus
 from compress.training.reward import CiderReward
 from compress.training.start import read_captioner
 from students.lightcap import LightCap, preset
-
-STUDENT = Student(preset="tiny", heads=2)
-
-
-def context(folder, config, scenes, kind: str) -> Context:
-    for name in ("out", "work"):
-        (folder / name).mkdir(parents=True)
-    stage = Stage(kind, kind, None, config)
-    recipe = Recipe("x", 17, Data(), STUDENT, (stage,), folder / "x.yaml")
-    seed = 17 if config.seed is None else config.seed
-    return Context(recipe, stage, scenes, seed, 1, folder / "out", folder / "work", folder.parent / "cache", {}, Progress(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +29,14 @@ def scenes():
 def parent(tmp_path_factory, scenes) -> Artifact:
     folder = tmp_path_factory.mktemp("scst") / "parent"
     config = Train(preset="tiny", epochs=60, batch_images=8, learning_rate=4e-3, dropout=0.0)
-    train.run(None, config, context(folder, config, scenes, "train"))
+    train.run(None, config, context(folder, scenes, "train", config, Student(preset="tiny", heads=2)))
     return Artifact(folder / "out")
 
 
 def mean_reward(folder, scenes, cache) -> float:
     """Of 20 captions drawn for each training image, x100."""
     model, tokenizer, settings = read_captioner(folder)
-    words = corpus(model, tokenizer, settings, Context(None, None, scenes, 0, 1, cache, cache, cache, {}, Progress(quiet=True)))
+    words = corpus(model, tokenizer, settings, context(cache, scenes, seed=0))
     images = np.arange(len(scenes.split("train").examples))
     drawn = sample(model, words.grid_of(model, images), Special.of(tokenizer), 20, seed=99)
     reward = CiderReward.of([example.captions for example in scenes.split("train").examples], tokenizer)
@@ -56,7 +45,7 @@ def mean_reward(folder, scenes, cache) -> float:
 
 def test_it_raises_the_reward_of_its_samples(parent, scenes, tmp_path):
     config = Scst(epochs=200, batch_images=8, learning_rate=1e-3, samples=6, dropout=0.0)
-    scst.run(parent, config, context(tmp_path / "a", config, scenes, "scst"))
+    scst.run(parent, config, context(tmp_path / "a", scenes, "scst", config))
     before, after = (mean_reward(folder, scenes, tmp_path) for folder in (parent.path, tmp_path / "a" / "out"))
     assert after > 1.15 * before > 0
 
@@ -73,10 +62,10 @@ def test_baselines(parent, scenes, tmp_path, monkeypatch, baseline):
     loss = scst.policy_loss
     monkeypatch.setattr(scst, "policy_loss", spy)
     config = Scst(epochs=1, batch_images=8, samples=4, baseline=baseline)
-    scst.run(parent, config, context(tmp_path / "a", config, scenes, "scst"))
+    scst.run(parent, config, context(tmp_path / "a", scenes, "scst", config))
     grid, drawn, advantages = seen[0]
     model, tokenizer, settings = read_captioner(parent.path)
-    words = corpus(model, tokenizer, settings, Context(None, None, scenes, 0, 1, tmp_path, tmp_path, tmp_path, {}, Progress(quiet=True)))
+    words = corpus(model, tokenizer, settings, context(tmp_path, scenes, seed=0))
     images = words.batches(8, 17)(0).images
     reward = CiderReward.of([example.captions for example in scenes.split("train").examples], tokenizer)
     rewards = reward(images, [[words.keep[list(ids)].tolist() for ids in image] for image in drawn]) / 100
@@ -93,14 +82,14 @@ def test_the_same_seed_gives_the_same_weights(parent, scenes, tmp_path):
     digests = []
     for name, seed in (("a", None), ("b", None), ("c", 3)):
         config = Scst(epochs=2, batch_images=8, learning_rate=1e-3, samples=3, seed=seed)
-        scst.run(parent, config, context(tmp_path / name, config, scenes, "scst"))
+        scst.run(parent, config, context(tmp_path / name, scenes, "scst", config))
         digests.append(Artifact(tmp_path / name / "out").digest())
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_stopped_it_ends_as_undisturbed(parent, scenes, tmp_path, monkeypatch):
     config = Scst(epochs=4, batch_images=8, samples=3, flip=True, crop=0.2, learning_rate=1e-3)
-    calm, stopped = (context(tmp_path / name, config, scenes, "scst") for name in "ab")
+    calm, stopped = (context(tmp_path / name, scenes, "scst", config) for name in "ab")
     scst.run(parent, config, calm)
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
     count, loss = itertools.count(), scst.policy_loss
@@ -140,7 +129,7 @@ def test_disturbed_pictures_are_encoded_in_every_step(parent, scenes, tmp_path, 
     loss = scst.policy_loss
     monkeypatch.setattr(scst, "policy_loss", spy)
     config = Scst(epochs=2, batch_images=8, samples=3, flip=True, crop=0.3)
-    scst.run(parent, config, context(tmp_path / "a", config, scenes, "scst"))
+    scst.run(parent, config, context(tmp_path / "a", scenes, "scst", config))
     before, after = (LightCap.from_pretrained(folder).encoder.state_dict() for folder in (parent.path, tmp_path / "a" / "out"))
     assert all(torch.equal(after[name], value) for name, value in before.items())  # frozen all the same
     assert not seen[0].requires_grad and not torch.allclose(seen[0], seen[1], rtol=0.1)

@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from stage_context import context
 from torch import nn
 
 from compress import data
 from compress.artifact import Artifact
-from compress.config import Concepts, Data, Recipe, Stage, Student, Train
-from compress.context import Context, Progress
+from compress.config import Concepts, Data, Student, Train
+from compress.context import Progress
 from compress.errors import ModelError
 from compress.stages import concepts, train
 from compress.training import loop, start
@@ -40,14 +41,10 @@ def run(tmp_path, scenes):
 
     def go(name: str, parent: Artifact | None = None, artifacts: dict | None = None, data=scenes, **keys) -> Artifact:
         config = Train(**({"epochs": 0.5, "batch_images": 8, "warmup": 0.0} | keys))
-        out, work = tmp_path / name / "out", tmp_path / name / "work"
-        out.mkdir(parents=True)
-        work.mkdir()
-        stage = Stage("train", name, None, config)
-        recipe = Recipe("x", 17, Data(), STUDENT, (stage,), tmp_path / "x.yaml")
         cache, made = tmp_path / "cache", artifacts or {}
-        train.run(parent, config, Context(recipe, stage, data, 17, 1, out, work, cache, made, Progress(quiet=True)))
-        return Artifact(out)
+        here = context(tmp_path / name, data, "train", config, STUDENT, name, cache=cache, artifacts=made)
+        train.run(parent, config, here)
+        return Artifact(here.output)
 
     return go
 
@@ -116,14 +113,11 @@ def test_the_sections_weights_begin_every_captioner_of_its_preset(monkeypatch, t
     student = dataclasses.replace(STUDENT, fusion_weights="bert")
     for number, config in enumerate((Train(), Train(preset="tiny"), Train(preset="scenes-student"), Train(fusion_weights="own"),
                                      Concepts(preset="tiny"), Concepts(preset="scenes-student"))):  # fmt: skip
-        stage = Stage("train" if isinstance(config, Train) else "concepts", "x", None, dataclasses.replace(config, epochs=0.01))
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        recipe = Recipe("x", 17, Data(), student, (stage,), tmp_path / "x.yaml")
-        context = Context(recipe, stage, scenes, 17, 1, folder, folder, tmp_path / "cache", {}, Progress(quiet=True))
-        taken.append(stage.config.preset)
+        kind, config = "train" if isinstance(config, Train) else "concepts", dataclasses.replace(config, epochs=0.01)
+        here = context(tmp_path / str(number), scenes, kind, config, student, cache=tmp_path / "cache")
+        taken.append(config.preset)
         with contextlib.suppress(ModelError):  # MiniLM, which concepts are embedded by, may not be here
-            (train if stage.kind == "train" else concepts).run(None, stage.config, context)
+            (train if kind == "train" else concepts).run(None, config, here)
     assert taken == [None, "bert", "tiny", "bert", "scenes-student", None, "own", "tiny", "bert", "scenes-student"]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from compress import runtime
 from compress.artifact import Artifact
+from compress.data import CaptionSet, Example
 from compress.stages import export
 from students.lightcap import LightCap, preset
 from students.lightcap.encoder import preprocessor
@@ -44,6 +45,13 @@ def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
 def caption(index: int) -> str:
     colour = index % len(COLOURS)
     return f"a {list(COLOURS)[colour]} {SHAPES[colour % 4]} on the {SHAPES[colour % 3]}"
+
+
+def captioned(*splits: str) -> CaptionSet:
+    """Sixteen pictures of each split, "train" or "val", with a caption of each."""
+    shown = {"train": pictures(16), "val": pictures(16, seed=5)}
+    examples = tuple(Example(str(i), split, (caption(i),)) for split in splits for i in range(16))
+    return CaptionSet(examples, "0" * 64, "colours", reader=lambda example: shown[example.split][int(example.image_id)])
 
 
 def pixels(images: list[np.ndarray]) -> np.ndarray:
