@@ -1,13 +1,19 @@
-"""The exported tiny captioner that the tests of graphs and of the runtime share, and a hub without network; whole recipes begin first."""
+"""What tests of several files share: the tiny captioner, exported; a hub without network; small caption files; a captioner to be pruned.
+
+Whole recipes begin first.
+"""
 
 import sys
 from pathlib import Path
 
+import caption_files
 import pytest
 import tiny_captioner as tiny
 
 import compress
-from compress import runtime
+from compress import data, runtime
+from compress.config import Data
+from students.lightcap.encoder import CLIP_MEAN, CLIP_STD, ENCODERS, EncoderSpec
 
 BENCHMARKS = Path(compress.__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -47,6 +53,33 @@ def hub(tmp_path, monkeypatch):
         return folder / "snapshots" / COMMIT
 
     return repository
+
+
+@pytest.fixture
+def karpathy(tmp_path):
+    """Six images in Karpathy's layout, as `caption_files.karpathy` writes them."""
+    return caption_files.karpathy(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def pruning_scenes():
+    return data.load(Data(train_images=40, val_images=4))
+
+
+@pytest.fixture
+def pruning(pruning_scenes, tmp_path):
+    """What `prunable.world` makes: a captioner on scenes, and the context in which it is pruned."""
+    import prunable  # here, as torch-pruning is not for every test
+
+    return prunable.world(pruning_scenes, tmp_path)
+
+
+@pytest.fixture
+def clip_small(monkeypatch):
+    """An encoder "clip-small", built as CLIP's is."""
+    import prunable
+
+    monkeypatch.setitem(ENCODERS, "clip-small", EncoderSpec(64, 32, 512, CLIP_MEAN, CLIP_STD, prunable.small_clip))
 
 
 def pytest_collection_modifyitems(items):

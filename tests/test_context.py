@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from compress.context import Progress
+from compress.context import Progress, Task
 
 
 class Terminal(io.StringIO):
@@ -27,3 +27,16 @@ def test_a_terminal_has_bars_and_then_lines():
     before = stream.getvalue()
     progress.log("a line of its own")  # no bar is left alive
     assert stream.getvalue() == before + "a line of its own\n"
+
+
+def test_what_was_done_before_a_kill_is_not_in_the_rate(monkeypatch):
+    clock = iter([0.0, *[10.0] * 20])
+    monkeypatch.setattr("compress.context.time.monotonic", lambda: next(clock))
+    task = Task("teacher", 100, lambda task: None)
+    task.resume(60)
+    task.advance(20)
+    assert task.line() == "teacher: 80/100, 2/s, 10 s left"
+    clock = iter([0.0, *[100.0] * 20])
+    large = Task("images", 2_265_740, lambda task: None)
+    large.advance(226_574)
+    assert large.line() == "images: 226574/2265740, 2266/s, 15 min 00 s left"
