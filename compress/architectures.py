@@ -11,7 +11,7 @@ from compress.training.distillation import feed_forward
 from compress.training.start import captioner_config
 from compress.training.text import default_text_encoder
 from students.lightcap import LightCapConfig
-from students.lightcap.config import PREFIX_POSITION
+from students.lightcap.config import PREFIX_POSITION, SizeError
 
 MASK = 0  # stands for the id of [MASK], which the tokenizer knows
 
@@ -30,6 +30,10 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
             models[stage.name] = _architecture(recipe, stage, models, vocabulary)
             encoders[stage.name] = _encoder(recipe, stage, encoders)
             narrowed[stage.name] = _narrowed(stage, models, narrowed)
+        except SizeError as error:
+            key = next((key for key in error.keys if key in recipe.places), None)
+            place = stage.place if key is None else f"{recipe.places[key]}key '{key}', "
+            raise RecipeError(f"{place}stage '{stage.name}': {error}") from None
         except ValueError as error:
             raise RecipeError(f"{stage.place}stage '{stage.name}': {error}") from None
     return models

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +25,6 @@ MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", WEIG
 GRAPHS = ("encoder.onnx", "prefix.onnx", "decoder.onnx", "decoder.onnx.data")  # as in `compress.runtime`, which runs them alone
 GRAPH_PATTERNS = ("*.onnx", "*.onnx.data", "*.onnx_data")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ class Artifact:
             check_safetensors(weights)
         elif not self.graphs:
             raise ModelError(f"{self.path} has neither {WEIGHTS} nor encoder.onnx{pickles(self.path) or self._anew}")
-        elif missing := [name for name in GRAPHS if not (self.path / name).is_file()]:
+        needed = () if weights.is_file() else (*GRAPHS, *(["concepts.onnx"] if self.config.get("concepts") else []))
+        if missing := [name for name in needed if not (self.path / name).is_file()]:
             raise ModelError(f"{self.path} has encoder.onnx but no {missing[0]}{self._anew}")
         return self
 
@@ -100,21 +99,14 @@ def refuse_pickle(path: Path) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """ModelError if the file is shorter or longer than its own header says (8 bytes of length, JSON, tensors)."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 0 < length <= min(MOST_HEADER_BYTES, size - 8):
-            raise ModelError(f"{path} is not a whole safetensors file ({size} bytes); it was half downloaded, get it again")
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise ModelError(f"{path} is not a safetensors file: its header cannot be read") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise ModelError(f"{path} holds {size} bytes of {expected}; it was half downloaded, get it again")
+    """ModelError if the file is shorter or longer than its own header says, or has none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "np"):
+            pass
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); it was half downloaded, get it again") from None
 
 
 @contextlib.contextmanager

@@ -14,13 +14,13 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from compress import artifact, ledger, lock, making, recipe
 from compress.artifact import Artifact
-from compress.cache import cache_of, finished, noted, rates_of
+from compress.cache import cache_of, durations, expected_seconds, finished, noted
 from compress.config import Recipe, Stage
 from compress.context import Progress
 from compress.errors import DataError, GateError, LightcapError, ModelError, StageError, UsageError
@@ -68,10 +68,10 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
         said["imagined"] = (f"there is no {wanted.data.captions} here (--set data.captions=FILE), so this is counted as for COCO, "
                             f"{images:,} training images")
     elif data is None:
-        data = _load(wanted, cache)
+        data = _load(wanted, cache, Progress())
     if data is not None:
         _check_files(wanted)
-    stages, rates, counted = [], rates_of(cache), None
+    stages, known, counted = [], durations(cache), None
     parts = {} if data is None else lock.of_stages(wanted, data.fingerprint, thread_count())
     for stage in wanted.stages:
         name = lock.digest(parts[stage.name]) if parts else None
@@ -81,7 +81,7 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
         else:
             counted = counted or importlib.import_module("compress.estimate").tmacs(wanted, data)
             tmacs = counted[stage.name]
-            seconds = round(rates[stage.kind] * tmacs, 1) if stage.kind in rates else None
+            seconds = expected_seconds(known.get(stage.kind, ()), tmacs)
         stages.append({"stage": stage.kind, "name": stage.name, "cached": cached, "lock": name, "tmacs": tmacs, "seconds": seconds})
     return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages} | said
 
@@ -105,12 +105,13 @@ def run(
     `stages` (kind to function) and `evaluation` (with `measure`, `baseline`, `ciders` and `tmacs`) default to `compress.stages`, and to
     `compress.evaluate` and `compress.estimate`, which are imported only when something is not cached.
     """
-    cache = cache_of(out)
+    cache, progress = cache_of(out), progress or Progress()
     try:
-        data = _load(wanted, cache) if data is None else data
+        if data is None:
+            data = _load(wanted, cache, Progress(quiet=True) if share.rank else progress)
         _check_files(wanted)
         made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
-        run_ = making.Run(wanted, out, cache, data, progress or Progress(), stages, evaluation, share)
+        run_ = making.Run(wanted, out, cache, data, progress, stages, evaluation, share)
         try:
             with bounded(), huge_pages():
                 if share.rank:
@@ -137,6 +138,8 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
         run_.progress.log(run_.data.left_out)
     stage = None
     try:
+        if run_.stages is None:
+            _find_weights(run_.recipe, [stage for stage in run_.recipe.stages if not finished(run_.cache / lock.digest(parts[stage.name]))])
         for number, stage in enumerate(run_.recipe.stages, start=1):
             label = f"[{number}/{len(run_.recipe.stages)}] {stage.name}"
             row, built = _stage_row(run_, stage, label, parts[stage.name], artifacts)
@@ -170,7 +173,10 @@ def _trained_with(run_: making.Run) -> Result:
     for stage in run_.recipe.stages:
         target, told = run_.cache / lock.digest(parts[stage.name]), run_.told / stage.name
         until(lambda target=target, told=told: told.exists() or finished(target))
-        if stage.kind in making.JOINT and told.exists() and told.read_text() == "train":
+        if told.exists() and (theirs := told.read_text().split()[1]) != target.name:
+            raise StageError(f"stage '{stage.name}': process {run_.share.rank} would make {target.name}, the first one makes {theirs}; all "
+                             "need the same files, package versions and OMP_NUM_THREADS")
+        if stage.kind in making.JOINT and told.exists() and told.read_text().startswith("train"):
             with tempfile.TemporaryDirectory() as output:
                 context = making.context_of(run_, stage, artifacts, Path(output), target.with_name(f"{target.name}.work") / "state")
                 run_.stage_function(stage.kind)(artifacts[stage.parent] if stage.parent else None, stage.config, context)
@@ -202,7 +208,7 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
                 built = True
     if not built:
         run_.progress.log(f"{label}: cached")
-    run_.tell(stage, False)
+    run_.tell(stage, target.name, False)
     measured = Artifact(target).row()
     place = os.path.relpath(target, run_.out)
     named = {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name, "against": ledger.against(stage, measured)}
@@ -249,17 +255,41 @@ def _check_files(wanted: Recipe) -> None:
                                 f"with --set {owner}.{key}={'FILE' if key in lock.READ else 'PATH'}")
 
 
+def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
+    """ModelError for weights that one of `stages` will read and that are neither here nor on the hub, before any has taken its time; what
+    the hub has is fetched. Encoder and tokenizer are not looked for: the first stage reads them at once."""
+    named = []
+    for stage in stages:
+        fusion = getattr(stage.config, "fusion_weights", None)
+        if getattr(stage.config, "init", "weights") == "weights" and "fusion_weights" in lock.read_of_student(stage, wanted.student):
+            fusion = fusion or wanted.student.fusion_weights
+        named.append((stage, fusion, getattr(stage.config, "text_encoder", None)))
+    if not any(fusion or text for _, fusion, text in named):
+        return  # without torch
+    from compress.training.text import text_file
+    from students.lightcap.bert import bert_file
+
+    for stage, fusion, text in named:
+        try:
+            if fusion:
+                bert_file(fusion)
+            if text:
+                text_file(text)
+        except FileNotFoundError as error:
+            raise ModelError(f"{stage.place}stage '{stage.name}': {error}") from None
+
+
 def _only_a_path(value: str) -> bool:
     """Whether it can be no word of ours (`minilm`) and no OWNER/NAME of the hub."""
     inside = value.count("/") > 1 or value.startswith(("/", ".", "~"))
     return inside or value.endswith(("/", ".txt", ".json", ".safetensors", ".bin", ".pt", ".pth"))
 
 
-def _load(wanted: Recipe, cache: Path):
+def _load(wanted: Recipe, cache: Path, progress: Progress):
     """The captions. DataError also where the split that is trained on, or the one that is measured on, is not among them."""
     from compress import data
 
-    found = data.load(wanted.data, cache)
+    found = data.load(wanted.data, cache, progress=progress)
     needed = {"train": "give some images that split", wanted.data.val_split: "choose one with --set data.val_split=SPLIT"}
     for split, how in needed.items():
         try:

@@ -38,6 +38,21 @@ def test_a_student_has_its_teachers_objective(tmp_path):
     assert all(model.mask_piece is not None and model.vocabulary == 100 for model in found.values())
 
 
+@pytest.mark.parametrize(
+    ("section", "settings", "said"),
+    [
+        ("student: {preset: tiny,\n  attention_heads: 5}", (), r"x.yaml:2: key 'attention_heads', stage 'train': hidden \(32\) must be"),
+        ("student: {preset: tiny}", ("student.hidden=33",), "--set student.hidden=33: key 'hidden', stage 'train': hidden"),
+        ("student: {preset: tiny}", ("student.image_size=70",), "--set student.image_size=70: key 'image_size', stage 'train': image_size"),
+        ("data: {image_size: 70}\nstudent: {preset: tiny}", (), "x.yaml:1: key 'image_size', stage 'train': image_size"),
+    ],
+)
+def test_sizes_that_cannot_be_name_their_key(tmp_path, section, settings, said):
+    (tmp_path / "x.yaml").write_text(f"{section}\nstages:\n  - train: {{}}\n")
+    with pytest.raises(RecipeError, match=said):
+        architectures(read_recipe(tmp_path / "x.yaml", settings), 100)
+
+
 def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
     """DESIGN's example trains the preset `teacher` without a concepts stage: it reads none then, and neither does its student."""
     found = models(tmp_path, CONCEPTS)

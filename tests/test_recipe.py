@@ -46,6 +46,30 @@ def test_a_student_that_starts_from_bert_has_its_pieces_and_layers(tmp_path):
     assert plain.student.tokenizer is None and plain.stages[3].config.init == "teacher"
 
 
+def test_presets_and_encoders_are_the_students():
+    """Listed twice, since the students' own list cannot be read without torch."""
+    from students.lightcap.config import PRESETS
+    from students.lightcap.encoder import ENCODERS
+
+    assert set(config.CHOICES["preset",]) == set(PRESETS) and set(config.CHOICES["student", "encoder"]) == set(ENCODERS)
+
+
+def test_a_gate_of_int8_searches_where_the_recipe_is_silent(tmp_path):
+    def searched(settings: str) -> tuple[int, float]:
+        quantize = read_recipe(write(tmp_path, one_stage(f"quantize: {{{settings}}}"))).stages[1].config
+        return quantize.trials, quantize.tune_epochs
+
+    assert [searched(settings) for settings in ("", "max_drop_cider: 2", "max_drop_cider: 2, trials: 0", "tune_epochs: 3")] == [
+        (0, 0.0), (4, 1.0), (0, 0.0), (0, 3.0)]
+    assert searched("max_drop_cider: 2, trials: 2, tune_epochs: 0") == (2, 0.0)
+
+
+def test_an_extractor_of_a_captioner_that_was_taught_speaks(tmp_path):
+    stages = one_stage("concepts: {as: found}") + "  - scst: {}\n"
+    stages += "  - concepts: {as: new, preset: tiny}\n  - distill: {from: new, teachers: scst}\n"
+    assert [stage.name for stage in read_recipe(write(tmp_path, stages)).stages] == ["teacher", "found", "scst", "new", "distill"]
+
+
 def error_of(folder: Path, text: str, *settings: str) -> str:
     with pytest.raises(RecipeError) as caught:
         read_recipe(write(folder, text), settings)
@@ -294,6 +318,10 @@ def test_wrong_settings(tmp_path, setting, expected):
         (one_stage("train: {as: s, extractor: later}") + "  - concepts: {as: later}", r"key 'extractor': 'later' comes later"),
         (one_stage("train: {as: s, from: teacher, extractor: teacher}"), r"keys 'from' and 'extractor' exclude each other"),
         ("stages: [{scst: {}}]", r"the first stage cannot be 'scst'"),
+        ("student: {encoder: resnet-smal}\nstages: [{train: {}}]", r"chain.yaml:1: key 'encoder': .* did you mean 'resnet-small'\?"),
+        ("stages: [{train: {preset: tinny}}]", r"chain.yaml:1: key 'preset': 'tinny' is not one of .*; did you mean 'tiny'\?"),
+        ("stages:\n  - concepts: {as: found}\n  - distill: {}", r"chain.yaml:3: 'found' was not taught to write captions, which 'distill'"),
+        ("stages:\n  - concepts: {as: found}\n  - vocabulary: {}\n  - export: {}", r"chain.yaml:4: 'vocabulary' was not taught to write"),
         (one_stage("scst: {samples: 1}"), r"key 'samples' must be 2 or more"),
         (one_stage("distill: {token_weight: 1.5}"), r"key 'token_weight' must be 0 or more and at most 1"),
         (one_stage("concepts: {as: words}") + "  - prune: {macs: 0.5, max_drop_cider: 1}",

@@ -16,7 +16,7 @@ from compress.training.start import read_captioner, write_captioner
 STEPS = "num_batches_tracked"  # a batch norm's, which nothing reads
 
 
-def run(parent: Artifact, config: Average, context: Context) -> None:
+def run(parent: Artifact, config: Average, context: Context) -> Artifact:
     """Writes the mean of `parent` and of the stages `config.others`. StageError where one has other sizes, word pieces or concepts."""
     model, tokenizer, settings = read_captioner(parent.path)
     mean = model.state_dict()
@@ -31,3 +31,4 @@ def run(parent: Artifact, config: Average, context: Context) -> None:
             if tensor.is_floating_point():
                 mean[key] += (tensor - mean[key]) / count  # exactly itself where all are equal: an encoder that they share stays shared
     write_captioner(context.output, model, tokenizer, settings)
+    return Artifact(context.output)

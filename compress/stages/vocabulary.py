@@ -15,7 +15,7 @@ from students.lightcap.tokenizer import encode_captions, keep_pieces, narrowed
 KEPT = "vocabulary.json"  # piece i of this artifact was piece kept[i] of its parent's
 
 
-def run(parent: Artifact, config: Vocabulary, context: Context) -> None:
+def run(parent: Artifact, config: Vocabulary, context: Context) -> Artifact:
     """Writes the parent over the pieces that occur `min_count` times in training captions, and every single character, so that any word
     can still be spelled. The kept pieces keep their order: vocabulary.json lists their ids in the parent's vocabulary."""
     model, tokenizer, settings = read_captioner(parent.path)
@@ -28,3 +28,4 @@ def run(parent: Artifact, config: Vocabulary, context: Context) -> None:
     model.narrow(torch.tensor(keep))
     write_json(context.output / KEPT, {"pieces_before": before, "kept": keep})
     write_captioner(context.output, model, narrowed(tokenizer, keep), settings)
+    return Artifact(context.output)

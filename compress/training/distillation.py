@@ -32,11 +32,11 @@ class Goal:
     (LightCap), `all` from all of them, `running` from its own and from the mean of the heads before it."""
 
     match: tuple[str, ...]
-    match_epochs: float
-    temperature: float
-    token_weight: float
-    hidden_weight: float
-    attention_weight: float
+    match_epochs: float = 0.0
+    temperature: float = 1.0
+    token_weight: float = 1.0
+    hidden_weight: float = 0.0
+    attention_weight: float = 0.0
     ensemble: str = "each"
 
 
@@ -61,7 +61,8 @@ def distil(
     model: LightCap, data: Corpus, taught: list[tuple[np.ndarray, np.ndarray]] | None, teacher: Teacher | None, goal: Goal,
     config: Optimisation, steps: int, seed: int, label: str, context: Context,
 ) -> None:
-    """Trains `model` (already narrowed) towards `taught`, one entry per head or one for all, and towards `teacher`'s layers."""
+    """Trains `model` (already narrowed) towards `taught`, one entry per head or one for all, at the predicted pieces, and towards
+    `teacher`'s layers at all pieces of a caption, masked or not. At the prefix, which sees no caption, nothing is compared."""
     where = device()
     model.to(where).train()
     model.encoder.eval()
@@ -82,7 +83,7 @@ def distil(
     def loss_of(step: int) -> Tensor:
         batch = batch_of(step)
         grid = data.grid_of(model, batch.images)
-        mask, real = batch.mask(model.config.prefix), batch.targets != IGNORED
+        mask, real, own = batch.mask(model.config.prefix), batch.targets != IGNORED, batch.segments > 0
         seen: list | None = [] if step < matched else None
         hidden = model.states(grid, batch.tokens, batch.positions, mask, probe=seen)
         loss = head_loss(model, hidden[real], batch, taught, goal, config.label_smoothing)
@@ -90,9 +91,9 @@ def distil(
             shown = teacher.probe(grid, batch.tokens, batch.positions, batch.mask(teacher.prefix))
             for mine, linear, index in zip(seen, maps, pairs, strict=True):
                 if "hidden" in goal.match:
-                    loss = loss + goal.hidden_weight * hidden_loss(linear(mine[0]), shown[index][0], real) / len(pairs)
+                    loss = loss + goal.hidden_weight * hidden_loss(linear(mine[0]), shown[index][0], own) / len(pairs)
                 if "attention" in goal.match:
-                    loss = loss + goal.attention_weight * attention_loss(mine[1], shown[index][1], real) / len(pairs)
+                    loss = loss + goal.attention_weight * attention_loss(mine[1], shown[index][1], own) / len(pairs)
         return loss
 
     trained["maps"] = maps

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from compress.errors import ModelError
 from students.lightcap.bert import minilm_folder
+from students.lightcap.checkpoint import CLIP_NAMES, checkpoint_file
 
 BATCH = 128
+WORDS = ("minilm", "openai")
 
 
 def default_text_encoder(image_encoder: str) -> str:
@@ -21,13 +23,21 @@ def default_text_encoder(image_encoder: str) -> str:
 
 
 def embed_texts(texts: Sequence[str], encoder: str) -> Tensor:
-    """(n, text) of length one. `encoder`: `minilm` (384 wide), or CLIP RN50's (1,024 wide): `openai`, or a file of its weights as open_clip
-    reads them. ModelError, in one line, where it is not to be had."""
+    """(n, text) of length one. `encoder`: `minilm` (384 wide), or CLIP RN50's (1,024 wide): `openai`, or its weights as open_clip reads
+    them: a file, a folder or OWNER/NAME of the hub. ModelError, in one line, where it is not to be had."""
     try:
         found = minilm(texts) if encoder == "minilm" else clip(texts, encoder)
     except FileNotFoundError as error:
         raise ModelError(str(error)) from None
     return F.normalize(found.float(), dim=-1)
+
+
+def text_file(encoder: str) -> Path | None:
+    """The file of CLIP RN50's weights that `text_encoder` names; None of a word, whose weights a package fetches or carries.
+    FileNotFoundError, in one line."""
+    if encoder in WORDS:
+        return None
+    return checkpoint_file(encoder, "CLIP RN50's text encoder", "text_encoder", WORDS, CLIP_NAMES)
 
 
 @torch.inference_mode()
@@ -52,12 +62,10 @@ def minilm(texts: Sequence[str]) -> Tensor:
 def clip(texts: Sequence[str], weights: str) -> Tensor:
     import open_clip
 
-    file = Path(weights).expanduser()
-    if weights != "openai" and not file.is_file():
-        raise FileNotFoundError(f"no text encoder '{weights}'; set text_encoder to minilm, openai, or a file of CLIP RN50's weights")
+    file = text_file(weights)
     try:
         # OpenAI's weights were trained with QuickGELU; by itself open_clip only warns of another activation.
-        model = open_clip.create_model("RN50", pretrained=weights if weights == "openai" else str(file), force_quick_gelu=True).eval()
+        model = open_clip.create_model("RN50", pretrained=weights if file is None else str(file), force_quick_gelu=True).eval()
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(

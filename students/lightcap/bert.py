@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from students.lightcap.encoder import read_tensors
+from students.lightcap.checkpoint import checkpoint_file, read_tensors
 from students.lightcap.fusion import Fusion
 
 # Our names beside BERT's, in embeddings and in each encoder layer.
@@ -27,26 +27,11 @@ def minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def checkpoint_file(source: str) -> Path:
-    """A local file or folder as it is; any other `owner/name` through the hub. FileNotFoundError says what to set."""
+def bert_file(source: str) -> Path:
+    """The checkpoint that `fusion_weights` names: `minilm`, a file, a folder or OWNER/NAME of the hub. FileNotFoundError, in one line."""
     if source == "minilm":
         return minilm_folder() / "model.safetensors"
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():
-                return path / name
-        raise FileNotFoundError(f"{path}: neither model.safetensors nor pytorch_model.bin there; put one there, or change fusion_weights")
-    from huggingface_hub import hf_hub_download
-
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            return Path(hf_hub_download(source, name))
-        except Exception:
-            continue
-    raise FileNotFoundError(f"no BERT weights at '{source}', neither here nor on the hub; download them and set fusion_weights=FOLDER")
+    return checkpoint_file(source, "BERT", "fusion_weights", ("minilm",))
 
 
 def load_bert(fusion: Fusion, source: str) -> None:
@@ -54,7 +39,7 @@ def load_bert(fusion: Fusion, source: str) -> None:
 
     Raises ValueError where a tensor is absent or of another shape.
     """
-    path = checkpoint_file(source)
+    path = bert_file(source)
     state = read_tensors(path)
     state = {key.removeprefix("bert."): value for key, value in state.items()}
     state = {key.replace(".gamma", ".weight").replace(".beta", ".bias"): value for key, value in state.items()}

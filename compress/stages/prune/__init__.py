@@ -1,8 +1,8 @@
 """Structured pruning to targets in MACs, parameters, megabytes or milliseconds, recovered by distilling from the unpruned parent.
 
-Whole layers leave first, where some shall. Each step: importance by gate derivatives on training captions, the cheapest blocks leave until
-the step's share of the target is met, what is left is repaired without training, the encoder learns to give its old grid again, its
-features are computed anew, and the fusion is distilled from the parent.
+Whole layers leave first, where some shall, and alone where nothing else is asked for. Each step: importance by gate derivatives on training
+captions, the cheapest blocks leave until the step's share of the target is met, what is left is repaired without training, the encoder
+learns to give its old grid again, its features are computed anew, and the fusion is distilled from the parent.
 """
 
 from __future__ import annotations
@@ -20,21 +20,18 @@ from compress.config import Prune
 from compress.context import Context
 from compress.stages.prune.channels import Block, Unit, units
 from compress.stages.prune.importance import importance
-from compress.stages.prune.recover import recover_encoder
+from compress.stages.prune.recover import recover_encoder, recover_fusion
 from compress.stages.prune.repair import Repair
 from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
 from compress.stages.prune.target import Target, choose, give_back, megabytes, ranked, shapes_megabytes
-from compress.training.corpus import UNSEEN_BIAS, corpus
-from compress.training.distillation import Goal, distil, teach
 from compress.training.start import read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
-from teachers.teacher import load
 
 SENSITIVITY = "sensitivity.json"  # part: how far captions' distributions move without half of what can leave there, in nats a piece
 
 
-def run(parent: Artifact, config: Prune, context: Context) -> None:
+def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
     """Writes the pruned captioner; its shapes stand in config.json."""
     seed = context.seed
     model, tokenizer, settings = read_captioner(parent.path)
@@ -52,32 +49,26 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
     gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
         label = f"{context.stage.name} {step}/{config.steps}"
-        scores = importance(model, tokenizer, settings, units(model, config.parts, whole), config, seed, context)
-        compared = {unit: score for unit, score in scores.items() if config.ratios == "sensitivity" or no_derivative(unit, config)}
-        if compared and factors is None:  # measured once, on the unpruned model
-            moves, factors = sensitivities(
-                *measured(model, tokenizer, settings, seed, context), compared, config.round_to, target.savings(model), repair,
-                (parent.digest(), stay, seed), context,
-            )  # fmt: skip
-        if factors is not None:
-            scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
-        note = context.work / f"leaving-{step}.json"
-        chosen = leaving(model, scores, config.round_to, target, step / config.steps, note)
+        chosen: Sequence[Block] = ()
+        if target.aims:
+            scores = importance(model, tokenizer, settings, units(model, config.parts, whole), config, seed, context)
+            compared = {unit: score for unit, score in scores.items() if config.ratios == "sensitivity" or no_derivative(unit, config)}
+            if compared and factors is None:  # measured once, on the unpruned model
+                moves, factors = sensitivities(
+                    *measured(model, tokenizer, settings, seed, context), compared, config.round_to, target.savings(model), repair,
+                    (parent.digest(), stay, seed), context,
+                )  # fmt: skip
+            if factors is not None:
+                scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
+            note = context.work / f"leaving-{step}.json"
+            chosen = leaving(model, scores, config.round_to, target, step / config.steps, note)
         model = repair.without(model, chosen, repair.carried(model))
         context.progress.log(f"{label}: {target.describe(model)}")
         encoder_cut = encoder_cut or any(block.unit.kind == "conv" for block in chosen)
         if encoder_cut:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
         if config.recover_epochs:
-            data = corpus(model, tokenizer, settings, context)
-            if taught is None:
-                taught = teach_from_parent(parent, tokenizer, settings, data, config, context)
-            full = model.word.detach().clone()
-            model.narrow(data.keep)
-            goal = Goal(("tokens",), 0.0, config.temperature, config.token_weight, 0.0, 0.0)
-            steps = data.steps(config.recover_epochs, config.batch_images)
-            distil(model, data, taught, None, goal, config, steps, seed + step, f"{label} fusion", context)
-            model.widen(data.keep, full, UNSEEN_BIAS)
+            taught = recover_fusion(model, parent, tokenizer, settings, taught, config, seed + step, f"{label} fusion", context)
         if gated:
             before = context.ciders(context.artifacts.get(context.stage.against, parent)) if before is None else before
             made = written(context.work / f"step-{step}", model, tokenizer, settings)
@@ -90,8 +81,9 @@ def run(parent: Artifact, config: Prune, context: Context) -> None:
                 break
             good = made
     write_captioner(context.output, model, tokenizer, settings)
-    if config.ratios == "sensitivity":
+    if config.ratios == "sensitivity" and moves is not None:
         write_json(context.output / SENSITIVITY, moves)
+    return Artifact(context.output)
 
 
 def no_derivative(unit: Unit, config: Prune) -> bool:
@@ -124,12 +116,3 @@ def written(folder: Path, model: LightCap, tokenizer: Tokenizer, settings: dict)
     with writing(folder) as output:
         write_captioner(output, model, tokenizer, settings)
     return Artifact(folder)
-
-
-def teach_from_parent(parent, tokenizer, settings, data, config, context):
-    """The parent's distributions over the pieces of `data`, from its own features: those of the pruned encoder are the student's."""
-    teacher = load(parent.path)
-    teacher.narrow(data.keep)
-    own, _, _ = read_captioner(parent.path)
-    seen = corpus(own, tokenizer, settings, context)
-    return teach([teacher], [parent], seen, config.top_k, config.temperature, config.precision, [parent.path.name[:8]], context)

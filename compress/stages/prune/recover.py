@@ -1,21 +1,26 @@
-"""A pruned encoder learns to give its parent's grid again: feature distillation on training pictures, against the stored grids of them, or
-against the parent's encoder beside it where pictures are disturbed anew in each step."""
+"""What is left of a captioner learns from the whole one. The encoder, to give its grid again: feature distillation on training pictures,
+against the stored grids of them, or against the parent's encoder beside it where pictures are disturbed anew in each step. The fusion, on
+features of the pruned encoder, what the parent says of its own."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from compress.artifact import Artifact
 from compress.config import Prune
 from compress.context import Context
 from compress.training.batches import image_batches, steps_of
-from compress.training.corpus import disturbed
+from compress.training.corpus import UNSEEN_BIAS, corpus, disturbed
+from compress.training.distillation import Goal, distil, teach
 from compress.training.features import device, grids, normalised, pixels, variance
 from compress.training.loop import Group, fit
 from compress.training.start import read_captioner
 from students.lightcap import LightCap
 from students.lightcap.norms import folded
+from teachers.teacher import load
 
 
 def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: Prune, seed: int, label: str, context: Context) -> None:
@@ -52,3 +57,24 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
         fit(nn.ModuleDict({"encoder": model.encoder}), groups, steps, loss_of, config, seed, context.work, label, context.progress)
     model.cpu().eval()
     model.contiguous_()
+
+
+def recover_fusion(
+    model: LightCap, parent: Artifact, tokenizer: Tokenizer, settings: dict, taught: list[tuple[np.ndarray, np.ndarray]] | None,
+    config: Prune, seed: int, label: str, context: Context,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Distils `model` from its parent, and returns what the parent says of the training captions: `taught`, where it was asked before."""
+    data = corpus(model, tokenizer, settings, context)
+    if taught is None:
+        teacher = load(parent.path)
+        teacher.narrow(data.keep)
+        own, _, _ = read_captioner(parent.path)
+        seen = corpus(own, tokenizer, settings, context)
+        taught = teach([teacher], [parent], seen, config.top_k, config.temperature, config.precision, [parent.path.name[:8]], context)
+    full = model.word.detach().clone()
+    model.narrow(data.keep)
+    goal = Goal(("tokens",), temperature=config.temperature, token_weight=config.token_weight)
+    steps = data.steps(config.recover_epochs, config.batch_images)
+    distil(model, data, taught, None, goal, config, steps, seed, label, context)
+    model.widen(data.keep, full, UNSEEN_BIAS)
+    return taught

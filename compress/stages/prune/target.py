@@ -62,10 +62,11 @@ class Target:
 
     @staticmethod
     def of(config: Prune, model: LightCap, beside: float = 0.0) -> Target:
-        """`beside`: megabytes on disk that are no weights, such as the tokenizer. StageError where the parent has all that is wanted."""
+        """`beside`: megabytes on disk that are no weights, such as the tokenizer. Without aims, layers alone shall leave. StageError where
+        the parent has all that is wanted."""
         aims = [Aim.of(name, config, model, beside) for name in (*COUNTS, "ms") if getattr(config, name) is not None]
         left = tuple(aim for aim in aims if aim.wanted < aim.before)
-        if not left:
+        if aims and not left:
             met = " and ".join(f"{aim.name}: {aim.wanted:.4g} is not below the parent's {aim.before:.4g}" for aim in aims)
             raise StageError(f"prune to {met}")
         return Target(left)
@@ -89,7 +90,7 @@ class Target:
         return {aim: value for aim, value in measured if value > aim.at(share)}
 
     def describe(self, model: LightCap) -> str:
-        return "; ".join(aim.describe(model) for aim in self.aims)
+        return "; ".join(aim.describe(model) for aim in self.aims) or f"{parameters(model):,.0f} parameters"
 
 
 def ranked(model: LightCap, scores: Mapping[Unit, Tensor], round_to: int, target: Target, share: float = 1.0) -> list[Block]:

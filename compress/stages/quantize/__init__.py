@@ -14,7 +14,8 @@ from compress.artifact import Artifact, write_json
 from compress.config import Quantize
 from compress.context import Context, Progress
 from compress.errors import ModelError, StageError
-from compress.stages.export import SETTINGS, write_decoder
+from compress.runtime import SETTINGS
+from compress.stages.export.tracing import write_decoder
 from compress.stages.quantize import calibrate, concepts, decoder, encoder, search, sensitivity, tune
 from compress.stages.quantize.calibrate import Calibrated
 from compress.training.start import read_captioner
@@ -24,11 +25,11 @@ SENSITIVITY = "sensitivity.json"  # part: KL divergence, nats a token, where it 
 SENSITIVITY_IMAGES = 32
 
 
-def run(parent: Artifact, config: Quantize, context: Context) -> None:
+def run(parent: Artifact, config: Quantize, context: Context) -> Artifact:
     """Writes the graphs of `compress.stages.export`, the parent's settings, and "quantized" in config.json, into `context.output`.
 
-    With `trials`, CIDEr on val is held to `max_drop_cider` by `search`. StageError where the weights do not shrink to
-    `config.max_weight_ratio` of the parent's, naming the tensors still in float.
+    With `trials`, CIDEr on val is held to `max_drop_cider` by `search`, and "budget" there says "met" or "not met". StageError where the
+    weights do not shrink to `config.max_weight_ratio` of the parent's, naming the tensors still in float.
     """
     if not (parent.path / "model.safetensors").is_file():
         raise ModelError(f"quantize needs a float model: {parent.path} has no model.safetensors")
@@ -56,13 +57,15 @@ def run(parent: Artifact, config: Quantize, context: Context) -> None:
 
     tunes = config.tune_epochs > 0
     if config.trials and config.max_drop_cider is not None:
-        best = search.search(make, tunes, worst, parent, context)
+        best, met = search.search(make, tunes, worst, parent, context)
         shutil.copytree(best, context.output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(search.TRIAL))
+        note(context.output, {"max_drop_cider": config.max_drop_cider, "budget": "met" if met else "not met"})
     else:
         make(tunes, (), context.output)
     if config.sensitivity:
         made = json.loads((context.output / "config.json").read_text())["quantized"]
         write_json(context.output / SENSITIVITY, measured(made["tune_epochs"] > 0))
+    return Artifact(context.output)
 
 
 def write(
@@ -89,8 +92,18 @@ def describe(folder: Path, parent: Artifact, model: LightCap, quantized: dict) -
     """Writes the parent's settings, and config.json with what was done."""
     for name in SETTINGS[1:]:
         shutil.copyfile(parent.path / name, folder / name)
-    values = model.config.to_dict() | {"quantized": quantized}
+    write_config(folder, model.config.to_dict() | {"quantized": quantized})
+
+
+def write_config(folder: Path, values: dict) -> None:
     (folder / "config.json").write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def note(folder: Path, more: dict) -> None:
+    """Adds to "quantized" in config.json."""
+    values = json.loads((folder / "config.json").read_text())
+    values["quantized"] |= more
+    write_config(folder, values)
 
 
 def check(folder: Path, model: LightCap, most: float, large: Sequence[str], progress: Progress) -> None:

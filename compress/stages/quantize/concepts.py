@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 
 from compress.config import Quantize
 from compress.context import Progress
-from compress.stages import export
+from compress.stages.export.modules import ConceptScores
+from compress.stages.export.tracing import concepts_graph
 from compress.stages.quantize import observe
 from compress.stages.quantize.decoder import make_integer
 from compress.stages.quantize.gptq import IMAGES, gptq
@@ -23,11 +24,11 @@ LARGEST = 4096  # batch
 
 
 class Extractor(nn.Module):
-    """`export.ConceptScores` under the name that its parts have."""
+    """`ConceptScores` under the name that its parts have."""
 
     def __init__(self, model: LightCap) -> None:
         super().__init__()
-        self.concepts = export.ConceptScores(model)
+        self.concepts = ConceptScores(model)
 
     def forward(self, grid: Tensor) -> Tensor:
         return self.concepts(grid)
@@ -48,8 +49,8 @@ def quantized_concepts(model: LightCap, prepared: GraphModule, floating: Collect
     """grid -> word pieces of the concepts. `prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float
     weights."""
     found = observe.linear_scales(prepared)
-    names = {name: name.replace("concepts.", "scores.", 1) for name in found}  # in `export.Extractor`
+    names = {name: name.replace("concepts.", "scores.", 1) for name in found}  # in `export.modules.Extractor`
     float_weights = {names[name] for name in found if part_named(name.removesuffix(".weight")) in floating}
-    proto = export.concepts_graph(model)
+    proto = concepts_graph(model)
     make_integer(proto.graph, {names[name]: scale for name, scale in found.items()}, float_weights)
     return proto

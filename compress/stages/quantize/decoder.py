@@ -19,7 +19,8 @@ from torch.fx import GraphModule
 
 from compress import graphs
 from compress.errors import StageError
-from compress.stages import export
+from compress.stages.export.modules import stacks
+from compress.stages.export.tracing import prefix_graph, step_graph
 from compress.stages.quantize import observe
 from compress.stages.quantize.observe import Scales
 from compress.stages.quantize.simulate import part_named
@@ -35,13 +36,13 @@ def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collecti
     found = observe.linear_scales(prepared)
     float_weights = {graph_name(name) for name in found if part_named(name.removesuffix(".weight")) in floating}
     scales = {graph_name(name): scale for name, scale in found.items()}
-    for name, parts in export.stacks(model).items():
+    for name, parts in stacks(model).items():
         parts = [graph_name(part) for part in parts]
         if float_weights.issuperset(parts):
             float_weights.add(name)
         elif scales.keys() >= set(parts):
             scales[name] = stacked(name, [scales[part] for part in parts])
-    protos = export.prefix_graph(model), export.step_graph(model)
+    protos = prefix_graph(model), step_graph(model)
     for proto in protos:
         make_integer(proto.graph, scales, float_weights)
     return protos
@@ -80,7 +81,7 @@ def teacher_forced(model: LightCap, grid: Tensor, captions: list[list[int]]) -> 
 
 
 def graph_name(name: str) -> str:
-    """A weight's name in LightCap -> its name in `export.Decoder`."""
+    """A weight's name in LightCap -> its name in `export.modules.Decoder`."""
     name = name.removeprefix("model.").removeprefix("fusion.").removeprefix("heads.")
     return "vocabulary" if name == "word.weight" else name
 

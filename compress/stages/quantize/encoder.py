@@ -13,7 +13,8 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from compress import graphs
-from compress.stages import export
+from compress.stages.export.modules import Encoder
+from compress.stages.export.tracing import to_onnx
 from compress.stages.quantize import observe
 from compress.stages.quantize.simulate import leave_float
 from students.lightcap import LightCap
@@ -22,7 +23,7 @@ from students.lightcap import LightCap
 def calibrated(model: LightCap, batches: Iterable[np.ndarray], reduce_range: bool = False) -> GraphModule:
     """The encoder with observers that saw `batches` of pixels (B, 3, S, S) float32."""
     inputs, shapes = example(model)
-    prepared = observe.prepare(export.Encoder(model), inputs, shapes, reduce_range)
+    prepared = observe.prepare(Encoder(model), inputs, shapes, reduce_range)
     observe.observe_everything(prepared)
     observe.run(prepared, ((torch.from_numpy(batch),) for batch in batches))
     return prepared
@@ -37,7 +38,7 @@ def example(model: LightCap) -> tuple[tuple, tuple]:
 def quantized_encoder(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> ModelProto:
     """pixels -> grid with one set of scales, those that `prepared` saw; `floating`: parts (`simulate.parts`) that stay in float."""
     inputs, shapes = example(model)
-    proto = export.to_onnx(fold(leave_float(prepared, floating)), inputs, ["pixels"], ["grid"], shapes)
+    proto = to_onnx(fold(leave_float(prepared, floating)), inputs, ["pixels"], ["grid"], shapes)
     fold_pads(proto.graph)
     integer_pools(proto)
     graphs.own_zero_points(proto.graph)

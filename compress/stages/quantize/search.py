@@ -18,9 +18,10 @@ TRIAL = "trial.json"
 def search(
     make: Callable[[bool, Sequence[str], Path], None], tunes: bool, worst: Callable[[bool], Sequence[str]],
     parent: Artifact, context: Context,
-) -> Path:
-    """The folder of the best of at most `trials` + 1 artifacts: all in INT8; the same with tuned weights, if the stage `tunes`; then with
-    one more of the parts `worst(tuned)` in float in each. The first within `max_drop_cider` of what the stage is compared with ends it.
+) -> tuple[Path, bool]:
+    """The folder of the best of at most `trials` + 1 artifacts, and whether it is within `max_drop_cider` of what the stage is compared
+    with: all in INT8; the same with tuned weights, if the stage `tunes`; then with one more of the parts `worst(tuned)` in float in each.
+    The first that is within ends it.
 
     `make(tuned, floating, folder)` writes an artifact; what raises StageError there is left out, unless it is the first. What was tried is
     in `context.work`, the best of it whole: a search that was stopped goes on after its last trial."""
@@ -68,7 +69,8 @@ def search(
         if not queue:
             break
         candidate = (tuned, (*floating, queue.pop(0)))
-    return max(tried, key=itemgetter(0))[1]
+    delta, best = max(tried, key=itemgetter(0))
+    return best, -delta <= config.max_drop_cider
 
 
 def drop_graphs(folder: Path) -> None:

@@ -1,40 +1,18 @@
-"""A captioner as ONNX graphs and one script: a folder that captions by itself, without torch.
-
-`encoder.onnx`: pixels (B, 3, S, S) -> grid (B, G, C). `concepts.onnx`, where the model reads concepts: grid -> their word pieces (B, K).
-`prefix.onnx`: grid -> its keys and values, layer by layer. `decoder.onnx`: those and a token -> logits. The last two share the weights in
-`decoder.onnx.data`, so that none is stored twice; one graph for both would take a tenth longer a step, for what a step has no use for.
-"""
+"""The captioner as modules that ONNX traces well: products in the layout of MatMul, attention spelled out, heads folded, the word embedding
+held once."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import shutil
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from onnx import ModelProto
 from torch import Tensor, nn
-from torch.export import Dim
 
-from compress import graphs, runtime
-from compress.errors import ModelError
-from compress.runtime import GRAPHS, SETTINGS
 from students.lightcap import LightCap
 from students.lightcap.fusion import PREFIX_POSITION
 
-OPSET = 20
-REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"
 ATTENTION, MEMORY = ("query", "key", "value"), ("key", "value")
-DECODER_WEIGHTS = "decoder.onnx.data"
-SATURATION = (
-    "on x86 processors without VNNI the fast sums of these INT8 products can saturate, so that caption.py takes slower ones there, which "
-    "cannot; for such devices quantize with reduce_range: true"
-)
 
 
 class Encoder(nn.Module):
@@ -254,123 +232,3 @@ def later_tokens(tokens: int, past: int, like: Tensor) -> Tensor:
     """(tokens, past + tokens): a large negative number where a token would see a later one, else 0."""
     later = torch.ones(tokens, tokens, dtype=like.dtype).triu(1) * -1e9
     return torch.cat([torch.zeros(tokens, past, dtype=like.dtype), later], 1)
-
-
-def past_names(model: LightCap, kind: str) -> list[str]:
-    """`past_key_0`, `past_value_0`, ...; kind `prefix` names those of the prefix, `present` what a step gives."""
-    return [f"{kind}_{part}_{layer}" for layer in range(len(model.fusion.layers)) for part in ("key", "value")]
-
-
-@contextlib.contextmanager
-def quiet():
-    """torch.onnx and what it calls speak of their own deprecations and of renamed axes; nothing of it concerns a captioner's user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for module in ("torch", "onnxscript", "onnx_ir", "copyreg"):
-            warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def to_onnx(module: nn.Module, inputs: tuple, input_names: list[str], output_names: list[str], dynamic_shapes) -> ModelProto:
-    """`torch.onnx.export(dynamo=True)`, with all sizes marked dynamic that `dynamic_shapes` names."""
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module, inputs, dynamo=True, opset_version=OPSET, input_names=input_names, output_names=output_names,
-            dynamic_shapes=dynamic_shapes, verbose=False, external_data=False, optimize=True,
-        )
-    return program.model_proto
-
-
-def encoder_graph(model: LightCap) -> ModelProto:
-    size = model.config.image_size
-    batch = Dim("images", min=1, max=4096)
-    proto = to_onnx(Encoder(model).eval(), (torch.randn(2, 3, size, size),), ["pixels"], ["grid"], ({0: batch},))
-    return proto
-
-
-def concepts_graph(model: LightCap) -> ModelProto:
-    """The float extractor, its initializers named as the parameters of `Extractor`."""
-    grid = torch.randn(2, model.config.grid**2, model.config.channels)
-    return to_onnx(Extractor(model).eval(), (grid,), ["grid"], ["concepts"], ({0: Dim("n")},))
-
-
-def prefix_graph(model: LightCap) -> ModelProto:
-    """The float prefix, its initializers still named as the parameters of `Decoder` (`graphs.clean` renames them)."""
-    config, n = model.config, {0: Dim("n")}
-    inputs, names = (torch.randn(2, config.grid**2, config.channels),), ["grid"]
-    if config.concepts:
-        inputs, names = (*inputs, torch.ones(2, config.concepts, dtype=torch.int64)), [*names, "concepts"]
-    return to_onnx(Prefix(model).eval(), inputs, names, past_names(model, "prefix"), (n,) * len(inputs))
-
-
-def step_graph(model: LightCap) -> ModelProto:
-    """The float step, its initializers still named as the parameters of `Decoder`: a token at a time, two for a model of masked pieces."""
-    sizes = [(layer.query.out_features // layer.head_dim, layer.head_dim) for layer in model.fusion.layers for _ in range(2)]
-    # Lengths are odd and unequal, so that no two dynamic sizes look alike.
-    states = [[torch.randn(2, heads, length, width) for heads, width in sizes] for length in (7, 5)]
-    shape = (2, 1 if model.config.mask_piece is None else 2)
-    tokens, positions = torch.ones(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    n, prefix, past = (Dim(name) for name in ("n", "prefix_length", "past_length"))
-    dynamic = ({0: n}, {0: n}, *([{0: n, 2: length} for _ in sizes] for length in (prefix, past)))
-    names = ["tokens", "positions", *past_names(model, "prefix"), *past_names(model, "past")]
-    return to_onnx(Step(model).eval(), (tokens, positions, *states), names, ["logits", *past_names(model, "present")], dynamic)
-
-
-def write_decoder(prefix: ModelProto, step: ModelProto, folder: Path) -> None:
-    """Both graphs and the file of their weights."""
-    graphs.write_sharing({"prefix.onnx": graphs.clean(prefix), "decoder.onnx": graphs.clean(step)}, folder, DECODER_WEIGHTS)
-
-
-def export(artifact, out: str | Path) -> None:
-    """Writes into the folder `out` (made if absent) the artifact's captioner, in its own precision, with caption.py and requirements.txt.
-
-    `artifact` has a `.path`. ModelError where it cannot be read.
-    """
-    source, out = Path(artifact.path), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in SETTINGS:
-        if not (source / name).is_file():
-            raise ModelError(f"{source}: no {name} there, so it is not a whole artifact")
-    if (source / "model.safetensors").is_file():
-        try:
-            model = LightCap.from_pretrained(source)
-        except (FileNotFoundError, ValueError) as error:
-            raise ModelError(str(error)) from None
-        graphs.write(graphs.clean(encoder_graph(model)), out / "encoder.onnx")
-        write_decoder(prefix_graph(model), step_graph(model), out)
-        if model.config.concepts:
-            graphs.write(graphs.clean(concepts_graph(model)), out / "concepts.onnx")
-    else:
-        config = json.loads((source / "config.json").read_text())
-        for name in (*GRAPHS, *(["concepts.onnx"] if config.get("concepts") else [])):
-            if not (source / name).is_file():
-                raise ModelError(f"{source}: neither model.safetensors nor {name} there, so it is not a whole artifact")
-            shutil.copyfile(source / name, out / name)
-    for name in SETTINGS:
-        shutil.copyfile(source / name, out / name)
-    write_program(out)
-
-
-def warning(artifact) -> str | None:
-    """What is to be known of the devices that an export of `artifact` may run on."""
-    quantized = artifact.config.get("quantized")
-    return SATURATION if quantized and not quantized.get("reduce_range", False) else None
-
-
-def write_program(out: Path) -> None:
-    shutil.copyfile(runtime.__file__, out / "caption.py")
-    (out / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-
-
-def run(parent, config, context) -> None:
-    """The stage `export`: `parent` as a folder that captions by itself, in `context.output`."""
-    export(parent, context.output)
-    if (said := warning(parent)) is not None:
-        context.progress.log(f"{context.stage.name}: {said}")

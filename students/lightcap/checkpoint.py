@@ -1,0 +1,64 @@
+"""Checkpoints from elsewhere: the file that a setting names, here or on the hub, and its tensors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAMES = ("model.safetensors", "pytorch_model.bin")
+CLIP_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", *NAMES)
+
+
+def checkpoint_file(source: str, what: str, key: str, words: Sequence[str] = (), names: Sequence[str] = NAMES) -> Path:
+    """A file as it is; of a folder, or of OWNER/NAME on the hub, the first of `names` that is there.
+
+    FileNotFoundError, in one line, says what the setting `key` may be; `words` are those that it knows, `what` says whose weights they are.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{path}: neither {' nor '.join(names)} there; put one there, or change {key}")
+        return found
+    from huggingface_hub import hf_hub_download
+
+    reason = ""
+    for name in names:
+        try:
+            return Path(hf_hub_download(source, name))
+        except Exception as error:  # of the net, of the hub, or of a name that it does not allow
+            reason = type(error).__name__
+    close = difflib.get_close_matches(source, words, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    known = f" or {', '.join(words)}" if words else ""
+    raise FileNotFoundError(f"no weights for {what} at '{source}', neither here nor on the hub ({reason}); set {key} to a file, a folder, "
+                            f"OWNER/NAME of the hub{known}{hint}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A state dict from a safetensors file, or from a PyTorch file read with `weights_only=True`. ValueError where it is neither."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+    if path.suffix not in (".pt", ".pth", ".bin"):
+        raise ValueError(f"{path}: weights must be .safetensors, or a .bin, .pt or .pth of tensors only")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: refused, it holds more than tensors or is damaged ({reason}); convert it to safetensors") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: not a flat state dict of tensors; convert it to safetensors")
+    return state
