@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from compress.artifact import Artifact
@@ -27,11 +29,22 @@ def noted(folder: Path) -> dict:
     return json.loads((folder / "lock.json").read_text(encoding="utf-8"))
 
 
-def rates_of(cache: Path) -> dict[str, float]:
-    """Seconds per 1e12 multiply-accumulates of each kind of stage, from the newest finished artifact of that kind."""
-    rates = {}
+def durations(cache: Path) -> dict[str, list[tuple[float, float]]]:
+    """(1e12 multiply-accumulates, seconds) of the finished artifacts of each kind of stage, the newest last."""
+    found: dict[str, list[tuple[float, float]]] = {}
     for file in sorted(cache.glob("*/lock.json"), key=lambda path: path.stat().st_mtime):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError, LightcapError):
-            found = noted(file.parent)
-            rates[found["parts"]["kind"]] = Artifact(file.parent).row()["seconds"] / found["tmacs"]
-    return rates
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, LightcapError):
+            known = noted(file.parent)
+            tmacs, seconds = known["tmacs"], Artifact(file.parent).row()["seconds"]
+            if tmacs > 0:
+                found.setdefault(known["parts"]["kind"], []).append((tmacs, seconds))
+    return found
+
+
+def expected_seconds(known: Sequence[tuple[float, float]], tmacs: float) -> float | None:
+    """How long a stage of `tmacs` may take: at the rate of that of `known` which is nearest in size, since small models keep no processor
+    busy; of equally near ones the newest. None where none is known."""
+    if not known or not tmacs:
+        return None
+    of, seconds = min(reversed(known), key=lambda pair: abs(math.log(pair[0] / tmacs)))
+    return round(seconds / of * tmacs, 1)

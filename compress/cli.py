@@ -270,7 +270,7 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 @click.argument("model")
 @click.option("--captions", required=True, help="Karpathy or COCO JSON, or Flickr8k's text.")
 @click.option("--images", required=True, help="The folder that holds the images.")
-@click.option("--split", default="val", show_default=True, help="Which split to measure.")
+@click.option("--split", help="Which split to measure (default: val; of captions without splits, or with one alone, all).")
 @click.option(
     "--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="The share of images that may be left out."
 )
@@ -278,7 +278,7 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 @java_metrics
 @as_json
 def eval_command(
-    model: str, captions: str, images: str, split: str, max_unreadable: float, beam: int, java: bool, as_json: bool
+    model: str, captions: str, images: str, split: str | None, max_unreadable: float, beam: int, java: bool, as_json: bool
 ) -> None:
     """Measure a model on captioned images. Example: lightcap eval runs/photos --captions dataset.json --images images --split test"""
     from compress import config, data, models, show
@@ -288,9 +288,9 @@ def eval_command(
     chosen = models.resolve(model)
     source = guess(Path(captions)) or "karpathy"  # whose reader says what is wrong with the file
     with quietly():
-        asked = config.Data(source=source, captions=captions, images=images, val_split=split, max_unreadable=max_unreadable)
+        asked = config.Data(source=source, captions=captions, images=images, val_split=split or "val", max_unreadable=max_unreadable)
         try:
-            wanted = data.load(asked, only=split)
+            wanted = data.load(asked, only=asked.val_split, or_all=split is None, progress=Progress())
         except DataError as error:
             raise DataError(_as_options(error.message)) from None
         if wanted.left_out:
@@ -321,13 +321,14 @@ def _java(written: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, 
 @cli.command("score")
 @click.option("--candidates", required=True, type=click.Path(path_type=Path), help='COCO results: [{"image_id", "caption"}].')
 @click.option("--references", required=True, type=click.Path(path_type=Path), help="COCO or Karpathy JSON.")
+@click.option("--subset", is_flag=True, help="Score the images that have a candidate; without it one that has none is an error.")
 @java_metrics
 @as_json
-def score_command(candidates: Path, references: Path, java: bool, as_json: bool) -> None:
+def score_command(candidates: Path, references: Path, subset: bool, java: bool, as_json: bool) -> None:
     """Score captions that any model wrote. Example: lightcap score --candidates results.json --references captions_val2014.json"""
     from compress import metrics, results, show
 
-    written, wanted = results.read(candidates, references)
+    written, wanted = results.read(candidates, references, subset)
     with quietly():
         scores = metrics.score(written, wanted).row() | (_java(written, wanted) if java else {})
     answer(as_json, scores, lambda: show.scores(scores))

@@ -7,8 +7,10 @@ to every stage and are handled by `compress.recipe`. No torch is imported here: 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Data:
 class Student:
     """The model to deploy, and the image encoder and tokenizer that every model of the recipe shares. Of the encoder and of sizes, None
     means the preset's own; sizes hold for this preset, not for another that a stage names. Weights are a word (`imagenet`, `openai`,
-    `minilm`; of an encoder `none`, too), a path, or a name on the hub."""
+    `minilm`; of an encoder `none`, too), a file, a folder, or a name on the hub."""
 
     preset: str = "lightcap"  # or tiny, minilm-student, ... (students/lightcap/config.py)
     encoder: str | None = None  # clip-rn50, efficientnet-lite0, resnet-small
@@ -80,7 +82,7 @@ class Concepts(Encoding):
     precision: str = "fp32"
     preset: str | None = None
     vocabulary: str | None = None  # a file with a concept a line; the shipped list if absent
-    text_encoder: str | None = None  # minilm, openai or a file of CLIP RN50's; if absent, CLIP's beside CLIP's encoder, else minilm
+    text_encoder: str | None = None  # minilm, openai or CLIP RN50's weights; if absent, openai beside CLIP's encoder, else minilm
     inner: int = 1024  # width of the alignment's hidden layer
     pieces: int = 20  # that concepts fill in the prefix; 0 takes the parent's extractor away
     regions: str | None = None  # labelled ones: Visual Genome's objects.json, COCO's instances
@@ -158,8 +160,8 @@ class Vocabulary:
 @dataclass(frozen=True, kw_only=True)
 class Prune(Optimisation):
     """Structured pruning to a target: a share of the parent's MACs per caption or of its parameters, megabytes on disk, or milliseconds a
-    caption (of the model alone, in PyTorch on one thread); of several, all are met. Of several `steps`, one that loses more than
-    `max_drop_cider` on val is taken back, and the last good one is the stage's artifact."""
+    caption (of the model alone, in PyTorch on one thread); of several, all are met; or to fewer `layers` alone. Of several `steps`, one
+    that loses more than `max_drop_cider` on val is taken back, and the last good one is the stage's artifact."""
 
     macs: float | None = None
     params: float | None = None
@@ -189,19 +191,29 @@ class Quantize:
     feed-forward layers read; `rounding` is gptq, by what each layer reads of those images, or to nearest. `reduce_range` gives weights 7
     bits, so that no sum of two products leaves 16 bits: what the fast products of x86 processors without VNNI need. Where CIDEr on val
     falls by more than `max_drop_cider`, up to `trials` more models are tried: one whose weights were tuned for `tune_epochs`, then with
-    its worst parts in float."""
+    its worst parts in float. Where the recipe is silent, that is TRIALS and TUNE_EPOCHS with a `max_drop_cider`, and nothing without."""
+
+    TRIALS: ClassVar = 4
+    TUNE_EPOCHS: ClassVar = 1.0
+
 
     scheme: str = "static"
     calibration_images: int = 128
     smoothing: float = 0.8  # 0: none
     rounding: str = "gptq"
     reduce_range: bool = False
-    trials: int = 0
-    tune_epochs: float = 0.0  # of quantization-aware fine-tuning; without trials, always
+    trials: int | None = None
+    tune_epochs: float | None = None  # of quantization-aware fine-tuning; without trials, always
     tune_learning_rate: float = 1e-5
     sensitivity: bool = False  # writes what each part loses in INT8, sensitivity.json
     max_weight_ratio: float = 0.35  # bytes of INT8 over fp32 weights at most
     max_drop_cider: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.trials is None:
+            object.__setattr__(self, "trials", 0 if self.max_drop_cider is None else self.TRIALS)
+        if self.tune_epochs is None:
+            object.__setattr__(self, "tune_epochs", self.TUNE_EPOCHS if self.trials else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +233,9 @@ STAGES = {
     "export": Export,
 }
 
-CHOICES = {
+CHOICES = {  # of presets and encoders, those of students/lightcap, whose import would load torch
+    ("preset",): ("lightcap", "teacher", "minilm-teacher", "minilm-student", "scenes-teacher", "scenes-student", "tiny"),
+    ("student", "encoder"): ("clip-rn50", "efficientnet-lite0", "resnet-small"),
     ("data", "source"): ("scenes", "karpathy", "coco", "flickr8k", "datasets"),
     ("concepts", "encoder"): ("frozen", "tuned"),
     ("train", "encoder"): ("frozen", "tuned"),
@@ -329,9 +343,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
+    """A resolved recipe. `places`: the file and line, or the `--set`, of each key that its sections have, as errors begin with them."""
+
     name: str
     seed: int
     data: Data
     student: Student
     stages: tuple[Stage, ...]
     path: Path = field(compare=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)

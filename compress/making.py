@@ -54,7 +54,7 @@ class Run:
 
     @property
     def told(self) -> Path:
-        """Where the first process of several tells the others, stage by stage, whether it trains."""
+        """Where the first process of several tells the others, stage by stage, whether it trains, and under which lock."""
         return self.out / f".told-{self.share.launch}"
 
     @functools.cached_property
@@ -62,10 +62,10 @@ class Run:
         """The digest of the images that rows are measured on."""
         return lock.measured_on(self.data.split(self.recipe.data.val_split).examples)
 
-    def tell(self, stage: Stage, trains: bool) -> None:
+    def tell(self, stage: Stage, lock: str, trains: bool) -> None:
         if self.share.size > 1 and not (self.told / stage.name).exists():
             self.told.mkdir(parents=True, exist_ok=True)
-            artifact.write_text(self.told / stage.name, "train" if trains else "skip")
+            artifact.write_text(self.told / stage.name, f"{'train' if trains else 'skip'} {lock}")
 
     def stage_function(self, kind: str) -> Callable:
         if self.stages is not None:
@@ -128,7 +128,7 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
             with artifact.writing(model) as output:
                 if stage.kind != "baseline":
                     make = run.stage_function(stage.kind)
-                    run.tell(stage, True)
+                    run.tell(stage, target.name, True)
                     make(parent, stage.config, dataclasses.replace(context, output=output))
                     Artifact(output).check()
         _refuse(sources.changed_code(sources.imported(("compress.evaluate",))[0]))

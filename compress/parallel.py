@@ -1,6 +1,6 @@
 """Many processes train one captioner: each takes its share of every batch, and their gradients are averaged.
 
-    accelerate launch --num_processes 4 -m compress run lightcap-coco
+    OMP_NUM_THREADS=8 accelerate launch --num_processes 4 -m compress run lightcap-coco
 
 `batch_images` stays that of the whole batch. Shares weigh the same however long their captions are, and batch norms see their own share,
 so the result is not that of one process to the last digit. The first process writes artifacts and the cache; the others wait for its
@@ -66,6 +66,11 @@ def until(done: Callable[[], bool]) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def on_cpu() -> bool:
+    """Whether `accelerate launch --cpu` started this process."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
 def share() -> Share:
     """This process's, as the launcher's environment says. StageError where accelerate is not installed."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -76,6 +81,6 @@ def share() -> Share:
         raise StageError("several processes need accelerate: pip install 'lightcap[parallel]'") from None
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
+    state = PartialState(cpu=on_cpu())
     (launch,) = broadcast_object_list([uuid.uuid4().hex])
     return Share(state.process_index, state.num_processes, launch)

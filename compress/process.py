@@ -51,8 +51,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def thread_count() -> int:
     """OMP_NUM_THREADS if it is set, else the cores that this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else cores()
+
+
+def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

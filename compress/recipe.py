@@ -28,6 +28,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 SECTIONS = {"data": Data, "student": Student}
 TOP = ("name", "extends", "after", "seed", "data", "student", "stages")
 NEW = ("concepts", "train")  # kinds that can start a captioner from nothing
+SPOKEN = ("scst", "average", "prune", "quantize", "export")  # kinds that work on a captioner that was taught
 GRAPHS = ("quantize", "export")  # kinds whose artifacts are ONNX graphs, which no later training can change
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -233,7 +234,9 @@ def _typed(tree: Located, path: Path) -> Recipe:
     if sections["student"].tokenizer is None and sections["student"].fusion_weights:  # BERT's weights are of BERT's pieces
         sections["student"] = replace(sections["student"], tokenizer=sections["student"].fusion_weights)
     stages = _stages(tree, sections["student"])
-    return Recipe(name=name.value, seed=seed, **sections, stages=stages, path=path)
+    named = {key: tree.value.get(key, Located(None, "")).value or {} for key in SECTIONS}
+    places = {key: value.place for pairs in named.values() for key, value in pairs.items()}
+    return Recipe(name=name.value, seed=seed, **sections, stages=stages, path=path, places=places)
 
 
 def _section(tree: Located, key: str):
@@ -245,6 +248,7 @@ def _section(tree: Located, key: str):
 def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     kinds: dict[str, str] = {}
+    silent: set[str] = set()  # extractors, of which nothing was taught to caption
     names = [name for _, name, _ in _stage_entries(tree)]
     for (kind, name, settings), item in zip(_stage_entries(tree), tree.value["stages"].value, strict=True):
         place = next(iter(item.value.values())).place
@@ -261,6 +265,9 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             if kinds[value] in GRAPHS and (kind not in GRAPHS or kinds[value] == "export" or kind == "quantize"):
                 made = f"'{value}' is already ONNX graphs ({kinds[value]})"
                 raise RecipeError(f"{located.place}{made}, which '{kind}' cannot work on; name an earlier stage with 'from:'")
+            if value in silent and (key == "teachers" or kind in SPOKEN):
+                raise RecipeError(f"{located.place}'{value}' was not taught to write captions, which '{kind}' needs; put a 'train' or a "
+                                  "'distill' stage between them")
 
         before = stages[-1].name if stages else None
         settings = {key: value for key, value in settings.items() if key != "from" or value.value is not None}  # null: it starts anew
@@ -302,6 +309,8 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
                               "no captions; name a stage that has (against: NAME)")
         stages.append(Stage(kind, name, parent, config, against, place))
         kinds[name] = kind
+        if kind in ("concepts", "vocabulary") and (parent is None or parent in silent):
+            silent.add(name)
     return tuple(stages)
 
 

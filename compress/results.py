@@ -13,11 +13,12 @@ from compress.errors import DataError, beside, nearest
 KARPATHY_IDS = ("cocoid", "imgid", "filename")  # what a results file may call an image of a Karpathy file
 
 
-def read(candidates: Path, references: Path) -> tuple[list[str], list[list[str]]]:
+def read(candidates: Path, references: Path, subset: bool = False) -> tuple[list[str], list[list[str]]]:
     """(one caption, its references) per image, in the order of the references.
 
-    COCO: every annotated image must have a caption. Karpathy: every image of the splits that the candidates touch. Raises DataError, in
-    one line, for an image without a caption, with two, or that the references do not know.
+    COCO: every annotated image must have a caption. Karpathy: every image of the splits that the candidates touch. With `subset`, images
+    without a caption are left out. Raises DataError, in one line, for an image without a caption, with two, or that the references do not
+    know.
     """
     written = _candidates(candidates)
     wanted = _references(references, written)
@@ -25,9 +26,12 @@ def read(candidates: Path, references: Path) -> tuple[list[str], list[list[str]]
     if unknown:
         close = nearest(unknown[0], wanted)
         raise DataError(f"{candidates}: image_id {unknown[0]} is not in {references} ({len(unknown)} such ids){close}")
+    if subset:
+        wanted = {name: captions for name, captions in wanted.items() if name in written}
     missing = [name for name in wanted if name not in written]
     if missing:
-        raise DataError(f"{candidates}: no caption for image_id {missing[0]} of {references} ({len(missing)} such ids)")
+        such = f"no caption for image_id {missing[0]} of {references} ({len(missing)} such ids)"
+        raise DataError(f"{candidates}: {such}; --subset scores the images that have one")
     return [written[name] for name in wanted], list(wanted.values())
 
 
@@ -69,8 +73,8 @@ def _references(path: Path, written: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _karpathy(path: Path, images: Sequence[Mapping], written: Mapping[str, str]) -> dict[str, list[str]]:
-    def matches(key: str) -> int:
-        return sum(str(image.get(key)) in written for image in images)
+    def matches(key: str) -> tuple[int, int]:
+        return sum(str(image.get(key)) in written for image in images), sum(key in image for image in images)
 
     key = max(KARPATHY_IDS, key=matches)
     split = {str(image[key]): image.get("split") for image in images if key in image}

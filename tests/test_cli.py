@@ -15,6 +15,7 @@ from PIL import Image
 
 import compress
 from compress import answer, cli, doctor, ledger, pipeline, show
+from compress.data.captions import hashed_split
 from compress.errors import GateError
 from compress.metrics import java
 
@@ -357,6 +358,23 @@ def test_eval(lightcap, exported, photos):
     assert (status, output) == (2, "") and "did you mean 'val'" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("name", "split"), [("squares.json", "val"), ("captions_train2017.json", "train")])
+def test_eval_takes_all_images_where_there_is_no_choice(lightcap, exported, photos, name, split):
+    """COCO's annotations say no split: of a recipe's, a tenth would be val."""
+    images = [{"id": number, "file_name": file} for number, file in enumerate(("a.png", "b.png"))]
+    annotations = [{"image_id": image["id"], "caption": "a grey square"} for image in images]
+    (photos / name).write_text(json.dumps({"images": images, "annotations": annotations}))
+    arguments = ("eval", exported, "--captions", photos / name, "--images", photos, "--beam", "1", "--json")
+    status, output, error = lightcap(*arguments)
+    assert status == 0 and json.loads(output)["images"] == 2, error
+    status, output, error = lightcap(*arguments, "--split", "train" if split == "val" else "val")
+    drawn = [hashed_split(str(image["id"])) for image in images].count("train")
+    if split == "train":
+        assert status == 2 and "there is no split 'val'; there are: train (2)" in error
+    else:
+        assert drawn == 2 and json.loads(output)["images"] == drawn
+
+
 def test_eval_says_what_it_leaves_out_and_speaks_of_its_own_options(lightcap, exported, photos, tmp_path):
     names = ("a.png", "b.png", "broken.jpg")
     images = [{"filename": name, "split": "val", "sentences": [{"raw": "a grey square"}]} for name in names]
@@ -446,6 +464,15 @@ def test_doctor_names_what_is_missing(lightcap, monkeypatch):
     status, output, _ = lightcap("doctor", "--json")
     assert status == 1
     assert {"what": "no-such-package", "install": "pip install lightcap"} in json.loads(output)["missing"]
+
+
+def test_doctor_names_a_version_that_lightcap_was_not_made_for(monkeypatch):
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.9.1" if name == "torch" else version(name))
+    found = doctor.examine()
+    [wrong] = [missing for missing in found["missing"] if "torch " in missing["what"]]
+    assert not found["ok"] and wrong["what"].startswith("another torch (2.9.1 is here, lightcap needs ")
+    assert wrong["install"].startswith("pip install 'torch") and ">=2.12" in wrong["install"] and "<2.15" in wrong["install"]
 
 
 def test_a_keyboard_stop(lightcap, monkeypatch):

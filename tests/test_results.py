@@ -65,10 +65,17 @@ def test_references_that_are_no_text_are_none(tmp_path):
     assert results.read(*pair(tmp_path, said(**{"a.jpg": "x"}), {"images": [image]}))[1] == [["a cat"]]
 
 
+def test_a_subset_is_scored_where_it_is_asked_for(tmp_path):
+    assert results.read(*pair(tmp_path, said(**{"c.jpg": "x"}), KARPATHY), subset=True) == (["x"], [["a bus"]])
+    assert results.read(*pair(tmp_path, [{"image_id": 7, "caption": "x"}], COCO), subset=True) == (["x"], [["a cat"]])
+    with pytest.raises(DataError, match="image_id d.jpg is not in"):
+        results.read(*pair(tmp_path, said(**{"d.jpg": "x"}), KARPATHY), subset=True)
+
+
 @pytest.mark.parametrize(
     ("candidates", "references", "expected"),
     [
-        (said(**{"b.jpg": "x"}), KARPATHY, "no caption for image_id c.jpg of .*\\(1 such ids\\)"),
+        (said(**{"b.jpg": "x"}), KARPATHY, "no caption for image_id c.jpg of .*\\(1 such ids\\); --subset scores"),
         (said(**{"b.jpg": "x", "c.jpeg": "x"}), KARPATHY, "image_id c.jpeg is not in .*did you mean 'c.jpg'"),
         ([{"image_id": 7, "caption": "x"}] * 2, COCO, "image_id 7 has two captions"),
         ([{"image_id": 7}], COCO, "entry 0 is not"),

@@ -20,8 +20,9 @@ from compress.errors import DataError
 SOURCE = "coco"
 
 
-def read(data) -> tuple[str, list[Example], dict[str, Path]]:
-    """Name, examples and the image file of each: in the folder itself or in one named as in COCO (`val2017`)."""
+def read(data) -> tuple[str, list[Example], dict[str, Path], bool]:
+    """Name, examples, the image file of each (in the folder itself or in one named as in COCO, `val2017`), and whether the
+    splits were drawn."""
     names = [part.strip() for part in (data.captions or "").split(",") if part.strip()] or [None]
     paths = [layout.wanted(name, "captions", SOURCE, "COCO's annotation JSON") for name in names]
     folder = layout.pictures(data.images, SOURCE, paths[0])
@@ -37,7 +38,7 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
         examples += added
         years = [folder_name.group()] if (folder_name := re.search(r"(train|val|test)\d{4}", path.name.lower())) else []
         files |= find(folder, [example.image_id for example in added], years)
-    return ",".join(path.name for path in paths), examples, files
+    return ",".join(path.name for path in paths), examples, files, not split
 
 
 def _file(path: Path, split: str | None) -> list[Example]:

@@ -17,8 +17,9 @@ LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt",
 FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset")
 
 
-def read(data) -> tuple[str, list[Example], dict[str, Path]]:
-    """Name, examples and the image file of each. `data.captions` is the token file, or the folder that holds it."""
+def read(data) -> tuple[str, list[Example], dict[str, Path], bool]:
+    """Name, examples, the image file of each, and False: the splits are the lists' own. `data.captions` is the token file,
+    or the folder that holds it."""
     path = layout.wanted(data.captions, "captions", SOURCE, "Flickr8k.token.txt")
     if path.is_dir() and (path / "Flickr8k.token.txt").exists():
         path = path / "Flickr8k.token.txt"
@@ -42,8 +43,5 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
         for name in map(str.strip, layout.read_text(listed, SOURCE).split("\n")):
             if name:
                 examples.append(Example(name, split, clean(captions.get(name, ()))))
-    return (
-        path.name,
-        examples if captions else [],
-        {example.image_id: folder / example.image_id for example in examples},
-    )
+    files = {example.image_id: folder / example.image_id for example in examples}
+    return path.name, examples if captions else [], files, False

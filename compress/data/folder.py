@@ -24,8 +24,9 @@ CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "descrip
 TABLES = (".csv", ".jsonl", ".json", ".parquet", ".arrow", ".tar")  # what can hold captions
 
 
-def read(data) -> tuple[str, list[Example], dict[str, Path | Callable[[], bytes]]]:
-    """Name, examples, and per image its file, or a function that gives its bytes where the data set carries them."""
+def read(data) -> tuple[str, list[Example], dict[str, Path | Callable[[], bytes]], bool]:
+    """Name, examples, per image its file, or a function that gives its bytes where the data set carries them, and whether splits were
+    drawn."""
     place, column = _place(data)
     folder = Path(place).expanduser()
     if folder.is_dir():
@@ -87,7 +88,7 @@ def _load(place: Path | str, scratch: str | None) -> dict:
             datasets.enable_progress_bars()
 
 
-def _examples(splits: dict, place: str, folder: Path | None, column: str | None) -> tuple[str, list[Example], dict]:
+def _examples(splits: dict, place: str, folder: Path | None, column: str | None) -> tuple[str, list[Example], dict, bool]:
     import pyarrow.compute
 
     captions: dict[str, list] = {}
@@ -115,7 +116,7 @@ def _examples(splits: dict, place: str, folder: Path | None, column: str | None)
             share = row[marked] if marked else hashed_split(name) if single else split
             shares.setdefault(name, SPLITS.get(str(share), str(share)))
     examples = [Example(name, shares[name], clean(texts)) for name, texts in captions.items()]
-    return Path(place).name, examples, contents
+    return Path(place).name, examples, contents, single and not marked
 
 
 def _columns(features: dict, place: str, column: str | None) -> tuple[str, str]:

@@ -17,8 +17,9 @@ from compress.data.captions import Example, clean
 SOURCE = "karpathy"
 
 
-def read(data) -> tuple[str, list[Example], dict[str, Path]]:
-    """Name, examples and the image file of each; without `data.images` the folder `images` beside the captions."""
+def read(data) -> tuple[str, list[Example], dict[str, Path], bool]:
+    """Name, examples, the image file of each (without `data.images` in the folder `images` beside the captions), and False: the splits are
+    the file's own."""
     path = layout.wanted(data.captions, "captions", SOURCE, "Karpathy's JSON")
     found = layout.read_json(path, SOURCE)
     images = found.get("images")
@@ -37,7 +38,7 @@ def read(data) -> tuple[str, list[Example], dict[str, Path]]:
         examples.append(Example(name, split, clean(text_of(sentence) for sentence in image["sentences"])))
         nested = folder / str(image.get("filepath") or "") / name
         files[name] = nested if os.path.exists(nested) else folder / name
-    return path.name, examples, files
+    return path.name, examples, files, False
 
 
 def text_of(sentence: object) -> str | None:

@@ -17,9 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from compress.data.captions import CaptionSet, Example, UnreadableImage, fingerprint
 from compress.errors import DataError
+from compress.process import cores
 from compress.sources import made_by
 
-THREADS = 2
 WHOLE = 2 << 30  # bytes: a data set up to this size is hashed in full
 ENDS = 64 << 10  # bytes hashed at either end of each image of a larger one
 SHOWN = 5
@@ -58,19 +58,20 @@ def readable(
     contents: dict[str, Content],
     allowed: float,
     cache: Path | None = None,
+    progress=None,
 ) -> CaptionSet:
     """The caption set of those examples whose image decodes; `contents` holds the file of each image name.
 
     What does not decode is listed in `unreadable`; a share above `allowed` raises DataError with the first names. With
     a `cache` folder the outcome is kept as JSON under the fingerprint, which is over file contents, and under the code that decodes:
-    another Pillow may read what this one cannot.
+    another Pillow may read what this one cannot. `progress` (`compress.context.Progress`) is told how far it is.
     """
-    digests = _digests(examples, contents)
+    digests = _digests(examples, contents, progress)
     mark = fingerprint(source, examples, digests)
     record = cache / f"images-{mark}-{made_by(__name__)[:16]}.json" if cache else None
     problems = _recorded(record)
     if problems is None:
-        problems = _problems(examples, contents)
+        problems = _problems(examples, contents, progress)
         if record:
             _record(record, problems)
     share = len(problems) / len(examples)
@@ -91,7 +92,7 @@ def readable(
     )
 
 
-def _digests(examples: Sequence[Example], contents: dict[str, Content]) -> dict[str, str]:
+def _digests(examples: Sequence[Example], contents: dict[str, Content], progress) -> dict[str, str]:
     """Size and SHA-256 of each image that is there; of files above WHOLE bytes altogether, of the two ends of each."""
     sizes = {}
     for example in examples:
@@ -120,11 +121,10 @@ def _digests(examples: Sequence[Example], contents: dict[str, Content]) -> dict[
             return f"{size} unreadable"
         return f"{size} {hashlib.sha256(found).hexdigest()}"
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(sizes, pool.map(digest, sizes), strict=True))
+    return dict(zip(sizes, _each(digest, list(sizes), "photos compared", progress), strict=True))
 
 
-def _problems(examples: Sequence[Example], contents: dict[str, Content]) -> dict[str, str]:
+def _problems(examples: Sequence[Example], contents: dict[str, Content], progress) -> dict[str, str]:
     """What is wrong, by image name, with each image that does not decode."""
 
     def problem(example: Example) -> str | None:
@@ -135,10 +135,22 @@ def _problems(examples: Sequence[Example], contents: dict[str, Content]) -> dict
         return None
 
     Image.init()  # before the threads, which would race to load Pillow's formats
-    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large or oddly tagged pictures that it reads all the same
-        found = zip(examples, pool.map(problem, examples), strict=True)
+        found = zip(examples, _each(problem, examples, "photos decoded", progress), strict=True)
         return {example.image_id: message for example, message in found if message}
+
+
+def _each(of: Callable, items: Sequence, label: str, progress) -> list:
+    """`of` each of `items`, on every core: reading and decoding let other threads run."""
+    with ThreadPoolExecutor(cores()) as pool, contextlib.ExitStack() as shown:
+        task = shown.enter_context(progress.task(label, len(items))) if progress else None
+        results = []
+        for result in pool.map(of, items):
+            results.append(result)
+            if task:
+                task.advance()
+        return results
 
 
 def _recorded(record: Path | None) -> dict[str, str] | None:

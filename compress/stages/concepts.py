@@ -35,7 +35,7 @@ from students.lightcap.concepts import NONE, boxes_on_grid
 from students.lightcap.norms import folded
 
 
-def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
+def run(parent: Artifact | None, config: Concepts, context: Context) -> Artifact:
     """Writes the parent (or a new captioner of the preset, whose language part is untrained) with a trained concept extractor."""
     if not config.pieces:
         return take_away(parent, context)
@@ -88,15 +88,18 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> None:
     with folded(model.encoder, model.config.image_size):
         fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
-    write_captioner(context.output, model, tokenizer, settings)
+    if context.share.rank == 0:
+        write_captioner(context.output, model, tokenizer, settings)
+    return Artifact(context.output)
 
 
-def take_away(parent: Artifact, context: Context) -> None:
+def take_away(parent: Artifact, context: Context) -> Artifact:
     """Writes the parent without a concept extractor and without what reads concepts: for captioners that share its encoder alone."""
     model, tokenizer, settings = read_captioner(parent.path)
     model.alignment = model.concepts = model.modulator = None
     model.config = dataclasses.replace(model.config, concepts=0, alignment=None, concept_vocabulary=None, modulator=None)
     write_captioner(context.output, model, tokenizer, settings)
+    return Artifact(context.output)
 
 
 def sentence(concept: str) -> str:

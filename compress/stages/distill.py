@@ -24,7 +24,7 @@ from students.lightcap.tokenizer import pieces_of
 from teachers.teacher import load
 
 
-def run(parent: Artifact | None, config: Distill, context: Context) -> None:
+def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     """Writes the student, taught by the artifacts that `config.teachers` names."""
     seed = context.seed
     sources = [context.artifacts[name] for name in config.teachers]
@@ -65,7 +65,9 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> None:
     steps = data.steps(config.epochs, config.batch_images)
     distil(model, data, taught, teachers[0], goal, config, steps, seed, context.stage.name, context)
     model.widen(data.keep, full, UNSEEN_BIAS)
-    write_captioner(context.output, model, tokenizer, settings)
+    if context.share.rank == 0:
+        write_captioner(context.output, model, tokenizer, settings)
+    return Artifact(context.output)
 
 
 def multiply_heads(model: LightCap, count: int) -> None:

@@ -30,7 +30,7 @@ from students.lightcap.dropout import set_dropout
 from students.lightcap.norms import folded
 
 
-def run(parent: Artifact, config: Scst, context: Context) -> None:
+def run(parent: Artifact, config: Scst, context: Context) -> Artifact:
     """Writes the parent, further trained towards CIDEr-D."""
     seed = context.seed
     model, tokenizer, settings = read_captioner(parent.path)
@@ -69,7 +69,9 @@ def run(parent: Artifact, config: Scst, context: Context) -> None:
         fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)
-    write_captioner(context.output, model, tokenizer, settings)
+    if context.share.rank == 0:
+        write_captioner(context.output, model, tokenizer, settings)
+    return Artifact(context.output)
 
 
 def draw(model: LightCap, grid: Tensor, special: Special, config: Scst, seed: int) -> list[list[tuple[int, ...]]]:

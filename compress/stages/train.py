@@ -33,7 +33,7 @@ from students.lightcap.norms import folded
 NEW = ("fusion.grid.", "modulator.", "heads.")  # what a language model's checkpoint does not fill
 
 
-def run(parent: Artifact | None, config: Train, context: Context) -> None:
+def run(parent: Artifact | None, config: Train, context: Context) -> Artifact:
     """Writes a trained captioner: the preset's, or the parent's further trained with this stage's seed and order."""
     seed = context.seed
     model, tokenizer, settings = started(config, context, seed) if parent is None else continued(parent, config)
@@ -95,7 +95,9 @@ def run(parent: Artifact | None, config: Train, context: Context) -> None:
         fit(trained, groups, steps, loss_of, config, seed, context.work, context.stage.name, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
     model.widen(data.keep, full, UNSEEN_BIAS)
-    write_captioner(context.output, model, tokenizer, settings)
+    if context.share.rank == 0:
+        write_captioner(context.output, model, tokenizer, settings)
+    return Artifact(context.output)
 
 
 def weights_of(data: Corpus, tokenizer: Tokenizer, share: float, context: Context) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from compress.context import Progress
 from compress.data import CaptionSet
+from compress.parallel import on_cpu
+from compress.process import cores
 from compress.sources import made_by
 from compress.training.store import found, stored
 from students.lightcap import LightCap
@@ -25,7 +27,7 @@ BATCH = 32
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not on_cpu() else "cpu")
 
 
 def pixels(data: CaptionSet, settings: dict, cache: Path, progress: Progress) -> np.ndarray:
@@ -37,7 +39,7 @@ def pixels(data: CaptionSet, settings: dict, cache: Path, progress: Progress) ->
         return whole
 
     def fill(start: int, stop: int) -> np.ndarray:
-        with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             pictures = pool.map(lambda example: squash(data.image(example), settings), data.examples[start:stop])
             return np.stack(list(pictures))
 

@@ -22,6 +22,7 @@ from compress.memory import keep
 from compress.parallel import ALONE, Share, until
 
 SAVE_SECONDS = 20.0
+SAVE_SHARE = 0.03  # of the time at most: on a slow disk a large state is saved less often
 NOTE_STEPS = 10
 PRODUCTS = 20  # timed in each precision
 PAYS = 0.8  # of the time in fp32: conversions take some of what bf16 saves
@@ -42,8 +43,9 @@ def fit(
     """Minimises `loss_of(step)`, of this process's share of each batch, over `steps` steps, in `config.precision`. `modules` holds
     everything that changes (buffers included).
 
-    Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS to
-    `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not finite.
+    Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS (less often
+    where that takes more than SAVE_SHARE) to `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not
+    finite.
     """
     keep()
     optimizer = optimizer_of(groups, config)
@@ -53,7 +55,7 @@ def fit(
     chosen = settled(config.precision, where, work, share)
     start = load_state(modules, optimizer, state) if state.exists() else 0
     schedule = [linear(step, steps, config) for step in range(steps)]
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), SAVE_SECONDS
     with progress.task(label, steps) as task:
         task.resume(start)
         for step in range(start, steps):
@@ -70,9 +72,10 @@ def fit(
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=True)
             optimizer.step()
             task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
-            if share.rank == 0 and time.monotonic() - saved > SAVE_SECONDS:
+            if share.rank == 0 and (began := time.monotonic()) - saved > pause:
                 save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()
+                pause = max(SAVE_SECONDS, (saved - began) / SAVE_SHARE)
     if share.rank == 0:
         save_state(modules, optimizer, state, steps)
 
@@ -113,8 +116,10 @@ def settled(name: str, where: torch.device, work: Path, share: Share = ALONE) ->
 
 
 def faster(where: torch.device) -> str:
-    """bf16 on a GPU, and on a CPU whose bf16 products are the faster ones; else fp32."""
-    return "bf16" if where.type == "cuda" or multiplies_faster_in_bf16() else "fp32"
+    """bf16 on a GPU that has it, and on a CPU whose bf16 products are the faster ones; else fp32."""
+    if where.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if multiplies_faster_in_bf16() else "fp32"
 
 
 def autocast(chosen: str, where: torch.device) -> torch.autocast:

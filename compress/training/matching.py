@@ -22,7 +22,8 @@ class Matching(nn.Module):
 
 def replace(concepts: Tensor) -> tuple[Tensor, Tensor]:
     """concepts (B, K) -> the same with about half of the rows replaced by the next picture's, and which ones (B,) bool. A row that the
-    next picture shares is not replaced."""
+    next picture shares is not replaced, and one row stays in any case, for captions to be learned from."""
     other = concepts.roll(1, 0)
     replaced = (torch.rand(len(concepts), device=concepts.device) < 0.5) & (other != concepts).any(1)
+    replaced[0] &= ~replaced.all()
     return torch.where(replaced.unsqueeze(1), other, concepts), replaced
