@@ -20,8 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compress.metrics import CiderD, ptb_tokenize  # noqa: E402
-from compress.runtime import positive  # noqa: E402
+from compress.metrics import CiderD, ptb_tokenize
+from compress.runtime import positive
 
 DETERMINERS = "a a a the the two some one this".split()
 JOINS = "on in with near over under beside and behind at".split()

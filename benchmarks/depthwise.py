@@ -21,10 +21,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compress.memory import keep  # noqa: E402
-from compress.runtime import positive  # noqa: E402
-from students.lightcap import depthwise  # noqa: E402
-from students.lightcap.encoder import Lite0  # noqa: E402
+from compress.memory import keep
+from compress.runtime import positive
+from students.lightcap import depthwise
+from students.lightcap.encoder import Lite0
 
 SIZE = 224
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,7 +73,7 @@ def row(name: str, module: depthwise.DepthwiseConv2d, shape: tuple[int, ...], re
         "input_ours": lambda: depthwise.gradient_of_input(gradient, x, weight, stride, padding),
         "weight": lambda: depthwise.weight_gradient(gradient, x, kernel, stride, padding),
         "weight_ours": lambda: depthwise.gradient_of_weight(gradient, x, kernel, stride, padding),
-    }, repeats)  # fmt: skip
+    }, repeats)
     medians = {f"{name}_ms": round(statistics.median(values), 3) for name, values in taken.items()}
     spread = {f"{name}_q1_q3_ms": [round(q, 3) for q in statistics.quantiles(values, n=4)[::2]] for name, values in taken.items()}
     return {"layer": name, "shape": list(shape), "kernel": kernel, "stride": stride} | medians | spread

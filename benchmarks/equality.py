@@ -19,20 +19,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from integers import greedy, integer  # noqa: E402
-from quantized import Quantized, quantized  # noqa: E402
+from integers import greedy, integer
+from quantized import Quantized, quantized
 
-from compress import runtime  # noqa: E402
-from compress.artifact import GRAPH_PATTERNS  # noqa: E402
-from compress.cache import cache_of  # noqa: E402
-from compress.context import Context, Progress  # noqa: E402
-from compress.decode import Special  # noqa: E402
-from compress.errors import LightcapError, ModelError  # noqa: E402
-from compress.process import thread_count  # noqa: E402
-from compress.stages import quantize  # noqa: E402
-from compress.stages.quantize import calibrate, simulate  # noqa: E402
-from compress.stages.quantize.tune import tune  # noqa: E402
-from students.lightcap.tokenizer import decode_caption  # noqa: E402
+from compress import runtime
+from compress.artifact import GRAPH_PATTERNS
+from compress.cache import cache_of
+from compress.context import Context, Progress
+from compress.decode import Special
+from compress.errors import LightcapError, ModelError
+from compress.process import thread_count
+from compress.stages import quantize
+from compress.stages.quantize import calibrate, simulate
+from compress.stages.quantize.tune import tune
+from students.lightcap.tokenizer import decode_caption
 
 BATCH = 25
 

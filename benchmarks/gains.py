@@ -23,13 +23,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import interval, number, table  # noqa: E402
+from results import interval, number, table
 
-from compress import ledger  # noqa: E402
-from compress.config import Stage  # noqa: E402
-from compress.errors import LightcapError  # noqa: E402
-from compress.metrics.bootstrap import paired  # noqa: E402
-from compress.recipe import read_recipe  # noqa: E402
+from compress import ledger
+from compress.config import Stage
+from compress.errors import LightcapError
+from compress.metrics.bootstrap import paired
+from compress.recipe import read_recipe
 
 
 def groups(stages: Sequence[Stage]) -> dict[str, list[str]]:

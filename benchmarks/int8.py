@@ -20,20 +20,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from quantized import quantized  # noqa: E402
+from quantized import quantized
 
-from compress import evaluate  # noqa: E402
-from compress.artifact import Artifact  # noqa: E402
-from compress.cache import cache_of  # noqa: E402
-from compress.context import Progress  # noqa: E402
-from compress.errors import LightcapError  # noqa: E402
-from compress.metrics.bootstrap import paired  # noqa: E402
-from compress.process import thread_count  # noqa: E402
-from compress.runtime import positive  # noqa: E402
-from compress.stages import quantize  # noqa: E402
-from compress.stages.quantize import calibrate, simulate  # noqa: E402
-from compress.stages.quantize.sensitivity import ALL, grids, sensitivity  # noqa: E402
-from students.lightcap.tokenizer import encode_captions  # noqa: E402
+from compress import evaluate
+from compress.artifact import Artifact
+from compress.cache import cache_of
+from compress.context import Progress
+from compress.errors import LightcapError
+from compress.metrics.bootstrap import paired
+from compress.process import thread_count
+from compress.runtime import positive
+from compress.stages import quantize
+from compress.stages.quantize import calibrate, simulate
+from compress.stages.quantize.sensitivity import ALL, grids, sensitivity
+from students.lightcap.tokenizer import encode_captions
 
 WAYS = (("nearest", 0.0), ("nearest", None), ("gptq", 0.0), ("gptq", None))  # rounding, smoothing (None: the stage's)
 

@@ -27,16 +27,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models  # noqa: E402
-import neighbours  # noqa: E402
+import models
+import neighbours
 
-from compress import doctor, runtime  # noqa: E402
-from compress.artifact import Artifact  # noqa: E402
-from compress.context import Progress  # noqa: E402
-from compress.cost import TOKENS  # noqa: E402
-from compress.runtime import positive  # noqa: E402
-from compress.training.start import read_captioner  # noqa: E402
-from students.lightcap.tokenizer import decode_caption  # noqa: E402
+from compress import doctor, runtime
+from compress.artifact import Artifact
+from compress.context import Progress
+from compress.cost import TOKENS
+from compress.runtime import positive
+from compress.training.start import read_captioner
+from students.lightcap.tokenizer import decode_caption
 
 WARM = 2
 FIRST = "first"
@@ -111,7 +111,7 @@ def lightcap(folder: Path, images: int, with_concepts: bool, reduced: bool) -> l
         Subject("pruned-int8", "the same, of 3 of 4 layers, at most half its MACs, 0.6 of its weights", graphs(half), models.row(half)),
         *(Subject(name, "as without -reduced, by reduce_range: weights of 7 bits", graphs(made), models.row(made))
           for name, made in narrow.items()),
-    ]  # fmt: skip
+    ]
 
 
 # ---- measuring

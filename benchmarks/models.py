@@ -93,7 +93,7 @@ def row(artifact: Artifact) -> dict:
     return {
         "params": costs["params"], "gmacs_caption": round(costs["gmacs_caption"], 6), "gmacs_encoder": round(costs["gmacs_encoder"], 6),
         "word_pieces": config.vocabulary, "bytes": artifact.bytes(), "bytes_without_concepts": artifact.bytes() - concept_bytes(artifact),
-    }  # fmt: skip
+    }
 
 
 def concept_bytes(artifact: Artifact) -> int:

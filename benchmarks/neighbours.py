@@ -67,7 +67,7 @@ def quantize_by_onnxruntime(source: Path, out: Path, batch: np.ndarray) -> None:
     quantize_static(
         str(prepared), str(begun), Pictures(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-    )  # fmt: skip
+    )
     logging.disable(logging.NOTSET)
     prepared.unlink()
     begun.rename(out)  # what is kept is whole

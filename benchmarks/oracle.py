@@ -23,24 +23,24 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import interval, number, table  # noqa: E402
+from results import interval, number, table
 
-from compress import data, ledger, metrics, recipe  # noqa: E402
-from compress.artifact import Artifact  # noqa: E402
-from compress.cache import cache_of  # noqa: E402
-from compress.context import Progress, Task  # noqa: E402
-from compress.data.concepts import read_concepts  # noqa: E402
-from compress.decode import Special, beam_search  # noqa: E402
-from compress.errors import LightcapError, ModelError  # noqa: E402
-from compress.evaluate import narrowed  # noqa: E402
-from compress.metrics.bootstrap import paired  # noqa: E402
-from compress.process import thread_count  # noqa: E402
-from compress.training.features import grids  # noqa: E402
-from compress.training.mentions import best_concepts, mentioned, vocabulary_of  # noqa: E402
-from compress.training.start import read_captioner  # noqa: E402
-from students.lightcap import LightCap  # noqa: E402
-from students.lightcap.concepts import NONE  # noqa: E402
-from students.lightcap.tokenizer import decode_caption  # noqa: E402
+from compress import data, ledger, metrics, recipe
+from compress.artifact import Artifact
+from compress.cache import cache_of
+from compress.context import Progress, Task
+from compress.data.concepts import read_concepts
+from compress.decode import Special, beam_search
+from compress.errors import LightcapError, ModelError
+from compress.evaluate import narrowed
+from compress.metrics.bootstrap import paired
+from compress.process import thread_count
+from compress.training.features import grids
+from compress.training.mentions import best_concepts, mentioned, vocabulary_of
+from compress.training.start import read_captioner
+from students.lightcap import LightCap
+from students.lightcap.concepts import NONE
+from students.lightcap.tokenizer import decode_caption
 
 BATCH, BEAM = 50, 5
 
@@ -85,7 +85,7 @@ def compare(run: Path, name: str) -> list[dict]:
     true, pieces, most = mentioned(val, read_concepts(vocabulary)), model.concepts.pieces, model.config.concepts
     with torch.inference_mode():
         scores = torch.cat([model.concept_scores(torch.from_numpy(np.array(features[start : start + BATCH])).float())
-                            for start in range(0, len(features), BATCH)])  # fmt: skip
+                            for start in range(0, len(features), BATCH)])
         found = model.concepts.choose(scores, most)
     own = best_concepts(scores, pieces, most)
     precise = own & true
@@ -106,7 +106,7 @@ def compare(run: Path, name: str) -> list[dict]:
             "concepts": kind, "precision": hits / max(int(shown.sum()), 1), "recall": hits / max(int(true.sum()), 1),
             "cider": float(np.mean(each)), "each": each,
             "delta": gain.delta if gain else None, "delta_ci95": list(gain.ci95) if gain else None,
-        })  # fmt: skip
+        })
     return [{key: value for key, value in answer.items() if key != "each"} for answer in answers]
 
 

@@ -20,15 +20,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models  # noqa: E402
-from latency import Subject, eager, graphs, measure, summary  # noqa: E402
+import models
+from latency import Subject, eager, graphs, measure, summary
 
-from compress.artifact import Artifact, writing  # noqa: E402
-from compress.config import Prune, Quantize  # noqa: E402
-from compress.context import Progress  # noqa: E402
-from compress.cost import TOKENS  # noqa: E402
-from compress.runtime import positive  # noqa: E402
-from compress.stages.export import export  # noqa: E402
+from compress.artifact import Artifact, writing
+from compress.config import Prune, Quantize
+from compress.context import Progress
+from compress.cost import TOKENS
+from compress.runtime import positive
+from compress.stages.export import export
 
 PRECISIONS = ("fp32", "int8")
 EAGER = "eager"  # `latency.py`'s row

@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tokenizers import Tokenizer  # noqa: E402
+from tokenizers import Tokenizer
 
-from compress import data, ledger, recipe  # noqa: E402
-from compress.artifact import Artifact  # noqa: E402
-from compress.cache import cache_of  # noqa: E402
-from compress.config import Recipe, Stage  # noqa: E402
-from compress.data import CaptionSet  # noqa: E402
-from compress.errors import ModelError  # noqa: E402
-from compress.training.start import read_captioner  # noqa: E402
-from students.lightcap import LightCap  # noqa: E402
+from compress import data, ledger, recipe
+from compress.artifact import Artifact
+from compress.cache import cache_of
+from compress.config import Recipe, Stage
+from compress.data import CaptionSet
+from compress.errors import ModelError
+from compress.training.start import read_captioner
+from students.lightcap import LightCap
 
 
 class Quantized(NamedTuple):

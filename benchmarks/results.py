@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compress import ledger  # noqa: E402
-from compress.errors import LightcapError  # noqa: E402
+from compress import ledger
+from compress.errors import LightcapError
 
 MAIN_LINE = ("teacher", "teacher-cider", "student", "student-cider", "pruned", "pruned-cider", "int8")
 

@@ -25,14 +25,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cider import captions as sentences  # noqa: E402
+from cider import captions as sentences
 
-from compress.data.scenes import compose  # noqa: E402
-from compress.data.wording import describe  # noqa: E402
-from compress.ptb import ptb_tokenize  # noqa: E402
-from compress.runtime import positive  # noqa: E402
-from compress.training.reward import CiderReward  # noqa: E402
-from students.lightcap.tokenizer import decode_caption, load_tokenizer  # noqa: E402
+from compress.data.scenes import compose
+from compress.data.wording import describe
+from compress.ptb import ptb_tokenize
+from compress.runtime import positive
+from compress.training.reward import CiderReward
+from students.lightcap.tokenizer import decode_caption, load_tokenizer
 
 SEED = 17
 BATCH, SAMPLES = 32, 5

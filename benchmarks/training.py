@@ -33,24 +33,24 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from compress import cost, process  # noqa: E402
-from compress.artifact import Artifact  # noqa: E402
-from compress.config import Optimisation, Recipe  # noqa: E402
-from compress.context import Context, Progress, Task  # noqa: E402
-from compress.data.captions import CaptionSet, Example  # noqa: E402
-from compress.recipe import read_recipe  # noqa: E402
-from compress.runtime import positive  # noqa: E402
-from compress.stages import distill, train  # noqa: E402
-from compress.training import loop  # noqa: E402
-from compress.training.batches import IGNORED, Batch, Captions, order, pack  # noqa: E402
-from compress.training.features import device, normalised  # noqa: E402
-from compress.training.loop import Group, faster, linear, optimizer_of  # noqa: E402
-from compress.training.losses import token_loss  # noqa: E402
-from compress.training.start import read_captioner  # noqa: E402
-from students.lightcap import LightCap  # noqa: E402
-from students.lightcap.dropout import Dropout  # noqa: E402
-from students.lightcap.encoder import lite0_file  # noqa: E402
-from students.lightcap.tokenizer import SPECIAL, characters, encode_captions, load_tokenizer, pieces_of  # noqa: E402
+from compress import cost, process
+from compress.artifact import Artifact
+from compress.config import Optimisation, Recipe
+from compress.context import Context, Progress, Task
+from compress.data.captions import CaptionSet, Example
+from compress.recipe import read_recipe
+from compress.runtime import positive
+from compress.stages import distill, train
+from compress.training import loop
+from compress.training.batches import IGNORED, Batch, Captions, order, pack
+from compress.training.features import device, normalised
+from compress.training.loop import Group, faster, linear, optimizer_of
+from compress.training.losses import token_loss
+from compress.training.start import read_captioner
+from students.lightcap import LightCap
+from students.lightcap.dropout import Dropout
+from students.lightcap.encoder import lite0_file
+from students.lightcap.tokenizer import SPECIAL, characters, encode_captions, load_tokenizer, pieces_of
 
 WORDS = 6700  # distinct words of the captions: as many as Flickr8k's use
 VOCABULARY = 30522
@@ -143,7 +143,7 @@ def run_stage(recipe: Recipe, name: str, data: CaptionSet, folder: Path, between
     context = Context(
         recipe=recipe, stage=stage, data=data, seed=recipe.seed, threads=torch.get_num_threads(), output=output,
         work=folder / f"{name}.work", cache=folder / "cache", artifacts=made, progress=clock,
-    )  # fmt: skip
+    )
     (train if stage.kind == "train" else distill).run(None, stage.config, context)
     return clock.seconds
 
@@ -299,7 +299,7 @@ def measured(name: str, recipe: Recipe, data: CaptionSet, folder: Path, steps: i
     captions = Captions.of([[[place[piece] for piece in caption] for caption in image] for image in encoded])
     model.narrow(torch.tensor(keep))
     batches = [pack(captions, images) for epoch in range(-(-steps // per_epoch)) for images in order(captions, config.batch_images, epoch,
-               recipe.seed)][:steps]  # fmt: skip
+               recipe.seed)][:steps]
     macs = [multiply_accumulates(model, batch, separate) for batch in batches[WARM:]]
     ours = [CAPTIONS * len(batch.images) / s for batch, s in zip(batches[WARM:], seconds, strict=True)]
     gflops = [2e-9 * count / s for count, s in zip(macs, seconds, strict=True)]
@@ -359,7 +359,7 @@ def main() -> None:
         "processor": torch.cuda.get_device_name() if where.type == "cuda" else processor(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "precision": faster(where), "weights": "pretrained" if real else "random",
         "images": arguments.images, "captions_per_image": CAPTIONS,
-    }  # fmt: skip
+    }
     print(json.dumps({"rows": rows, "ratios": ratios, "machine": machine}))
 
 

@@ -191,7 +191,7 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
 @cli.command("sweep")
 @click.argument("recipe")
 @click.option("--vary", multiple=True, required=True, metavar="NAME.KEY=A,B,...",
-              help="Values to try, each in a run; of several such lists, every combination.")  # fmt: skip
+              help="Values to try, each in a run; of several such lists, every combination.")
 @settings
 @out_option(what="What the runs' folders begin with: each has its settings behind it")
 @as_json

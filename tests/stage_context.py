@@ -14,7 +14,7 @@ TINY = Student(preset="tiny")
 def context(
     folder: Path, data: CaptionSet | None = None, kind: str = "train", config=None, student: Student = TINY, name: str | None = None,
     parent: str | None = None, **given,
-) -> Context:  # fmt: skip
+) -> Context:
     """Of the only stage of a recipe, called as its kind where it has no name; its output and work are made in `folder`, where its cache is,
     too. `given` stands in the place of what a test says nothing of."""
     stage = given.get("stage", Stage(kind, name or kind, parent, config))

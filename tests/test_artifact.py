@@ -117,7 +117,7 @@ def test_half_downloads_are_named(tmp_path):
         with pytest.raises(ModelError, match="half downloaded"):
             resolve(made.path)
     weights.write_bytes(struct.pack("<Q", 4) + b"{bad" + whole)
-    with pytest.raises(ModelError, match="not a safetensors file"):
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
         resolve(made.path)
     weights.write_bytes(struct.pack("<Q", 2**60) + whole)
     with pytest.raises(ModelError, match="half downloaded"):

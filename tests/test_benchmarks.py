@@ -42,7 +42,7 @@ def test_latencys_ratios_are_the_others_time_over_ours_and_ours_over_the_limits(
         "encoder_int8_vs_eager": 5.0, "step_int8_vs_eager": 5.0, "caption_int8_vs_eager": 5.0, "caption_pruned_int8_vs_eager": 10.0,
         "caption_int8_vs_blip_base": 50.0, "caption_int8_vs_git_base": 25.0, "encoder_int8_vs_ort_static": 0.8,
         "encoder_int8_vs_openvino": None,
-    }  # fmt: skip
+    }
 
 
 def test_what_is_not_measured_is_named(monkeypatch):
@@ -60,7 +60,7 @@ def test_a_row_holds_each_phase_a_step_and_the_whole_caption():
     assert row["caption_ms_q1"] <= row["caption_ms"] <= row["caption_ms_q3"] and "steps_ms" not in row
     assert latency.summary([one | {"first": (50.0, 40.0)} for one in times]) == row | {
         "first_ms": 50.0, "first_ms_q1": 50.0, "first_ms_q3": 50.0, "first_cpu_ms": 40.0,
-    }  # fmt: skip
+    }
     assert latency.summary([{"encoder": (1.0, 1.0)}] * 2).keys() == {"encoder_ms", "encoder_ms_q1", "encoder_ms_q3", "encoder_cpu_ms"}
 
 
@@ -106,7 +106,7 @@ def test_prunes_ratio_is_the_share_of_time_saved_over_the_share_of_macs_saved():
     assert prune.ratios([eager, whole, half], "ms") == {
         "encoder_int8_at_0.5_by_8": 0.8, "encoder_int8_at_0.5_by_8_vs_eager": 5.0,
         "caption_int8_at_0.5_by_8": 0.5, "caption_int8_at_0.5_by_8_vs_eager": 8.0,
-    }  # fmt: skip
+    }
     spared = half | {"gmacs_encoder": 5.0, "encoder_ms": 30.0}  # fusion alone was cut
     assert prune.ratios([eager, whole, spared], "ms")["encoder_int8_at_0.5_by_8"] is None
 

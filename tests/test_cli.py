@@ -62,12 +62,12 @@ def test_recipes(lightcap):
 
 
 @pytest.mark.parametrize(("arguments", "status", "lines"), [(("recipes",), 0, 0), (("recipes", "--json"), 0, 0),
-                                                            (("compare", "nowhere", "--json"), 2, 1)])  # fmt: skip
+                                                            (("compare", "nowhere", "--json"), 2, 1)])
 def test_nobody_has_to_read_all_that_a_command_says(tmp_path, arguments, status, lines):
     """A failure is still one, and said."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     running = subprocess.Popen([sys.executable, "-m", "compress", *arguments], cwd=tmp_path, env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     running.stdout.close()
     with running.stderr as said:
         assert said.read().count(b"\n") == lines and running.wait() == status
@@ -189,7 +189,7 @@ def test_compare_shows_what_all_runs_share_once_and_cuts_no_number(lightcap, tmp
     for share in ("0.8", "0.65"):
         name = f"a-long-name-{'of-a-run-' * 10}{share}"
         own = {"stage": "prune", "name": "pruned", "artifact": f"../.cache/{share}", "cider": 48.0, "delta_cider": -2.0,
-               "delta_ci95": [-3.0, -1.0], "bytes": 49.89e6}  # fmt: skip
+               "delta_ci95": [-3.0, -1.0], "bytes": 49.89e6}
         (tmp_path / "runs" / name).mkdir(parents=True)
         ledger.write(tmp_path / "runs" / name / "ledger.jsonl", [shared, own])
     names = [str(path.relative_to(tmp_path)) for path in sorted((tmp_path / "runs").iterdir())]

@@ -41,7 +41,7 @@ def test_the_difference_is_that_of_the_same_images_in_whatever_order(tmp_path):
 
 @pytest.mark.parametrize("other", [
     {"lock": "1"}, {"images": [f"{index}.png" for index in range(50)]}, {"split": "test"},
-], ids=["the same artifact", "other images", "another split"])  # fmt: skip
+], ids=["the same artifact", "other images", "another split"])
 def test_what_cannot_be_compared_is_left_out(tmp_path, other):
     write_run(tmp_path / "a", "1", VALUES)
     (tmp_path / "elsewhere").mkdir()

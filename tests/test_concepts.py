@@ -71,7 +71,7 @@ def test_every_action_on_the_list_has_the_base_form_a_person_wrote_down():
         ("mixing", "mix"), ("dying", "die"), ("squeezing", "squeeze"), ("crossing", "cross"), ("raising", "raise"),
         ("dividing", "divide"), ("sprinkling", "sprinkle"),
     ],
-)  # fmt: skip
+)
 def test_base_forms_of_other_verbs(verb, base):
     assert base_form(verb) == base
 

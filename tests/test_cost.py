@@ -17,7 +17,7 @@ PRUNED = {
     "fusion.layers.0.query": (16, 32), "fusion.layers.0.key": (16, 32), "fusion.layers.0.value": (16, 32),
     "fusion.layers.0.output": (32, 16), "fusion.layers.1.up": (24, 32), "fusion.layers.1.down": (32, 24),
     "encoder.blocks.0.conv1": (40, 24, 3, 3), "encoder.blocks.0.bn1": (40,), "encoder.blocks.0.conv2": (48, 40, 3, 3),
-}  # fmt: skip
+}
 CONFIGS = {
     "lightcap": preset("lightcap"),
     "minilm-student": preset("minilm-student"),
@@ -165,7 +165,7 @@ def test_costs_are_the_ledger_s(name):
         assert found["params_by_part"] == {
             "encoder": 23_527_264, "alignment": 3_147_776, "modulator": 94_127, "embeddings": found["params_by_part"]["embeddings"],
             "layers": 14_252_592 - found["params_by_part"]["embeddings"], "grid_projection": 639_288, "heads": 325_362,
-        }  # fmt: skip
+        }
         assert found["params_by_part"]["embeddings"] == (30522 + 512 + 2 + 2) * 312
 
 

@@ -21,10 +21,10 @@ from compress.training import distillation, targets
 from compress.training.batches import Captions, pack
 from compress.training.corpus import corpus, tell_unknown
 from compress.training.losses import token_loss
-from compress.training.start import new_captioner, write_captioner
+from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap, preset
 from students.lightcap.bert import copy_layers
-from students.lightcap.tokenizer import load_tokenizer, narrowed, pieces_of, read_tokenizer, word_pieces
+from students.lightcap.tokenizer import encode_captions, load_tokenizer, narrowed, pieces_of, read_tokenizer, word_pieces
 from teachers.lightcap import LightCapTeacher
 
 STUDENT = Student(preset="tiny", heads=3)
@@ -266,7 +266,7 @@ def test_captions_that_the_tokenizer_does_not_know_are_told_of(scenes, tmp_path)
     """Most of them are refused: what is unknown is never said."""
     for strange in (2, 40):
         examples = [dataclasses.replace(example, captions=("собака бежит",)) if number < strange else example
-                    for number, example in enumerate(scenes.split("train").examples)]  # fmt: skip
+                    for number, example in enumerate(scenes.split("train").examples)]
         data, said = dataclasses.replace(scenes, examples=tuple(examples)), io.StringIO()
         here = context(tmp_path, data, progress=Progress(stream=said))
         if strange == 40:
@@ -321,6 +321,23 @@ def test_hidden_states_come_from_the_mapped_layer_through_a_trained_map(run, mon
     assert len(maps) == 1 and not torch.equal(maps[0].weight, torch.eye(32)) and torch.allclose(maps[0].weight, torch.eye(32), atol=0.01)
 
 
+def test_layers_are_matched_at_all_of_a_caption(run, teachers, scenes, tmp_path, monkeypatch):
+    """Of a student of masked pieces at those, too, that are not masked; [SEP], which a causal one only predicts, it also reads."""
+    compared = []
+    monkeypatch.setattr(distillation, "hidden_loss", lambda mine, theirs, where: compared.append(int(where.sum())) or mine.sum() * 0.0)
+    model, tokenizer, settings = read_captioner(teachers["teacher"].path)
+    model.config = dataclasses.replace(model.config, mask_piece=tokenizer.token_to_id("[MASK]"))
+    (tmp_path / "masked").mkdir()
+    write_captioner(tmp_path / "masked", model, tokenizer, settings)
+    config = Distill(teachers=("teacher",), match=("hidden",), epochs=1, batch_images=40)
+    for name, teacher in (("a", teachers["teacher"]), ("b", Artifact(tmp_path / "masked"))):
+        run(config, sources={"teacher": teacher}, name=name)
+    train = scenes.split("train")
+    captions = [caption for example in train.examples for caption in example.captions]
+    lengths = [len(ids) for ids in encode_captions(tokenizer, captions, model.config.max_tokens)]
+    assert compared == [sum(lengths) - len(lengths)] * 2 + [sum(lengths)] * 2  # each for both layers
+
+
 def test_each_weight_is_that_of_its_loss(run, monkeypatch):
     """Where one of the two losses says nothing, its weight changes nothing, and the other's does."""
     given = {"init": "weights", "match": ("hidden", "attention"), "epochs": 1, "batch_images": 20}
@@ -342,7 +359,7 @@ def test_heads_are_taught_at_a_temperature():
     teachers = torch.randn(2, 3, 12)
     best, ids = (teachers / 2.0).softmax(-1).topk(12, dim=-1)
     taught = [(ids[i].numpy(), best[i].numpy()) for i in range(2)]
-    goal = distillation.Goal(("tokens",), 0.0, 2.0, 1.0, 0.0, 0.0)
+    goal = distillation.Goal(("tokens",), temperature=2.0)
     found = distillation.head_loss(model, states, batch, taught, goal, 0.1)
     said = F.linear(model.heads.branch_states(states), model.word, model.heads.bias) / 2.0
     pairs = zip(said.log_softmax(-1), (teachers / 2.0).log_softmax(-1), strict=True)

@@ -182,7 +182,7 @@ def test_lite0_refuses_another_network(tmp_path):
     save_file({key: value.contiguous() for key, value in list(state.items())[:-20]}, tmp_path / "short.safetensors")
     with pytest.raises(ValueError, match="does not fill EfficientNet-Lite0"):
         load_encoder(LightCap(preset("tiny", encoder="efficientnet-lite0", vocabulary=9)).encoder, "efficientnet-lite0",
-                     str(tmp_path / "short.safetensors"))  # fmt: skip
+                     str(tmp_path / "short.safetensors"))
 
 
 def test_the_preprocessor_is_the_encoder_s(tmp_path):

@@ -69,7 +69,7 @@ def test_what_is_measured_is_what_is_said(tmp_path):
     made = tiny.artifact(model, tmp_path / "float")
     pictures = tiny.pictures(6, seed=3)
     rows = CaptionSet(tuple(Example(str(i), "val", (tiny.caption(i),)) for i in range(6)), "1" * 64, "colours",
-                      reader=lambda example: pictures[int(example.image_id)])  # fmt: skip
+                      reader=lambda example: pictures[int(example.image_id)])
     measured = evaluate.captions(made, rows, 5, tmp_path / "cache", Progress(quiet=True))
     alone = evaluate.caption_of_image(made, 5)
     assert len({text for text, _ in measured}) > 2

@@ -158,7 +158,7 @@ def test_the_exported_captioner_is_the_model(tmp_path, modulator):
     captioner = runtime.Captioner(tmp_path / "out", threads=1)
     found = {name: tensor for name in ("prefix.onnx", "decoder.onnx")
              for tensor in onnx.load(tmp_path / "out" / name, load_external_data=False).graph.initializer
-             if tuple(tensor.dims) == (model.config.hidden, model.config.vocabulary)}  # fmt: skip
+             if tuple(tensor.dims) == (model.config.hidden, model.config.vocabulary)}
     assert len({ExternalDataInfo(tensor).offset for tensor in found.values()}) == 1 and len(found) == 2  # the embedding is stored once
     pixels = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():

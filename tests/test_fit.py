@@ -57,7 +57,7 @@ def test_no_more_is_pruned_than_the_limits_ask_for(world):
     assert [str(out) for _, out in world] == [own] * (len(world) - 1) + ["runs/quickstart-fit"]
     *probes, last = [recipe for recipe, _ in world]
     prunes, quantizes = ([next(stage for stage in one.stages if stage.kind == kind).config for one in (*probes, last)]
-                         for kind in ("prune", "quantize"))  # fmt: skip
+                         for kind in ("prune", "quantize"))
     assert all((p.recover_epochs, p.recover_encoder_epochs, p.max_drop_cider) == (0.0, 0.0, None) for p in prunes[:-1])
     own = next(stage for stage in read_recipe("quickstart").stages if stage.kind == "prune").config
     assert (prunes[-1].macs, prunes[-1].recover_epochs) == (0.7, own.recover_epochs) and last.seed == 3
@@ -147,7 +147,7 @@ def test_a_real_recipe_comes_under_its_limit_in_megabytes(monkeypatch, tmp_path)
     """Down to where nothing more can be removed: shares below it are no failure."""
     monkeypatch.chdir(tmp_path)
     small = ["data.train_images=48", "data.val_images=12", "teacher.epochs=1", "student.epochs=1", "pruned.recover_epochs=1",
-             "pruned.recover_encoder_epochs=1", "int8.calibration_images=16"]  # fmt: skip
+             "pruned.recover_encoder_epochs=1", "int8.calibration_images=16"]
     found = fit.fit("quickstart", small, fit.Limits(mb=0.56), None, Progress(quiet=True))
     assert found["ok"] and 0.5 < found["mb"] <= 0.56 and found["run"] == "runs/quickstart-fit"
     assert 0.2 < found["macs"] < 0.98 and sorted(entry.name for entry in (tmp_path / "runs").iterdir()) == [".cache", "quickstart-fit"]

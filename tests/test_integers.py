@@ -53,7 +53,7 @@ def test_float_functions_are_those_of_their_names():
         "softmax": (mlas.softmax(x), x.double().softmax(-1)),
         "layer_norm": (mlas.layer_norm(x, [72], weight, bias, 1e-5),
                        F.layer_norm(x.double(), [72], weight.double(), bias.double(), 1e-5)),
-    }  # fmt: skip
+    }
     for name, (mine, exact) in ours.items():
         assert (mine - exact).abs().max() <= 8 * UNIT * exact.abs().max(), name
     torch.testing.assert_close(mlas.exp(-x.abs()), torch.exp(-x.abs().double()).float(), rtol=4 * UNIT, atol=0)
@@ -70,7 +70,7 @@ def test_float_functions_are_those_of_the_runtime(width):
         "Softmax": (mlas.softmax(x), runtimes("Softmax", {"x": x}, axis=-1)),
         "LayerNormalization": (mlas.layer_norm(x, [width], weight, bias, 1e-5),
                                runtimes("LayerNormalization", {"x": x, "weight": weight, "bias": bias}, axis=-1, epsilon=1e-5)),
-    }  # fmt: skip
+    }
     for name, (mine, theirs) in pairs.items():
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             assert torch.equal(mine, theirs), name
@@ -154,7 +154,7 @@ def captioner():
 def test_with_concepts_and_a_modulator_captions_are_those_of_onnx_runtime(captioner, tmp_path):
     found, pixels = captioner
     quantize.write(tmp_path, tiny.artifact(found.model, tmp_path / "float"), found, Quantize(max_weight_ratio=1.0), (), 0.0,
-                   Progress(quiet=True))  # fmt: skip
+                   Progress(quiet=True))
     theirs = runtime.Captioner(tmp_path, threads=1)
     grid = theirs.encode(pixels)
     computed = [simulate.simulated(graph) for graph in (found.encoder, found.decoder, found.concepts)]

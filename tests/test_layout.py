@@ -106,7 +106,7 @@ def test_light_modules_import_no_torch(code, tmp_path):
 def test_the_public_face_is_exact():
     assert sorted(compress.__all__) == sorted([
         "Artifact", "Captioner", "LightcapError", "Recipe", "__version__", "plan", "read_recipe", "read_run", "resolve", "run", "score",
-    ])  # fmt: skip
+    ])
     for name in compress.__all__:
         assert getattr(compress, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'trian'"):

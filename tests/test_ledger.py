@@ -117,10 +117,21 @@ def test_the_card_holds_the_rows_numbers(tmp_path):
     recipe = read_recipe(path)
     values = ledger.row({"cider": 50.04, "cider_ci95": [46.0, 54.0], "bytes": 8.71e6, "params": 23_527_264, "delta_cider": -1.25,
                          "p_value": 0.5, "against": "teacher", "gmacs_caption": 1.5, "lock": "x",
-                         "latency_ms": {"p50": 6.64, "p90": 9.0, "threads": 1, "beam": 1, "runtime": "torch"}})  # fmt: skip
+                         "latency_ms": {"p50": 6.64, "p90": 9.0, "threads": 1, "beam": 1, "runtime": "torch"}})
     said = card.text(recipe, recipe.stages[2], values)
     for cell in ("50.0 (95 % interval 46.0 to 54.0)", "| 8.71 |", "| 23,527,264 |", "-1.25 (p = 0.5", "| 1.500 |",
                  "6.6 (torch, threads: 1, beam 1)", "captioned photos, `a.json, b.json`", "macs: 0.7",
-                 "lightcap caption FOLDER PHOTO"):  # fmt: skip
+                 "lightcap caption FOLDER PHOTO"):
         assert cell in said, cell
     assert "private" not in said and "lightcap caption" not in card.text(recipe, recipe.stages[0], values)
+
+
+def test_the_card_says_where_int8_can_saturate(tmp_path):
+    """Whoever is given an export has not seen what was said when it was made."""
+    path = tmp_path / "r.yaml"
+    stages = ("train: {as: teacher, preset: tiny}", "export: {as: float}", "quantize: {as: int8, from: teacher}", "export: {as: out}",
+              "quantize: {as: exact, from: teacher, reduce_range: true}", "export: {as: exact-out}")
+    path.write_text("stages:\n" + "".join(f"  - {stage}\n" for stage in stages))
+    recipe = read_recipe(path)
+    warned = [stage.name for stage in recipe.stages if "reduce_range: true`" in card.text(recipe, stage, ledger.row({"lock": "x"}))]
+    assert warned == ["int8", "out"]

@@ -221,13 +221,13 @@ def test_a_gate_is_in_the_lock_where_the_stage_itself_looks_at_val(tmp_path):
         return found["p"], found["q"]
 
     gates = [locks("max_drop_cider: 3", "max_drop_cider: 2"), locks("max_drop_cider: 9", "max_drop_cider: 8"),
-             locks("max_drop_cider: 9", "max_drop_cider: 8", "test")]  # fmt: skip
+             locks("max_drop_cider: 9", "max_drop_cider: 8", "test")]
     assert len(set(gates)) == 1
     steps = [locks("steps: 2, max_drop_cider: 3", "trials: 0"), locks("steps: 2, max_drop_cider: 9", "trials: 0"),
-             locks("steps: 2, max_drop_cider: 9", "trials: 0", "test")]  # fmt: skip
+             locks("steps: 2, max_drop_cider: 9", "trials: 0", "test")]
     assert len({pruned for pruned, _ in steps}) == 3
     trials = [locks("steps: 1", "trials: 2, max_drop_cider: 2"), locks("steps: 1", "trials: 2, max_drop_cider: 8"),
-              locks("steps: 1", "trials: 2, max_drop_cider: 8", "test")]  # fmt: skip
+              locks("steps: 1", "trials: 2, max_drop_cider: 8", "test")]
     assert len({pruned for pruned, _ in trials}) == 1 and len({quantized for _, quantized in trials}) == 3
 
 

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +24,16 @@ class Killed(Exception):
     pass
 
 
+def save_each(monkeypatch) -> None:
+    """State is saved after each step, however long that takes."""
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", float("inf"))
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), Dropout(0.3),
-                        nn.Linear(6 * 16, 5), nn.LayerNorm(5))  # fmt: skip
+                        nn.Linear(6 * 16, 5), nn.LayerNorm(5))
     return net.to(memory_format=torch.channels_last).train()
 
 
@@ -57,7 +64,7 @@ def trained(work: Path, steps: int = 12, kills: tuple[int, ...] = (), groups: in
 def test_a_resumed_fit_is_the_undisturbed_one(tmp_path, monkeypatch, kills, saved_each):
     undisturbed = trained(tmp_path / "a")
     if saved_each:
-        monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+        save_each(monkeypatch)
     resumed = trained(tmp_path / "b", kills=kills)
     assert undisturbed.keys() == resumed.keys()
     for name, tensor in undisturbed.items():
@@ -67,7 +74,7 @@ def test_a_resumed_fit_is_the_undisturbed_one(tmp_path, monkeypatch, kills, save
 
 
 def test_a_resumed_fit_computes_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    save_each(monkeypatch)
     steps = []
     weight = nn.Parameter(torch.ones(3, 2))
     modules = nn.ParameterDict({"weight": weight})
@@ -101,6 +108,25 @@ def test_all_of_a_state_goes_to_where_its_parameters_are(tmp_path):
     assert len(optimizer.state) == len(list(net.parameters()))
 
 
+def test_a_state_that_is_slow_to_write_is_written_less_often(tmp_path, monkeypatch):
+    """By a clock of the test's own: a step takes a second, and writing the state four."""
+    clock, saves = [0.0], []
+
+    def write(modules, optimizer, path, step):
+        clock[0] += 4.0
+        saves.append(step)
+
+    def loss_of(step: int) -> torch.Tensor:
+        clock[0] += 1.0
+        return weight.square().sum()
+
+    weight = nn.Parameter(torch.ones(2, 2))
+    monkeypatch.setattr(loop, "save_state", write)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    fit(nn.ParameterDict({"w": weight}), [Group([weight], 0.1)], 300, loss_of, CONFIG, 1, tmp_path, "x", QUIET)
+    assert saves == [21, 155, 289, 300]  # after SAVE_SECONDS; then each time after 4 s / SAVE_SHARE
+
+
 def test_randomness_is_of_seed_and_step(tmp_path):
     drawn = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -119,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage(tmp_path):
     weight = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(StageError, match="student: the loss is nan at step 3 of 5; lower learning_rate") as raised:
         fit(nn.ParameterDict({"w": weight}), [Group([weight], 0.1)], 5, lambda step: weight.sum() * (float("nan") if step == 2 else 1),
-            CONFIG, 1, tmp_path, "student", QUIET)  # fmt: skip
+            CONFIG, 1, tmp_path, "student", QUIET)
     assert raised.value.exit_code == 1
 
 
@@ -143,7 +169,7 @@ def test_auto_is_the_precision_that_this_processor_multiplies_faster_in(tmp_path
 def test_a_stage_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch):
     """Also on a processor, or in a moment, that `auto` would choose another for."""
     weight, seen, chosen = nn.Parameter(torch.ones(2, 2)), [], iter((True, False))
-    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    save_each(monkeypatch)
     monkeypatch.setattr(loop, "multiplies_faster_in_bf16", lambda: next(chosen))
 
     def loss_of(step: int) -> torch.Tensor:
@@ -183,7 +209,7 @@ def test_learning_rates_and_decay_are_each_group_s(tmp_path):
     fast, slow, norm = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
     config = Optimisation(warmup=0.0, weight_decay=0.5, clip_norm=1e9, final_learning_rate=1.0)
     fit(nn.ParameterDict({"a": fast, "b": slow, "c": norm}), [Group([fast, norm], 0.1), Group([slow], 0.01)], 1,
-        lambda step: (fast.sum() + slow.sum() + norm.sum()), config, 1, tmp_path, "x", QUIET)  # fmt: skip
+        lambda step: (fast.sum() + slow.sum() + norm.sum()), config, 1, tmp_path, "x", QUIET)
     assert float(fast.detach()[0, 0]) == pytest.approx(1 - 0.1 * 0.5 - 0.1, abs=1e-3)
     assert float(slow.detach()[0, 0]) == pytest.approx(1 - 0.01 * 0.5 - 0.01, abs=1e-3)
     assert float(norm.detach()[0]) == pytest.approx(1 - 0.1, abs=1e-3)

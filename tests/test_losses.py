@@ -187,7 +187,7 @@ def test_ensembles_against_whole_distributions(temperature):
         return float((p * (p.log() - q)).sum(-1).mean()) * temperature**2
 
     def goal(ensemble: str) -> Goal:
-        return Goal(("tokens",), 0.0, temperature, 0.8, 0.0, 0.0, ensemble)
+        return Goal(("tokens",), temperature=temperature, token_weight=0.8, ensemble=ensemble)
 
     own = [kl_of(targets[i], logs[i]) for i in range(heads)]
     found = ensemble_loss(logs.gather(-1, ids), best, goal("each"))
@@ -205,7 +205,7 @@ def test_ensembles_against_whole_distributions(temperature):
 def test_a_head_does_not_teach_by_changing_itself():
     logs = drawn(2, 4, 3, seed=1).log_softmax(-1).requires_grad_()
     best = drawn(1, 4, 3, seed=2).softmax(-1)
-    ensemble_loss(logs, best, Goal(("tokens",), 0.0, 1.0, 0.8, 0.0, 0.0, "running")).backward()
+    ensemble_loss(logs, best, Goal(("tokens",), token_weight=0.8, ensemble="running")).backward()
     alone = logs.detach()[:1].requires_grad_()
     (token_loss(alone[0], best[0], 1.0) / 2).backward()
     torch.testing.assert_close(logs.grad[0], alone.grad[0])

@@ -57,7 +57,7 @@ def test_the_heap_is_whole_huge_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "MAPS", maps)
     assert pages.heap() is None  # no such file
     maps.write_text("00400000-00401000 r--p 00000000 fe:00 1 /bin/python\n01000fff-01a01000 rw-p 00000000 00:00 0 [heap]\n"
-                    "01a01000-02200000 rw-p 00000000 00:00 0 [heap]\n")  # fmt: skip
+                    "01a01000-02200000 rw-p 00000000 00:00 0 [heap]\n")
     assert pages.heap() == (0x1200000, 0x2200000)
     maps.write_text("01000000-01001000 rw-p 00000000 00:00 0 [heap]\n")
     assert pages.heap() is None

@@ -31,19 +31,19 @@ stages:
 """
 
 
-def start(code: list[str], folder: Path, size: int) -> list[tuple[int, str, str]]:
-    """(exit status, standard output, standard error) of `size` processes with the launcher's environment."""
+def start(code: list[str], folder: Path, size: int, threads: str = "11") -> list[tuple[int, str, str]]:
+    """(exit status, standard output, standard error) of `size` processes with the launcher's environment, each of so many `threads`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(size):
         environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads[rank], "WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
+        }
         processes.append(subprocess.Popen([sys.executable, *code], cwd=folder, env=environment, stdout=subprocess.PIPE,
-                                          stderr=subprocess.PIPE, text=True))  # fmt: skip
+                                          stderr=subprocess.PIPE, text=True))
     try:
         said = [process.communicate(timeout=300) for process in processes]
         return [(process.returncode, *both) for process, both in zip(processes, said, strict=True)]
@@ -116,6 +116,15 @@ def test_a_run_of_two_processes(tmp_path):
     assert [status for status, *_ in again] == [0, 0] and json.loads(again[0][1])["ledger"] == result["ledger"]
     (alone, out, _), = start(command, tmp_path, 1)
     assert alone == 0 and {row["lock"] for row in json.loads(out)["ledger"]}.isdisjoint(kept)  # another number of processes: another lock
+
+
+def test_processes_that_would_make_different_things_stop(tmp_path):
+    """The second would wait for an artifact that nobody makes, and average its gradients with those of another training."""
+    (tmp_path / "many.yaml").write_text(RECIPE[: RECIPE.index("  - distill")])
+    (status, out, _), (other, quiet, said) = start(["-m", "compress", "run", "many.yaml", "--json"], tmp_path, 2, threads="12")
+    assert (status, other, quiet) == (1, 1, "") and not json.loads(out)["ok"]
+    assert "lightcap: stage 'teacher': process 1 would make " in said and said.rstrip().endswith("package versions and OMP_NUM_THREADS")
+    assert not [path for path in (tmp_path / "runs/.cache").iterdir() if (path / "metrics.json").exists()]
 
 
 @pytest.mark.slow

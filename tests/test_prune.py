@@ -7,7 +7,7 @@ import pytest
 import torch
 from prunable import build, cut, with_concepts
 
-from compress.artifact import Artifact
+from compress.artifact import MODEL_FILES, Artifact
 from compress.config import Prune
 from compress.stages import prune
 from compress.stages.prune import channels, target
@@ -61,6 +61,16 @@ def test_parts_are_left_alone(pruning, monkeypatch):
     pruned = cut(parent, Prune(params=0.99, parts=("fusion",), round_to=8, batch_images=40), here)
     assert all(torch.equal(a, b) for a, b in zip(pruned.encoder.state_dict().values(), model.encoder.state_dict().values(), strict=True))
     assert {name.split(".")[0] for name in pruned.config.shapes} == {"fusion"}
+
+
+def test_layers_can_be_all_that_leaves(pruning):
+    """Nothing else is ranked or cut, and the fusion learns again from the whole captioner."""
+    model, _, _, parent, context = pruning
+    pruned = cut(parent, Prune(layers=1, ratios="sensitivity", batch_images=20), here := context("a"))
+    assert (pruned.config.layers, pruned.config.shapes) == (1, {})
+    assert all(torch.equal(a, b) for a, b in zip(pruned.encoder.state_dict().values(), model.encoder.state_dict().values(), strict=True))
+    assert not any(torch.equal(pruned.fusion.layers[0].up.weight, layer.up.weight) for layer in model.fusion.layers)
+    assert sorted(path.name for path in here.output.iterdir()) == sorted(MODEL_FILES)
 
 
 @pytest.mark.parametrize("importance_of", ["caption", "magnitude"])

@@ -100,7 +100,7 @@ HIDDEN = {  # by hand: the axes of each weight, without its layer's or head's nu
     "fusion.layers.output.bias": [0], "fusion.layers.down.weight": [0], "fusion.layers.down.bias": [0],
     "heads.branches.transform.weight": [0, 1], "heads.branches.transform.bias": [0], "heads.branches.norm.weight": [0],
     "heads.branches.norm.bias": [0], "modulator.down.weight": [1],
-}  # fmt: skip
+}
 
 
 def test_hidden_channels_leave_all_that_reads_or_writes_them(tmp_path):

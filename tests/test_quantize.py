@@ -84,7 +84,7 @@ def pooling(side: int, step: float, ceil: int = 0, stride: int | None = None) ->
         helper.make_node("AveragePool", ["d"], ["p"], kernel_shape=[side, side], strides=[stride or side] * 2, ceil_mode=ceil),
         helper.make_node("QuantizeLinear", ["p", "b", "z"], ["r"]), helper.make_node("DequantizeLinear", ["r", "b", "z"], ["s"]),
         helper.make_node("Relu", ["s"], ["y"]),
-    ]  # fmt: skip
+    ]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4, None, None]) for name in (names[0], names[-1])]
     graph = helper.make_graph(nodes, "pool", values[:1], values[1:], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
@@ -124,7 +124,7 @@ def test_a_pool_that_is_no_plain_mean_stays():
     ("prefix.onnx", 1 + 4 + 1),
     # Four of a layer, the last one's queries, one of all heads, the vocabulary.
     ("decoder.onnx", 4 * 2 + 1 + 1 + 1),
-])  # fmt: skip
+])
 def test_every_product_against_a_weight_of_the_decoder_is_an_integer_kernel(model, folder, tmp_path, name, products):
     kinds, graph = optimized(folder / name, tmp_path)
     assert kinds["MatMulInteger"] + kinds["MatMulIntegerToFloat"] == products
@@ -188,7 +188,7 @@ def test_the_folder_says_what_it_is_and_names_no_path(parent, folder):
 
 def test_an_export_of_the_quantized_artifact_holds_its_graphs(folder, tmp_path):
     export.export(tiny.Artifact(folder), tmp_path / "out")
-    for name in export.GRAPHS:
+    for name in runtime.GRAPHS:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert (tmp_path / "out" / "caption.py").is_file()
 
@@ -203,14 +203,14 @@ def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(
     """7-bit weights: 255 x 64 + 255 x 64 is below 2^15, where a full range has pairs above."""
     made = {}
     for name, settings in {"plain": {"rounding": "nearest"}, "nearest": {"rounding": "nearest", "reduce_range": True},
-                           "reduced": {"reduce_range": True}}.items():  # fmt: skip
+                           "reduced": {"reduce_range": True}}.items():
         where = context(parent.path.parent / name)
         quantize.run(parent, Quantize(calibration_images=12, **settings), where)
         made[name] = integers(where.output)
     for name, weight in made["nearest"].items():
         np.testing.assert_allclose(2 * weight, made["plain"][name], atol=2)
     reduced, whole = ({name: weight for name, weight in found.items() if not (weight == 1).all()}  # poolings
-                      for found in (made["reduced"], integers(folder)))  # fmt: skip
+                      for found in (made["reduced"], integers(folder)))
     assert reduced.keys() == whole.keys() and len(reduced) == 11 + 12
     for name, weight in reduced.items():
         assert weight.min() >= -64 and weight.max() <= 63 and np.abs(weight).max() >= 60, name

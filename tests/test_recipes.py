@@ -23,7 +23,7 @@ ROOT = Path(compress.__file__).resolve().parent.parent
 QUICKSTART = (
     "data.train_images=48", "data.val_images=12", "teacher.epochs=1", "student.epochs=1", "pruned.recover_epochs=1",
     "pruned.recover_encoder_epochs=1", "int8.calibration_images=16", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
-)  # fmt: skip
+)
 WALLS = ("data.captions=dataset.json", "data.images=images")
 TRAINED = ("concepts", "train", "distill", "scst")
 PHOTOS = (
@@ -31,12 +31,12 @@ PHOTOS = (
     *(f"{stage.name}.epochs=1" for stage in read_recipe("photos").stages if stage.kind in TRAINED),
     "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8", "pruned.max_drop_cider=1000",
     "int8.max_drop_cider=1000",
-)  # fmt: skip
+)
 UNDISTILLED = (*WALLS, *(f"{stage.name}.epochs=1" for stage in read_recipe("undistilled").stages if stage.kind in TRAINED))
 
 
 TINY = ("student.preset=tiny", "student.encoder=resnet-small", "student.encoder_weights=none", "extractor.text_encoder=minilm",
-        "extractor.inner=16", "extractor.epochs=2", "data.captions=dataset.json", "data.images=images")  # fmt: skip
+        "extractor.inner=16", "extractor.epochs=2", "data.captions=dataset.json", "data.images=images")
 CAPTIONERS = [stage for stage in read_recipe("ablation").stages if stage.kind != "concepts"]
 MADE_SMALL = [stage.name for stage in CAPTIONERS if stage.kind != "average"]
 PLAIN = ("frozen", "baseline", "concepts", "modulator", "modulator-18", "modulator-19", "masked")
@@ -44,7 +44,7 @@ ABLATION = (
     *TINY, "student.fusion_weights=null", "extractor.preset=tiny", *(f"{name}.preset=tiny" for name in PLAIN),
     *(f"{name}.fusion_weights=null" for name in PLAIN),
     *(f"{name}.epochs=1" for name in MADE_SMALL),
-)  # fmt: skip
+)
 COCO = (
     *TINY, "data.captions=dataset_coco.json", "data.images=coco", "extractor.regions=annotations/instances_train2014.json",
     "student.tokenizer=bert", "student.fusion_weights=bert", "teacher-pretrained.fusion_weights=bert/model.safetensors",
@@ -53,7 +53,7 @@ COCO = (
     "student-pretrained.match_epochs=1", "student.epochs=1", "student.batch_images=4",
     "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1",
     "int8.calibration_images=7", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
-)  # fmt: skip
+)
 
 
 def lightcap(*arguments, cwd: Path) -> dict | list:
@@ -132,7 +132,7 @@ def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -
         "finally: print({'torch', 'transformers'} & {*sys.modules}, file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, f"runs/{name}"], capture_output=True, text=True, cwd=folder,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     [answer] = json.loads(done.stdout)
     assert set(answer) == {"image", "caption", "logprob", "ms"} and answer["logprob"] < 0
@@ -200,10 +200,10 @@ def test_ablation(tmp_path):
     silent = {"nearest", "extractor", "blind"}
     assert len(rows) == len(silent) + len(CAPTIONERS) and by_name["extractor"]["concept_recall"] > 0.5
     said = {name: json.loads((tmp_path / "runs/ablation" / row["artifact"] / "captions.val.json").read_text())
-            for name, row in by_name.items() if name not in silent}  # fmt: skip
+            for name, row in by_name.items() if name not in silent}
     mean = {name: 100 * sum(item["cider"] for item in items) / len(items) for name, items in said.items()}
     pairs = {"concepts": "baseline", "modulator-18": "concepts", "tokens-19": "modulator-19", "states": "tokens", "sequential": "states",
-             "heads-18": "sequential-18", "cider-19": "heads-19"}  # fmt: skip
+             "heads-18": "sequential-18", "cider-19": "heads-19"}
     for name, against in pairs.items():
         assert by_name[name]["delta_cider"] == pytest.approx(mean[name] - mean[against], abs=0.05), name
         low, high = by_name[name]["delta_ci95"]
@@ -213,7 +213,7 @@ def test_ablation(tmp_path):
     macs = {name: row["gmacs_caption"] for name, row in by_name.items() if row["gmacs_caption"]}
     assert macs["baseline"] < macs["concepts"] < macs["modulator"] == macs["tokens"] < macs["heads"] == macs["cider"]
     tables = {name: benchmark(name, "runs/ablation", *arguments, "--json", cwd=tmp_path)["rows"]
-              for name, arguments in (("gains", ()), ("oracle", ("modulator",)))}  # fmt: skip
+              for name, arguments in (("gains", ()), ("oracle", ("modulator",)))}
     gained = {row["name"]: row for row in tables["gains"]}
     assert gained["tokens"]["seeds"] == len(gained["tokens"]["gain_by_seed"]) == 3 and "tokens-18" not in gained
     assert gained["concepts"]["gain"] == pytest.approx(by_name["concepts"]["delta_cider"], abs=1e-4)
@@ -268,7 +268,7 @@ def test_lightcap_coco(tmp_path):
     coco(tmp_path)
     small_bert(tmp_path / "bert")
     names = ["extractor", "teacher-pretrained", "teacher", "teacher-2", "teacher-3", "student-pretrained", "student-tuned", "student",
-             "vocabulary", "pruned", "int8", "export"]  # fmt: skip
+             "vocabulary", "pruned", "int8", "export"]
     check("lightcap-coco", COCO, tmp_path, names)
 
 
@@ -276,7 +276,7 @@ def test_lightcap_coco(tmp_path):
 def test_photos(tmp_path):
     karpathy(tmp_path)
     names = ["extractor", "frozen", "tuned", "teacher", "cider-1", "cider-2", "cider-3", "teacher-cider", "student", "student-cider",
-             "vocabulary", "pruned", "pruned-cider", "int8", "export"]  # fmt: skip
+             "vocabulary", "pruned", "pruned-cider", "int8", "export"]
     check("photos", PHOTOS, tmp_path, names)
 
 

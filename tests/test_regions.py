@@ -33,7 +33,7 @@ def genome(tmp_path):
             thing(50, 0, 5, 5, "tree"), thing(9, 9, 9, -1, "tree"), thing(0, 0, 1, 1, "sky"), thing(0, 0, 1, 1),
             thing(0, 0, 25, 20.0, "hotdog"),
         ]},
-    ]  # fmt: skip
+    ]
 
     def write(change=None):
         if change:
@@ -63,7 +63,7 @@ def instances(tmp_path):
             {"supercategory": "vehicle", "id": 3, "name": "car"}, {"supercategory": "food", "id": 58, "name": "hot dog"},
             {"supercategory": "outdoor", "id": 13, "name": "stop sign"},
         ],
-    }  # fmt: skip
+    }
 
     def write(change=None):
         if change:

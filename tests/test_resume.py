@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETS = (
     "data.train_images=600", "data.val_images=60", "teacher.epochs=4", "student.epochs=4", "pruned.recover_epochs=3",
     "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000", "int8.calibration_images=64",
-)  # fmt: skip
+)
 MEASURED = ("seconds", "peak_mb", "latency_ms", "parent_latency_ms")  # what differs from one run to the next
 EACH_SECONDS = 0.3  # how often resume state is written here: a stage of this size lasts seconds
 STEPS = 10  # of the 57 or more that each training here has

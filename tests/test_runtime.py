@@ -266,7 +266,7 @@ def test_the_script_prints_names_that_are_no_utf8(folder, captioner, tmp_path):
     os.rename(tmp_path / "good.png", name)
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     plain, listed = (subprocess.run([sys.executable, folder / "caption.py", *more, name], capture_output=True, env=strict)
-                     for more in ((), ("--json",)))  # fmt: skip
+                     for more in ((), ("--json",)))
     assert (plain.returncode, plain.stderr) == (0, b"") and plain.stdout.startswith(name + b"\t")
     assert os.fsencode(json.loads(listed.stdout)[0]["image"]) == name and listed.stderr == b""
 
@@ -274,7 +274,7 @@ def test_the_script_prints_names_that_are_no_utf8(folder, captioner, tmp_path):
 def test_the_script_says_once_that_pillow_is_absent(folder, tmp_path):
     (tmp_path / "PIL.py").write_text("raise ImportError('no Pillow here')")
     done = subprocess.run([sys.executable, folder / "caption.py", "a.png", "b.png"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "caption.py: no Pillow here\n")
 
 

@@ -28,27 +28,27 @@ SHAPE_WORDS = {
     "triangle": "triangle", "star": "star", "ring": "ring", "hoop": "ring", "wheel": "ring", "cross": "cross",
     "sign": "cross", "diamond": "diamond", "kite": "diamond", "heart": "heart", "moon": "moon", "crescent": "moon",
     "arrow": "arrow", "pointer": "arrow", "flower": "flower", "blossom": "flower", "house": "house", "hut": "house",
-}  # fmt: skip
+}
 PLURAL_WORDS = {word + "s": shape for word, shape in SHAPE_WORDS.items()} | {"crosses": "cross", "boxes": "square"}
 COLOUR_WORDS = {colour: colour for colour in PALETTE} | {
     "golden": "yellow", "violet": "purple", "rose": "pink", "chocolate": "brown", "dark": "black", "pale": "white",
-}  # fmt: skip
+}
 TEXTURE_WORDS = {
     "striped": "striped", "stripy": "striped", "stripes": "striped", "dotted": "dotted", "spotted": "dotted",
     "checkered": "checkered", "checked": "checkered", "checks": "checkered",
-}  # fmt: skip
+}
 SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large"}
 COUNT_WORDS = {"a": 1, "an": 1, "two": 2, "pair": 2, "three": 3, "four": 4}
 GROUND_WORDS = {
     "cloudy": "sky", "grass": "grass", "grassy": "grass", "sand": "sand", "sandy": "sand", "night": "night",
     "starry": "night", "brick": "brick", "bricks": "brick", "wooden": "wood", "wood": "wood", "water": "water",
     "snow": "snow", "sunset": "sunset", "evening": "sunset", "gray": "gray",
-}  # fmt: skip
+}
 RELATION_WORDS = {
     "above": "above", "over": "above", "below": "below", "under": "below", "beneath": "below", "next": "beside",
     "beside": "beside", "inside": "inside", "within": "inside", "around": "around", "surrounding": "around",
     "overlapping": "front", "behind": "behind", "hidden": "behind",
-}  # fmt: skip
+}
 
 
 def phrases(caption):

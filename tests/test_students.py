@@ -294,7 +294,7 @@ PRUNED = {
     "fusion.layers.0.query": (16, 32), "fusion.layers.0.key": (16, 32), "fusion.layers.0.value": (16, 32),
     "fusion.layers.0.output": (32, 16), "fusion.layers.1.up": (24, 32), "fusion.layers.1.down": (32, 24),
     "encoder.blocks.0.conv1": (40, 24, 3, 3), "encoder.blocks.0.bn1": (40,), "encoder.blocks.0.conv2": (48, 40, 3, 3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shapes", [{}, PRUNED], ids=["whole", "pruned"])

@@ -15,7 +15,7 @@ def test_combinations_are_all_of_them_in_order():
     assert sweep.combinations(["pruned.macs=0.8,0.5", "student.match=[tokens, hidden],tokens"]) == [
         ("pruned.macs=0.8", "student.match=[tokens, hidden]"), ("pruned.macs=0.8", "student.match=tokens"),
         ("pruned.macs=0.5", "student.match=[tokens, hidden]"), ("pruned.macs=0.5", "student.match=tokens"),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("vary", ["pruned.macs", "pruned.macs=0.5", "=1,2", "pruned.macs=0.5,,0.6", "pruned.macs=0.5,0.5"])
@@ -33,7 +33,7 @@ def test_folders_say_what_was_set(tmp_path):
     found = sweep.recipes("quickstart", ["seed=3"], ["pruned.macs=0.8,0.5", "student.match=[tokens, hidden],tokens"], None)
     assert [str(folder) for folder, _, _ in found][:2] == [
         "runs/quickstart-pruned.macs-0.8-student.match-tokens-hidden", "runs/quickstart-pruned.macs-0.8-student.match-tokens"
-    ]  # fmt: skip
+    ]
     assert [(recipe.seed, recipe.stages[3].config.macs) for _, _, recipe in found] == [(3, 0.8)] * 2 + [(3, 0.5)] * 2
     [first, _] = sweep.recipes("quickstart", [], ["seed=1,2"], tmp_path / "mine")
     assert first[0] == tmp_path / "mine-seed-1"
@@ -53,7 +53,7 @@ def test_the_command_runs_each_and_goes_on_after_one_that_fails(monkeypatch, tmp
         if wanted.stages[1].config.macs == 0.4:
             return pipeline.Result(out, (), DataError("no captions there"))
         row = {"stage": "prune", "name": "pruned", "cider": 100 * wanted.stages[1].config.macs, "bytes": 1000, "latency_ms": {"p50": 1.0},
-               "artifact": "../made"}  # fmt: skip
+               "artifact": "../made"}
         (out.parent / "made").mkdir(exist_ok=True)
         (out.parent / "made" / "lock.json").write_text('{"images": "f"}')
         (out / "ledger.jsonl").write_text(json.dumps(pipeline.ledger.row(row)) + "\n")

@@ -112,7 +112,7 @@ def test_the_sections_weights_begin_every_captioner_of_its_preset(monkeypatch, t
     monkeypatch.setattr(start, "load_bert", lambda fusion, weights: taken.append(weights))
     student = dataclasses.replace(STUDENT, fusion_weights="bert")
     for number, config in enumerate((Train(), Train(preset="tiny"), Train(preset="scenes-student"), Train(fusion_weights="own"),
-                                     Concepts(preset="tiny"), Concepts(preset="scenes-student"))):  # fmt: skip
+                                     Concepts(preset="tiny"), Concepts(preset="scenes-student"))):
         kind, config = "train" if isinstance(config, Train) else "concepts", dataclasses.replace(config, epochs=0.01)
         here = context(tmp_path / str(number), scenes, kind, config, student, cache=tmp_path / "cache")
         taken.append(config.preset)
@@ -141,6 +141,8 @@ def test_replaced_concepts_are_the_next_picture_s():
     assert 70 < int(replaced.sum()) < 130
     same = torch.ones(50, 3, dtype=torch.long)
     assert not replace(same)[1].any()  # what both pictures show belongs to either
+    few = [replace(concepts[:2])[1].tolist() for _ in range(60)]
+    assert [True, True] not in few and [False, True] in few  # some captions stand by their own picture's concepts
 
 
 def test_matching_is_binary_cross_entropy():
@@ -220,7 +222,7 @@ def test_captions_that_others_agree_with_weigh_more(run, scenes, monkeypatch, ob
 
 
 @pytest.mark.parametrize(("tuned", "weights", "learns"), [(True, None, True), (True, "none", True), (True, "imagenet", False),
-                                                          (False, None, False)])  # fmt: skip
+                                                          (False, None, False)])
 def test_norms_of_a_pretrained_encoder_stay(tuned, weights, learns):
     encoder = LightCap(preset("tiny", vocabulary=9)).encoder
     ready(encoder, tuned, Student(encoder_weights=weights))

@@ -33,7 +33,7 @@ PLURALS = {
     "bookshelf": ("bookshelves",), "elf": ("elves",), "loaf": ("loaves",), "thief": ("thieves",), "scarf": ("scarves", "scarfs"),
     "hoof": ("hooves", "hoofs"), "cactus": ("cacti", "cactuses"), "stomach": ("stomachs",), "bus": ("buses", "busses"),
     "fish": ("fish", "fishes"), "sheep": ("sheep",), "deer": ("deer", "deers"), "moose": ("moose",),
-}  # fmt: skip
+}
 NOT_MEN = frozenset("human german roman talisman ottoman caiman".split())
 
 # Other spellings (and, of a few, another form of the word) of a concept, or of the last word of one.
@@ -42,7 +42,7 @@ SPELLINGS = {
     "donut": ("doughnut",), "tire": ("tyre",), "racket": ("racquet",), "airplane": ("aeroplane",), "theater": ("theatre",),
     "mustache": ("moustache",), "pajamas": ("pyjamas",), "drier": ("dryer",), "t shirt": ("tee shirt",), "neighborhood": ("neighbourhood",),
     "wooden": ("wood",), "clothes": ("clothing",),
-}  # fmt: skip
+}
 
 # Verb forms that mostly mean something else in captions: in a row, a type of, a bit, a close-up shot. They mention no action.
 OTHER_SENSES = frozenset("row rows type types bit shot shots".split())
@@ -62,7 +62,7 @@ PAST = {
     "sliding": ("slid",), "speaking": ("spoke", "spoken"), "spinning": ("spun",), "standing": ("stood",), "sweeping": ("swept",),
     "swimming": ("swam", "swum"), "swinging": ("swung",), "taking": ("took", "taken"), "throwing": ("threw", "thrown"),
     "wearing": ("wore", "worn"), "winding": ("wound",), "writing": ("wrote", "written"),
-}  # fmt: skip
+}
 
 # Base forms, by -ing form, that the rules of `base_form` miss.
 BASES = {
@@ -70,7 +70,7 @@ BASES = {
     "sunbathing": "sunbathe", "breathing": "breathe", "tasting": "taste", "pasting": "paste", "lounging": "lounge", "plunging": "plunge",
     "changing": "change", "arranging": "arrange", "guiding": "guide", "competing": "compete", "adding": "add",
     "focusing": "focus", "kayaking": "kayak",
-}  # fmt: skip
+}
 
 # Things whose name ends in -ing; with those that have no other vowel (king, ring, string) all that are not actions.
 THINGS_IN_ING = frozenset(

@@ -57,7 +57,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
                 moves, factors = sensitivities(
                     *measured(model, tokenizer, settings, seed, context), compared, config.round_to, target.savings(model), repair,
                     (parent.digest(), stay, seed), context,
-                )  # fmt: skip
+                )
             if factors is not None:
                 scores = {unit: score * factors.get((unit.kind, unit.name), 1.0) for unit, score in scores.items()}
             note = context.work / f"leaving-{step}.json"

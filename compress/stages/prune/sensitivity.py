@@ -68,7 +68,7 @@ def measured(
 def sensitivities(
     narrow: LightCap, moved: Callable[[LightCap], float], scores: Mapping[Unit, Tensor], round_to: int, savings: Mapping, repair: Repair,
     key: Sequence, context: Context,
-) -> tuple[dict[str, float], dict[tuple[str, str], float]]:  # fmt: skip
+) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
     """Of each unit that can be cut, how far `narrow` moves without the half of its blocks that matters least, by "NAME KIND"; and its
     factor, by kind and name. What is measured is kept in the cache by `key`, which says what `narrow` is, by the data and by what leaves,
     so that another target of the same parent measures nothing anew."""
