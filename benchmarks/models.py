@@ -21,9 +21,9 @@ from compress import runtime
 from compress.artifact import Artifact, writing
 from compress.config import Data, Prune, Quantize, Recipe, Stage, Student
 from compress.context import Context, Progress
+from compress.cost import costs_of
 from compress.data import CaptionSet, load
 from compress.data.concepts import read_concepts
-from compress.evaluate import costs_of
 from compress.stages import prune, quantize
 from compress.stages.concepts import spelled
 from compress.stages.export import export

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from compress.artifact import Artifact
 from students.lightcap import LightCap, LightCapConfig
 from students.lightcap.concepts import windows
 
@@ -163,3 +164,26 @@ def interleaved(works: Sequence[Callable[[int], object]], rounds: int, warm: int
 def quantiles(times: Sequence[float]) -> dict[str, float]:
     ordered = sorted(times)
     return {"p50": statistics.median(ordered), "p90": ordered[min(len(ordered) - 1, round(0.9 * (len(ordered) - 1)))]}
+
+
+def costs(artifact: Artifact, tokens: int = TOKENS) -> dict:
+    """Parameters, MACs, bit operations, bytes. Graphs count as the float model they came from: their config still describes it."""
+    config = LightCapConfig.from_dict(artifact.config)
+    counted = costs_of(config, 8 if artifact.quantized else 32, tokens) | {"bytes": artifact.bytes()}
+    if (artifact.config.get("quantized") or {}).get("float_parts"):
+        counted["gbops_caption"] = None  # MACs are not counted by part
+    return counted
+
+
+def costs_of(config: LightCapConfig, bits: int = 32, tokens: int = TOKENS) -> dict:
+    with torch.device("meta"):
+        parts = parameters_by_part(LightCap(config))
+    macs = count_macs(config, tokens)
+    return {
+        "params": sum(parts.values()),
+        "params_by_part": parts,
+        "gmacs_encoder": macs.encoder / 1e9,
+        "gmacs_caption": macs.caption / 1e9,
+        "gflops_caption": 2 * macs.caption / 1e9,
+        "gbops_caption": macs.gbops(bits),
+    }

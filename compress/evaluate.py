@@ -13,13 +13,15 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from compress import cost, metrics, runtime
+from compress import metrics, runtime
 from compress.artifact import Artifact, write_json
 from compress.context import Context, Progress
+from compress.cost import costs
 from compress.data import CaptionSet
 from compress.data.concepts import read_concepts
 from compress.decode import Special, beam_search
 from compress.errors import ModelError, StageError
+from compress.latency import TIMED_IMAGES, latency
 from compress.ledger import captions_file
 from compress.metrics.bootstrap import paired
 from compress.process import thread_count
@@ -27,12 +29,11 @@ from compress.training.corpus import UNSEEN_BIAS
 from compress.training.features import device, grids, pixels
 from compress.training.mentions import mentioned, precision_recall
 from compress.training.start import read_captioner
-from students.lightcap import LightCap, LightCapConfig
+from students.lightcap import LightCap
 from students.lightcap.tokenizer import decode_caption
 
 BEAM = 5  # for accuracy
 BATCH = 32
-TIMED_IMAGES = 20
 VARIED = 10  # different captions
 UNTRAINED = ("vocabulary", "prune", "quantize", "export")  # stages that train nothing but to recover
 MENDS = {"quantize": "more calibration_images, or trials", "prune": "more steps, or a lower encoder_learning_rate"}
@@ -209,76 +210,3 @@ def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress
         said = captions(artifact, data, beam, Path(cache), progress, task.advance)
     written, wanted = [text for text, _ in said], [list(example.captions) for example in data.examples]
     return metrics.score(written, wanted).row() | (also(written, wanted) if also else {})
-
-
-# ---- costs
-
-
-def costs(artifact: Artifact, tokens: int = cost.TOKENS) -> dict:
-    """Parameters, MACs, bit operations, bytes. Graphs count as the float model they came from: their config still describes it."""
-    config = LightCapConfig.from_dict(artifact.config)
-    counted = costs_of(config, 8 if artifact.quantized else 32, tokens) | {"bytes": artifact.bytes()}
-    if (artifact.config.get("quantized") or {}).get("float_parts"):
-        counted["gbops_caption"] = None  # MACs are not counted by part
-    return counted
-
-
-def costs_of(config: LightCapConfig, bits: int = 32, tokens: int = cost.TOKENS) -> dict:
-    with torch.device("meta"):
-        parts = cost.parameters_by_part(LightCap(config))
-    macs = cost.count_macs(config, tokens)
-    return {
-        "params": sum(parts.values()),
-        "params_by_part": parts,
-        "gmacs_encoder": macs.encoder / 1e9,
-        "gmacs_caption": macs.caption / 1e9,
-        "gflops_caption": 2 * macs.caption / 1e9,
-        "gbops_caption": macs.gbops(bits),
-    }
-
-
-# ---- latency
-
-
-def latency(artifact: Artifact, parent: Artifact | None, pictures: np.ndarray, tokens: int = cost.TOKENS) -> dict:
-    """One decoded image in, a text of exactly `tokens` pieces out, beam 1, one thread; each picture once, artifact and parent in turn, in
-    one runtime."""
-    with tempfile.TemporaryDirectory() as folder:
-        pair = [artifact] if parent is None else [artifact, parent]
-        name = "onnxruntime" if artifact.graphs else "torch"
-        if artifact.graphs and parent is not None and not parent.graphs:
-            from compress.stages.export import export
-
-            export(parent, Path(folder) / "parent")
-            pair[1] = Artifact(Path(folder) / "parent")
-        with cost.one_thread():
-            works = [timed_graphs(item, tokens) if name == "onnxruntime" else timed_torch(item, tokens) for item in pair]
-            rounds = [lambda turn, work=work: work(pictures[turn]) for work in works]
-            times = cost.interleaved(rounds, len(pictures))
-    found = [{**cost.quantiles(ms), "threads": 1, "beam": 1, "runtime": name} for ms in times]
-    return {"latency_ms": found[0], "parent_latency_ms": found[1] if parent is not None else None}
-
-
-def timed_graphs(artifact: Artifact, tokens: int):
-    captioner = runtime.Captioner(artifact.path, threads=1)
-
-    def work(picture: np.ndarray) -> str:
-        past = captioner.prefill(captioner.encode(runtime.pixels(picture, captioner.settings)[None]))
-        pieces = [captioner.start]
-        for position in range(tokens):
-            logits, past = captioner.step(pieces[-1:], position, past)
-            pieces.append(int(logits[0].argmax()))
-        return captioner.tokenizer.decode(pieces, skip_special_tokens=True)
-
-    return work
-
-
-def timed_torch(artifact: Artifact, tokens: int):
-    model, tokenizer, settings = read_captioner(artifact.path)
-    start = tokenizer.token_to_id("[CLS]")
-
-    def work(picture: np.ndarray) -> str:
-        pixels = torch.from_numpy(runtime.pixels(picture, settings)[None])
-        return decode_caption(tokenizer, cost.generate(model, pixels, start, tokens))
-
-    return work

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import cost, models
+from compress import models
+from compress.cost import TOKENS, costs, costs_of
 from compress.errors import ModelError, UsageError
-from compress.evaluate import TIMED_IMAGES, costs, costs_of, latency, settings_of
+from compress.evaluate import settings_of
+from compress.latency import TIMED_IMAGES, latency
 from compress.ledger import row
 from students.lightcap import PRESETS, preset
 from students.lightcap.config import PREFIX_POSITION
 
 
-def profile(model: str, tokens: int = cost.TOKENS) -> dict:
+def profile(model: str, tokens: int = TOKENS) -> dict:
     """Parameters, MACs, bytes and time of a caption of `tokens` word pieces, as a ledger row, and two sums of parts that papers name:
     `params_fusion` (embeddings and layers) and `params_without_alignment`. ModelError where `model` names nothing; UsageError for a
     longer caption than there are positions for."""

@@ -13,7 +13,7 @@ from compress.config import Prune
 from compress.context import Context
 from compress.data import CaptionSet
 from compress.stages import prune
-from compress.stages.prune import channels, target
+from compress.stages.prune import channels, prices
 from compress.training.batches import Captions, pack
 from compress.training.start import write_captioner
 from students.lightcap import LightCap, preset
@@ -99,7 +99,7 @@ def silence(model: LightCap, chosen: list[channels.Block]) -> None:
 def ranked(model: LightCap, round_to: int = 8, parts=("encoder", "fusion"), seed: int = 5) -> list[channels.Block]:
     source = torch.Generator().manual_seed(seed)
     scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, parts)}
-    return channels.blocks(scores, round_to, target.savings(model, target.PRICES["macs"]))
+    return channels.blocks(scores, round_to, prices.savings(model, prices.PRICES["macs"]))
 
 
 def with_concepts(model: LightCap, inner: int = 16) -> LightCap:

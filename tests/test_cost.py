@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress import cost, evaluate
+from compress import cost
 from students.lightcap import LightCap, LightCapConfig, preset
 from students.lightcap.concepts import windows
 
@@ -154,7 +154,7 @@ def test_bit_operations():
 @pytest.mark.parametrize("name", ["lightcap", "tiny, pruned"])
 def test_costs_are_the_ledger_s(name):
     config = CONFIGS[name]
-    found = evaluate.costs_of(config, bits=8)
+    found = cost.costs_of(config, bits=8)
     macs = macs_of(name)
     with torch.device("meta"):
         model = LightCap(config)

@@ -7,7 +7,7 @@ import pytest
 import tiny_captioner as tiny
 from stage_context import context
 
-from compress import cost, data, evaluate, metrics, profile
+from compress import cost, data, evaluate, latency, metrics, profile
 from compress.artifact import Artifact
 from compress.config import Data, Distill, Scst, Stage, Student
 from compress.context import Progress
@@ -38,11 +38,11 @@ def test_accuracy_is_compared_with_against_and_time_with_the_parent(tmp_path, mo
     for name, value in (("teacher", 10.0), ("student", 30.0)):  # untrained, all of them say nothing that a reference says
         file = captions_file(artifacts[name].path, "val")
         file.write_text(json.dumps([item | {"cider": value} for item in json.loads(file.read_text())]))
-    timed, latency = [], evaluate.latency
+    timed, real = [], latency.latency
 
     def looked(artifact, parent, pictures):
         timed.append(parent)
-        return latency(artifact, parent, pictures[:2])
+        return real(artifact, parent, pictures[:2])
 
     monkeypatch.setattr(evaluate, "latency", looked)
     row = evaluate.measure(artifacts["mine"], artifacts[accuracy_of], context(tmp_path, captions, stage=stage, artifacts=artifacts))
@@ -80,11 +80,11 @@ def test_what_is_measured_is_what_is_said(tmp_path):
 
 def test_times_are_told_apart(monkeypatch, tmp_path):
     mine, parent = (Artifact(tmp_path / name) for name in ("mine", "parent"))
-    monkeypatch.setattr(evaluate, "timed_torch", lambda item, tokens: lambda picture: item.path.name)
+    monkeypatch.setattr(latency, "timed_torch", lambda item, tokens: lambda picture: item.path.name)
     monkeypatch.setattr(cost, "interleaved", lambda works, rounds: [[{"mine": 1.0, "parent": 9.0}[work(0)]] * rounds for work in works])
-    found = evaluate.latency(mine, parent, np.zeros((3, 8, 8, 3), np.uint8))
+    found = latency.latency(mine, parent, np.zeros((3, 8, 8, 3), np.uint8))
     assert (found["latency_ms"]["p50"], found["parent_latency_ms"]["p50"]) == (1.0, 9.0)
-    assert evaluate.latency(mine, None, np.zeros((3, 8, 8, 3), np.uint8))["parent_latency_ms"] is None
+    assert latency.latency(mine, None, np.zeros((3, 8, 8, 3), np.uint8))["parent_latency_ms"] is None
 
 
 def test_bit_operations_are_those_of_the_precision(tmp_path):
@@ -94,7 +94,7 @@ def test_bit_operations_are_those_of_the_precision(tmp_path):
     for name, quantized in (("float", None), ("int8", {"scheme": "static"}), ("mixed", {"scheme": "static", "float_parts": ["heads"]})):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "config.json").write_text(json.dumps(config | ({} if quantized is None else {"quantized": quantized})))
-        found[name] = evaluate.costs(Artifact(tmp_path / name))
+        found[name] = cost.costs(Artifact(tmp_path / name))
     assert found["float"]["gbops_caption"] == pytest.approx(1024 * found["float"]["gmacs_caption"], rel=0.01)
     assert found["int8"]["gbops_caption"] == pytest.approx(64 * found["float"]["gmacs_caption"], rel=0.2)
     assert found["mixed"]["gbops_caption"] is None and found["mixed"]["gmacs_caption"] == found["float"]["gmacs_caption"]

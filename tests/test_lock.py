@@ -220,8 +220,8 @@ def test_a_gate_is_in_the_lock_where_the_stage_itself_looks_at_val(tmp_path):
         found = locks_of(tmp_path, text)
         return found["p"], found["q"]
 
-    gates = [locks("max_drop_cider: 3", "max_drop_cider: 2"), locks("max_drop_cider: 9", "max_drop_cider: 8"),
-             locks("max_drop_cider: 9", "max_drop_cider: 8", "test")]
+    gates = [locks("max_drop_cider: 3", "trials: 0, max_drop_cider: 2"), locks("max_drop_cider: 9", "trials: 0, max_drop_cider: 8"),
+             locks("max_drop_cider: 9", "trials: 0, max_drop_cider: 8", "test")]
     assert len(set(gates)) == 1
     steps = [locks("steps: 2, max_drop_cider: 3", "trials: 0"), locks("steps: 2, max_drop_cider: 9", "trials: 0"),
              locks("steps: 2, max_drop_cider: 9", "trials: 0", "test")]

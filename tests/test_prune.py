@@ -10,7 +10,7 @@ from prunable import build, cut, with_concepts
 from compress.artifact import MODEL_FILES, Artifact
 from compress.config import Prune
 from compress.stages import prune
-from compress.stages.prune import channels, target
+from compress.stages.prune import channels, prices, target
 from compress.training.start import write_captioner
 from students.lightcap import LightCap
 
@@ -29,7 +29,7 @@ def test_the_stage_meets_its_target_and_is_the_same_twice(pruning, monkeypatch):
         made.append(Artifact(here.output))
     assert made[0].digest() == made[1].digest() != parent.digest()
     pruned = LightCap.from_pretrained(made[0].path)
-    assert 0.6 < target.parameters(pruned) / target.parameters(model) <= 0.7
+    assert 0.6 < prices.parameters(pruned) / prices.parameters(model) <= 0.7
     assert pruned.config.vocabulary == model.config.vocabulary
     assert dataclasses.replace(pruned.config, shapes={}) == model.config
     assert (made[0].path / "tokenizer.json").read_bytes() == (parent.path / "tokenizer.json").read_bytes()
@@ -44,7 +44,7 @@ def test_hidden_channels_leave_by_the_stage_and_the_export_says_the_same(pruning
     here = context("a")
     pruned = cut(parent, Prune(params=0.85, parts=("hidden",), recover_encoder_epochs=0.0, batch_images=20), here)
     assert pruned.word.shape[1] < model.word.shape[1] and pruned.config.hidden == model.config.hidden
-    assert target.parameters(pruned) <= 0.85 * target.parameters(model)
+    assert prices.parameters(pruned) <= 0.85 * prices.parameters(model)
     export(Artifact(here.output), here.output.parent / "export")
     captioner = runtime.Captioner(here.output.parent / "export", threads=1)
     grid = torch.randn(1, model.config.grid**2, model.config.channels)
@@ -85,9 +85,9 @@ def test_the_stage_narrows_the_concept_extractor(pruning, tmp_path, monkeypatch,
     (tmp_path / "finder").mkdir()
     write_captioner(tmp_path / "finder", model, tokenizer, preprocessing)
     parent, here = Artifact(tmp_path / "finder"), context("a")
-    saved = target.savings(model, target.PRICES["macs"])["concept", "alignment"] * 16
+    saved = prices.savings(model, prices.PRICES["macs"])["concept", "alignment"] * 16
     config = Prune(
-        macs=1 - saved / target.macs(model), parts=("concepts",), importance=importance_of, recover_epochs=0.0, recover_encoder_epochs=0.0
+        macs=1 - saved / prices.macs(model), parts=("concepts",), importance=importance_of, recover_epochs=0.0, recover_encoder_epochs=0.0
     )
     pruned = cut(parent, config, here)
     assert set(pruned.config.shapes) == {"alignment.first", "alignment.second"}
@@ -133,6 +133,6 @@ def test_a_step_that_loses_too_much_is_taken_back(pruning, monkeypatch, drops, s
     prune.run(parent, config, here)
     assert asked == ["parent", *(f"step-{step}" for step in range(1, len(drops) + 1))]
     made = LightCap.from_pretrained(here.output)
-    share = target.parameters(made) / target.parameters(model)
+    share = prices.parameters(made) / prices.parameters(model)
     assert share <= 0.8 if steps == 2 else 0.8 < share <= 0.9
     assert Artifact(here.output).digest() == Artifact(here.work / f"step-{steps}").digest()

@@ -7,7 +7,7 @@ import torch
 from prunable import build, outputs, ranked, silence
 
 from compress.config import Student
-from compress.stages.prune import channels, target
+from compress.stages.prune import channels, prices
 from compress.training.start import new_captioner
 from students.lightcap import LightCap
 
@@ -37,7 +37,7 @@ def test_removing_is_silencing(clip_small, encoder, tmp_path):
     for mine, wanted, plain in zip(outputs(smaller), outputs(model), untouched, strict=True):
         torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)
         assert (wanted - plain).abs().max() > 1e-2
-    assert target.parameters(smaller) < 0.9 * target.parameters(model)
+    assert prices.parameters(smaller) < 0.9 * prices.parameters(model)
     smaller.save_pretrained(tmp_path)
     loaded = LightCap.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), smaller.state_dict().values(), strict=True))
@@ -75,7 +75,7 @@ def test_a_quarter_of_the_whole_width_stays_after_any_number_of_steps():
     model = build()
     whole = channels.units(model, ("encoder", "fusion"))
     smaller = channels.remove(model, ranked(model))
-    savings = target.savings(smaller, target.PRICES["macs"])
+    savings = prices.savings(smaller, prices.PRICES["macs"])
     for before, more in ((whole, False), ((), True)):
         scores = {unit: torch.rand(unit.width) for unit in channels.units(smaller, ("encoder", "fusion"), before)}
         assert bool(channels.blocks(scores, 8, savings)) == more

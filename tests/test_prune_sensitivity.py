@@ -12,7 +12,7 @@ from prunable import build, cut, idle, outputs, silence
 
 from compress.config import Prune
 from compress.stages import prune
-from compress.stages.prune import channels, sensitivity, target
+from compress.stages.prune import channels, prices, sensitivity
 from compress.training.batches import IGNORED
 from students.lightcap import LightCap
 
@@ -55,7 +55,7 @@ def test_what_is_measured_is_how_far_captions_move(pruning):
     assert moved(narrow) == pytest.approx(0, abs=1e-7)
     source = torch.Generator().manual_seed(2)
     scores = {unit: torch.rand(unit.width, generator=source) for unit in channels.units(model, ("encoder", "fusion"))}
-    savings = target.savings(model, target.PRICES["macs"])
+    savings = prices.savings(model, prices.PRICES["macs"])
     mend = repair.Repair.of(model, preprocessing, ("encoder", "fusion"), 17, here)
     moves, factors = sensitivity.sensitivities(narrow, moved, scores, 8, savings, mend, ("parent", 17), here)
     less = 0
@@ -91,7 +91,7 @@ def test_layers_and_ratios_of_the_stage(pruning, monkeypatch):
     config = Prune(macs=0.7, layers=1, ratios="sensitivity", steps=2, batch_images=40, recover_epochs=1, recover_encoder_epochs=0.1)
     here = context("a")
     pruned = cut(parent, config, here)
-    assert pruned.config.layers == 1 and target.macs(pruned) / target.macs(model) <= 0.7
+    assert pruned.config.layers == 1 and prices.macs(pruned) / prices.macs(model) <= 0.7
     rises = json.loads((here.output / "sensitivity.json").read_text())
     assert {"fusion.layers.0 ffn", "encoder.stem.0 conv"} <= set(rises)
 

@@ -12,7 +12,7 @@ from compress.artifact import Artifact
 from compress.config import Prune
 from compress.errors import StageError, TargetError
 from compress.stages import prune
-from compress.stages.prune import channels, sensitivity, target
+from compress.stages.prune import channels, prices, sensitivity, target
 from students.lightcap import LightCap
 
 importance = importlib.import_module("compress.stages.prune.importance")  # the package names its function alike
@@ -37,9 +37,9 @@ def test_megabytes_are_of_the_whole_artifact():
     model = build()
     alone, beside = (target.Target.of(Prune(mb=1.6), model, beside=extra) for extra in (0.0, 0.1))
     [aim] = beside.aims
-    assert aim.before == pytest.approx(target.megabytes(model) + 0.1)
+    assert aim.before == pytest.approx(prices.megabytes(model) + 0.1)
     smaller = channels.remove(model, ranked(model)[: target.choose(model, ranked(model), beside)])
-    assert target.megabytes(smaller) <= 1.5 and not alone.missed(smaller, 1.0)
+    assert prices.megabytes(smaller) <= 1.5 and not alone.missed(smaller, 1.0)
 
 
 def test_of_two_aims_each_counts_by_its_share_of_the_way_until_it_is_met():
@@ -49,7 +49,7 @@ def test_of_two_aims_each_counts_by_its_share_of_the_way_until_it_is_met():
     wanted = {"macs": 0.7, "params": 0.5}, {"macs": 0.7}, {"params": 0.5}
     both, one, other = (target.Target.of(Prune(**aims), model) for aims in wanted)
     key = "conv", channels.units(model, ("encoder",))[2].name
-    assert one.savings(model)[key] == pytest.approx(target.savings(model, target.PRICES["macs"])[key] / (0.3 * target.macs(model)))
+    assert one.savings(model)[key] == pytest.approx(prices.savings(model, prices.PRICES["macs"])[key] / (0.3 * prices.macs(model)))
     assert both.savings(model)[key] == pytest.approx(one.savings(model)[key] + other.savings(model)[key])
     assert target.Target.of(Prune(macs=0.7, mb=99.0), model).savings(model) == one.savings(model)
 
@@ -77,21 +77,21 @@ def test_of_two_aims_each_counts_by_its_share_of_the_way_until_it_is_met():
 def test_megabytes_are_those_on_disk(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
-    assert target.megabytes(model) == pytest.approx((tmp_path / "model.safetensors").stat().st_size / 1e6, rel=0.02)
+    assert prices.megabytes(model) == pytest.approx((tmp_path / "model.safetensors").stat().st_size / 1e6, rel=0.02)
 
 
 def test_macs_of_a_model_are_those_of_its_config():
     model = build()
     smaller = channels.remove(model, ranked(model)[:9])
-    assert target.macs(model) == cost.count_macs(model.config).caption > target.macs(smaller)
+    assert prices.macs(model) == cost.count_macs(model.config).caption > prices.macs(smaller)
 
 
 def test_savings_are_what_a_channel_costs():
     """One channel of each unit removed: the exact counts fall by what `savings` says."""
     model = with_concepts(build())
 
-    for name, measure in target.COUNTS.items():
-        said, whole = target.savings(model, target.PRICES[name]), measure(model)
+    for name, measure in prices.COUNTS.items():
+        said, whole = prices.savings(model, prices.PRICES[name]), measure(model)
         units = channels.units(model, ("encoder", "fusion", "concepts", "hidden"))
         for unit in units if name != "macs" else [units[1], units[3], units[5], units[6], *units[-3:]]:
             fell = whole - measure(channels.remove(model, [channels.Block(unit, (0,), 0.0)]))
@@ -107,7 +107,7 @@ def test_impossible_targets_are_one_line(monkeypatch):
     with pytest.raises(StageError, match="prune to mb: 99 is not below the parent's"):
         target.Target.of(Prune(mb=99.0), model)
     with pytest.raises(StageError, match="prune to mb: 99 is not below the parent's .* and ms: 9000 is not below"):
-        monkeypatch.setattr(target, "times_by_part", lambda model: (5.0, 2.0, 10.0))
+        monkeypatch.setattr(prices, "times_by_part", lambda model: (5.0, 2.0, 10.0))
         target.Target.of(Prune(mb=99.0, ms=9000.0), model)
 
 
@@ -145,10 +145,10 @@ def test_a_time_is_the_models_own_beside_its_parents(monkeypatch):
         return [[speed[names[id(work.__defaults__[0])]]] * rounds for work in works]
 
     monkeypatch.setattr(cost, "interleaved", interleaved)
-    monkeypatch.setattr(target.copy, "deepcopy", lambda model: model)
-    monkeypatch.setattr(target, "times_by_part", lambda model: (5.0, 2.0, 10.0))
+    monkeypatch.setattr(prices.copy, "deepcopy", lambda model: model)
+    monkeypatch.setattr(prices, "times_by_part", lambda model: (5.0, 2.0, 10.0))
     names |= {id(parent): "parent", id(small): "small"}
-    clock = target.Clock.beside(parent)
+    clock = prices.Clock.beside(parent)
     counted = cost.count_macs(parent.config)
     spent = (clock.price.encoder * counted.encoder, clock.price.prefix * counted.prefix, clock.price.step * counted.steps)
     assert spent == pytest.approx((5.0, 2.0, 3.0)) and clock.price.weight == 0
@@ -162,19 +162,19 @@ def test_a_target_in_milliseconds_takes_blocks_until_the_clock_says_so(pruning, 
     not asked again, and other prices change nothing."""
     model, _, _, parent, context = pruning
     monkeypatch.setattr(importance, "BATCHES", 1)
-    before = target.macs(model)
-    price = target.Price(1e-9, 1e-9, 50e-9)
-    monkeypatch.setattr(target.Clock, "beside", lambda parent: target.Clock(parent, 20.0, price))
-    monkeypatch.setattr(target.Clock, "__call__", lambda self, timed: 20.0 * target.macs(timed) / before)
+    before = prices.macs(model)
+    price = prices.Price(1e-9, 1e-9, 50e-9)
+    monkeypatch.setattr(prices.Clock, "beside", lambda parent: prices.Clock(parent, 20.0, price))
+    monkeypatch.setattr(prices.Clock, "__call__", lambda self, timed: 20.0 * prices.macs(timed) / before)
     given = {"round_to": 4, "recover_epochs": 0.0, "recover_encoder_epochs": 0.0}
     here = context("a")
     prune.run(parent, Prune(ms=20 * 0.9, **given), here)
-    assert 0.85 < target.macs(LightCap.from_pretrained(here.output)) / before <= 0.9
+    assert 0.85 < prices.macs(LightCap.from_pretrained(here.output)) / before <= 0.9
     assert not target.Target.of(Prune(ms=15.0), model).exact and target.Target.of(Prune(macs=0.7), model).exact
 
     again = dataclasses.replace(here, output=here.output.parent / "again")
     monkeypatch.setattr(prune, "choose", None)
-    monkeypatch.setattr(target.Clock, "beside", lambda parent: target.Clock(parent, 20.0, target.Price(50e-9, 1e-9, 1e-9)))
+    monkeypatch.setattr(prices.Clock, "beside", lambda parent: prices.Clock(parent, 20.0, prices.Price(50e-9, 1e-9, 1e-9)))
     prune.run(parent, Prune(ms=20 * 0.9, **given), again)
     assert Artifact(again.output).digest() == Artifact(here.output).digest()
     with pytest.raises(StageError, match="prune to ms: 30 is not below the parent's 20"):

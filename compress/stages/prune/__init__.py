@@ -20,10 +20,11 @@ from compress.config import Prune
 from compress.context import Context
 from compress.stages.prune.channels import Block, Unit, units
 from compress.stages.prune.importance import importance
+from compress.stages.prune.prices import megabytes, shapes_megabytes
 from compress.stages.prune.recover import recover_encoder, recover_fusion
 from compress.stages.prune.repair import Repair
 from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
-from compress.stages.prune.target import Target, choose, give_back, megabytes, ranked, shapes_megabytes
+from compress.stages.prune.target import Target, choose, give_back, ranked
 from compress.training.start import read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout

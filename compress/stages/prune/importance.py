@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from compress.config import Prune
 from compress.context import Context
-from compress.stages.prune.channels import Unit, dependency_graph, hidden_norms
+from compress.stages.prune.channels import Unit, hidden_norms
 from compress.training.batches import IGNORED
 from compress.training.corpus import corpus
 from compress.training.features import device
 from students.lightcap import LightCap
+from students.lightcap.norms import read_by_norms
 
 BATCHES = 16  # at most
 IMAGES = 16
@@ -148,14 +149,6 @@ def written(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def norms_behind(model: LightCap) -> dict[str, nn.BatchNorm2d]:
-    """For each convolution but the depthwise ones, the batch norm that follows it first."""
-    graph = dependency_graph(model)
+    """For each convolution, by name, the batch norm that reads it."""
     names = {module: name for name, module in model.named_modules()}
-    found = {}
-    for module, name in names.items():
-        if isinstance(module, nn.Conv2d) and not (module.groups == module.in_channels and module.groups > 1):
-            following = [node.module for node in graph.module2node[module].outputs]
-            norm = next((after for after in following if isinstance(after, nn.BatchNorm2d)), None)
-            if norm is not None:
-                found[name] = norm
-    return found
+    return {names[conv]: norm for conv, norm in read_by_norms(model.encoder, model.config.image_size)}
