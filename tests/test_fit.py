@@ -50,7 +50,7 @@ def world(monkeypatch, tmp_path):
 
 
 def test_no_more_is_pruned_than_the_limits_ask_for(world):
-    found = fit.fit("quickstart", ["seed=3"], fit.Limits(mb=71.0, ms=9.0, drop_cider=4.0), None, Progress(quiet=True))
+    found = fit.fit("quickstart", ["seed=3", "int8.trials=0"], fit.Limits(mb=71.0, ms=9.0, drop_cider=4.0), None, Progress(quiet=True))
     assert (found["ok"], found["macs"], found["mb"], found["against"]) == (True, 0.7, pytest.approx(70), "vocabulary")
     assert found["drop_cider"] == pytest.approx(3.0) and found["run"] == "runs/quickstart-fit"
     own = f"runs/quickstart-fit.unrecovered-{os.getpid()}"  # of two at once, none removes the other's
@@ -115,7 +115,7 @@ def test_limits_that_cannot_be_held_fail_in_one_line(world):
         fit.fit("quickstart", [], fit.Limits(drop_cider=1.0), None, Progress(quiet=True))
     with pytest.raises(UsageError, match="one 'prune' stage; ablation has 0"):
         fit.fit("ablation", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
-    Path("x.yaml").write_text("stages: [{concepts: {preset: tiny}}, {prune: {as: cut, macs: 0.5}}]\n")
+    Path("x.yaml").write_text("stages: [{train: {preset: tiny}}, {concepts: {}}, {prune: {as: cut, macs: 0.5}}]\n")
     with pytest.raises(UsageError, match="fit judges captions, and 'concepts', which 'cut' works on, has none yet"):
         fit.fit("x.yaml", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
     with pytest.raises(UsageError, match="--out .: name a folder"):
@@ -133,11 +133,11 @@ def test_a_stage_that_may_remove_next_to_nothing_is_named(monkeypatch, tmp_path)
 def test_the_command_says_whether_cider_holds(world, capsys):
     for drop, status in (("6", 0), ("4", 1)):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["fit", "quickstart", "--max-mb", "50.01", "--max-drop-cider", drop, "--json"])
+            cli.main(["fit", "quickstart", "--set", "int8.trials=0", "--max-mb", "50.01", "--max-drop-cider", drop, "--json"])
         found = json.loads(capsys.readouterr().out)
         assert (ended.value.code, found["ok"], found["macs"]) == (status, status == 0, 0.5)
     with pytest.raises(SystemExit):
-        cli.main(["fit", "quickstart", "--max-mb", "50.01", "--max-drop-cider", "4"])
+        cli.main(["fit", "quickstart", "--set", "int8.trials=0", "--max-mb", "50.01", "--max-drop-cider", "4"])
     assert "not met: 0.5 of MACs, 50.00 MB, 5.0 ms, CIDEr -5.00 against 'vocabulary'" in capsys.readouterr().out
 
 
