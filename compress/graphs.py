@@ -21,12 +21,12 @@ PRODUCTS = {"MatMul", "FusedMatMul"}
 FLOAT = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 
 
-def clean(model: ModelProto, producer: str = "lightcap") -> ModelProto:
+def clean(model: ModelProto) -> ModelProto:
     """The same graph, in place, without doc strings, metadata (stack traces, module paths) and value infos, its nodes renamed in order.
 
     Its bytes then depend on weights and structure alone: two exports of one model are equal.
     """
-    model.producer_name, model.producer_version, model.doc_string, model.domain = producer, "", "", ""
+    model.producer_name, model.producer_version, model.doc_string, model.domain = "lightcap", "", "", ""
     graph = model.graph
     del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:], graph.quantization_annotation[:]
     graph.name, graph.doc_string = "graph", ""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -245,73 +245,96 @@ def _section(tree: Located, key: str):
     return config_of(SECTIONS[key], tree.value or {}, key)
 
 
+@dataclass
+class _Above:
+    """The stages above the one that is read: their kinds by name, those of which nothing was taught to caption, and the names of all."""
+
+    kinds: dict[str, str]
+    silent: set[str]
+    all: Sequence[str]
+
+    def check(self, kind: str, value: str, located: Located, key: str) -> None:
+        """RecipeError where a stage of this kind cannot take `value` as its `key`."""
+        if value not in self.kinds:
+            why = "comes later" if value in self.all else "is not a stage here"
+            there = f"earlier stages: {', '.join(self.kinds) or 'none'}"
+            raise RecipeError(f"{located.place}key '{key}': '{value}' {why}; {there}{nearest(value, self.kinds)}")
+        its = self.kinds[value]
+        if its in GRAPHS and (kind not in GRAPHS or its == "export" or kind == "quantize"):
+            made = f"'{value}' is already ONNX graphs ({its})"
+            raise RecipeError(f"{located.place}{made}, which '{kind}' cannot work on; name an earlier stage with 'from:'")
+        if value in self.silent and (key == "teachers" or kind in SPOKEN):
+            raise RecipeError(f"{located.place}'{value}' was not taught to write captions, which '{kind}' needs; put a 'train' or a "
+                              "'distill' stage between them")
+
+
 def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
     stages: list[Stage] = []
-    kinds: dict[str, str] = {}
-    silent: set[str] = set()  # extractors, of which nothing was taught to caption
-    names = [name for _, name, _ in _stage_entries(tree)]
-    for (kind, name, settings), item in zip(_stage_entries(tree), tree.value["stages"].value, strict=True):
+    entries = _stage_entries(tree)
+    above = _Above({}, set(), [name for _, name, _ in entries])
+    for (kind, name, settings), item in zip(entries, tree.value["stages"].value, strict=True):
         place = next(iter(item.value.values())).place
-        if name in kinds:
+        if name in above.kinds:
             label = settings.get("as")
             raise RecipeError(f"{label.place if label else place}a second stage is named '{name}'; give it its own 'as: NAME'")
         config = config_of(STAGES[kind], settings, kind, also=("as", "from", "against"))
-
-        def earlier(value: str, located: Located, key: str, kinds=kinds, kind=kind):
-            if value not in kinds:
-                why = "comes later" if value in names else "is not a stage here"
-                there = f"earlier stages: {', '.join(kinds) or 'none'}"
-                raise RecipeError(f"{located.place}key '{key}': '{value}' {why}; {there}{nearest(value, kinds)}")
-            if kinds[value] in GRAPHS and (kind not in GRAPHS or kinds[value] == "export" or kind == "quantize"):
-                made = f"'{value}' is already ONNX graphs ({kinds[value]})"
-                raise RecipeError(f"{located.place}{made}, which '{kind}' cannot work on; name an earlier stage with 'from:'")
-            if value in silent and (key == "teachers" or kind in SPOKEN):
-                raise RecipeError(f"{located.place}'{value}' was not taught to write captions, which '{kind}' needs; put a 'train' or a "
-                                  "'distill' stage between them")
-
-        before = stages[-1].name if stages else None
         settings = {key: value for key, value in settings.items() if key != "from" or value.value is not None}  # null: it starts anew
-        start = settings.get("from")
-        if start is not None:
-            parent = value_of(start, str, kind, "from")
-            earlier(parent, start, "from")
-            if getattr(config, "preset", None):
-                raise RecipeError(f"{start.place}keys 'from' and 'preset' exclude each other: a preset starts anew")
-        elif kind == "distill" or (kind in NEW and (config.preset or before is None or getattr(config, "extractor", None))):
-            parent = None
-        elif before is None:
-            raise RecipeError(f"{place}the first stage cannot be '{kind}': there is nothing to work on; begin with 'train'")
-        else:
-            parent = before
-            earlier(parent, Located(None, place), kind)
-        if getattr(config, "extractor", None):
-            earlier(config.extractor, settings["extractor"], "extractor")
-            if start is not None:
-                raise RecipeError(f"{start.place}keys 'from' and 'extractor' exclude each other: an extractor starts a new captioner")
+        before = stages[-1].name if stages else None
+        parent = _parent(kind, config, settings, before, place, above)
         if kind == "distill":
-            config = _with_teachers(config, settings, before, place, student, earlier)
+            config = _with_teachers(config, settings, before, place, student, above)
         for other in getattr(config, "others", ()):
-            earlier(other, settings["others"], "others")
+            above.check(kind, other, settings["others"], "others")
         for key, what in conflicts(config, parent):
             raise RecipeError(f"{settings[key].place}key '{key}': {what}" if key in settings else f"{place}{what}")
-        against = _compared(parent, config)
-        chosen = settings.get("against")
-        if chosen is not None and chosen.value is not None:
-            if kind == "concepts":
-                raise RecipeError(f"{chosen.place}key 'against': 'concepts' makes no captions to compare")
-            against = value_of(chosen, str, kind, "against")
-            if against not in kinds or kinds[against] == "concepts":
-                earlier(against, chosen, "against")
-                raise RecipeError(f"{chosen.place}key 'against': '{against}' has no captions to compare with")
-        if kinds.get(against) == "concepts" and getattr(config, "max_drop_cider", None) is not None:
-            key = settings.get("max_drop_cider")
-            raise RecipeError(f"{key.place if key else place}key 'max_drop_cider': '{against}', which '{name}' would be compared with, has "
-                              "no captions; name a stage that has (against: NAME)")
+        against = _against(kind, name, config, parent, settings, place, above)
         stages.append(Stage(kind, name, parent, config, against, place))
-        kinds[name] = kind
-        if kind in ("concepts", "vocabulary") and (parent is None or parent in silent):
-            silent.add(name)
+        above.kinds[name] = kind
+        if kind in ("concepts", "vocabulary") and (parent is None or parent in above.silent):
+            above.silent.add(name)
     return tuple(stages)
+
+
+def _parent(kind: str, config, settings: dict[str, Located], before: str | None, place: str, above: _Above) -> str | None:
+    """The stage that this one works on: what `from:` names, else the one `before`; None where it starts anew."""
+    start, extractor = settings.get("from"), getattr(config, "extractor", None)
+    if start is not None:
+        parent = value_of(start, str, kind, "from")
+        above.check(kind, parent, start, "from")
+        if getattr(config, "preset", None):
+            raise RecipeError(f"{start.place}keys 'from' and 'preset' exclude each other: a preset starts anew")
+    elif kind == "distill" or (kind in NEW and (config.preset or before is None or extractor)):
+        parent = None
+    elif before is None:
+        raise RecipeError(f"{place}the first stage cannot be '{kind}': there is nothing to work on; begin with 'train'")
+    else:
+        parent = before
+        above.check(kind, parent, Located(None, place), kind)
+    if extractor:
+        above.check(kind, extractor, settings["extractor"], "extractor")
+        if start is not None:
+            raise RecipeError(f"{start.place}keys 'from' and 'extractor' exclude each other: an extractor starts a new captioner")
+    return parent
+
+
+def _against(
+    kind: str, name: str, config, parent: str | None, settings: dict[str, Located], place: str, above: _Above
+) -> str | None:
+    """The stage that the row is compared with: what `against:` names, else what `_compared` says."""
+    against = _compared(parent, config)
+    chosen = settings.get("against")
+    if chosen is not None and chosen.value is not None:
+        if kind == "concepts":
+            raise RecipeError(f"{chosen.place}key 'against': 'concepts' makes no captions to compare")
+        against = value_of(chosen, str, kind, "against")
+        if against not in above.kinds or above.kinds[against] == "concepts":
+            above.check(kind, against, chosen, "against")
+            raise RecipeError(f"{chosen.place}key 'against': '{against}' has no captions to compare with")
+    if above.kinds.get(against) == "concepts" and getattr(config, "max_drop_cider", None) is not None:
+        key = settings.get("max_drop_cider")
+        raise RecipeError(f"{key.place if key else place}key 'max_drop_cider': '{against}', which '{name}' would be compared with, has "
+                          "no captions; name a stage that has (against: NAME)")
+    return against
 
 
 def _compared(parent: str | None, config) -> str | None:
@@ -319,13 +342,13 @@ def _compared(parent: str | None, config) -> str | None:
     return parent or next(iter(getattr(config, "teachers", ())), None)
 
 
-def _with_teachers(config, settings: dict[str, Located], before: str | None, place: str, student: Student, earlier):
+def _with_teachers(config, settings: dict[str, Located], before: str | None, place: str, student: Student, above: _Above):
     teachers = config.teachers or ((before,) if before else ())
     where = settings.get("teachers", Located(None, place))
     if not teachers:
         raise RecipeError(f"{where.place}'distill' needs a teacher: put a 'train' stage before it, or name 'teachers'")
     for teacher in teachers:
-        earlier(teacher, where, "teachers")
+        above.check("distill", teacher, where, "teachers")
     heads = config.heads or (None if "from" in settings else student.heads)
     if heads and len(teachers) not in (1, heads):
         raise RecipeError(

@@ -76,8 +76,8 @@ def corpus(
     model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False, flip: bool = False, crop: float = 0.0,
     beside: Iterable[int] = (),
 ) -> Corpus:
-    """The train split of `context.data` for `model`. `tuned`: the encoder is trained too, so pictures are encoded in every step, after
-    `disturbed`; otherwise their grids are computed once. `beside`: word pieces that are kept for others, such as a teacher's own."""
+    """The train split of `context.data` for `model`. `tuned`: pictures are encoded in every step, after `disturbed`, by the encoder
+    as it then is; otherwise their grids are computed once. `beside`: word pieces that are kept for others, such as a teacher's own."""
     data = context.data.split("train")
     encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
     used = {piece for captions in encoded for caption in captions for piece in caption}

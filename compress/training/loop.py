@@ -60,8 +60,8 @@ def fit(
         task.resume(start)
         for step in range(start, steps):
             torch.manual_seed(seed * 1_000_003 + step + share.rank * 1_000_000_007)
-            for group, peak in zip(optimizer.param_groups, peaks(groups), strict=True):
-                group["lr"] = peak * schedule[step]
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule[step]
             with autocast(chosen, where):
                 loss = loss_of(step)
             if not torch.isfinite(loss):
@@ -84,13 +84,10 @@ def optimizer_of(groups: Sequence[Group], config: Optimisation) -> torch.optim.A
     """Matrices decay; biases and norms do not."""
     split = []
     for group in groups:
-        split.append({"params": [p for p in group.parameters if p.dim() > 1], "weight_decay": config.weight_decay})
-        split.append({"params": [p for p in group.parameters if p.dim() <= 1], "weight_decay": 0.0})
+        peak = {"peak": group.learning_rate}
+        split.append({"params": [p for p in group.parameters if p.dim() > 1], "weight_decay": config.weight_decay} | peak)
+        split.append({"params": [p for p in group.parameters if p.dim() <= 1], "weight_decay": 0.0} | peak)
     return torch.optim.AdamW(split, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-
-def peaks(groups: Sequence[Group]) -> list[float]:
-    return [group.learning_rate for group in groups for _ in range(2)]
 
 
 def linear(step: int, steps: int, config: Optimisation) -> float:
