@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from compress.config import Average, Concepts, Distill, Encoding, Prune, Recipe, Stage, Train, Vocabulary, references
+from compress.conflicts import cuts_encoder
 from compress.errors import RecipeError
 from compress.training.distillation import feed_forward
 from compress.training.start import captioner_config
@@ -19,8 +20,8 @@ MASK = 0  # stands for the id of [MASK], which the tokenizer knows
 def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
     """By name of the stage, with `vocabulary` word pieces. Pruned shapes are not known before: they are the parent's.
 
-    RecipeError, with the stage's line and name, for sizes that no captioner can have and for settings that do not fit its parent or
-    teachers.
+    RecipeError, with the line of the key or of the stage, for sizes that no captioner can have and for settings that do not fit its parent
+    or teachers.
     """
     models: dict[str, LightCapConfig] = {}
     encoders: dict[str, str] = {}
@@ -88,7 +89,7 @@ def _encoder(recipe: Recipe, stage: Stage, encoders: Mapping[str, str]) -> str:
                 raise ValueError(f"teacher '{teacher}' would read grids of another encoder, {own}, than its own, {other}; name teachers "
                                  "that share their student's encoder")
         return encoders[first]
-    changes = (isinstance(config, Encoding) and config.encoder == "tuned") or (isinstance(config, Prune) and "encoder" in config.parts)
+    changes = (isinstance(config, Encoding) and config.encoder == "tuned") or (isinstance(config, Prune) and cuts_encoder(config))
     averaged = isinstance(config, Average) and {encoders[name] for name in config.others} != {encoders[stage.parent]}
     if changes or averaged:
         return stage.name

@@ -9,6 +9,11 @@ from compress.config import Average, Concepts, Distill, Encoding, Prune, Quantiz
 TARGETS = ("macs", "params", "mb", "ms")
 
 
+def cuts_encoder(config: Prune) -> bool:
+    """Whether channels of the encoder may leave: not where nothing but layers of the fusion shall."""
+    return "encoder" in config.parts and any(getattr(config, key) is not None for key in TARGETS)
+
+
 def conflicts(config, parent: str | None) -> Iterator[tuple[str, str]]:
     """(key, what is wrong with it) of a stage's settings; `parent` is the stage that it goes on from, None where it starts anew."""
     find = FINDERS.get(type(config))

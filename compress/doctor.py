@@ -39,6 +39,7 @@ FLAGS = {
 }
 FAST_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 EXACT = "exact"
+ANY = SpecifierSet()
 SATURATES = (
     "can saturate: an x86 processor without VNNI adds two products in 16 bits; lightcap takes slower products that cannot, and the fast "
     "ones for models quantized with reduce_range: true"
@@ -53,7 +54,7 @@ def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
         versions[name] = _version(name) or "absent"
         if importlib.util.find_spec(module) is None:
             missing.append({"what": name, "install": "pip install lightcap"})
-        elif (wanted := required.get(canonicalize_name(name))) is not None and not wanted.contains(versions[name], prereleases=True):
+        elif versions[name] != "absent" and versions[name] not in (wanted := required.get(canonicalize_name(name), ANY)):
             what = f"another {name} ({versions[name]} is here, lightcap needs {wanted})"
             missing.append({"what": what, "install": f"pip install '{name}{wanted}'"})
     ok = not missing
@@ -102,7 +103,8 @@ def _required() -> dict[str, SpecifierSet]:
         wanted = [Requirement(line) for line in importlib.metadata.requires("lightcap") or ()]
     except importlib.metadata.PackageNotFoundError:
         return {}
-    return {canonicalize_name(each.name): each.specifier for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})}
+    return {canonicalize_name(each.name): SpecifierSet(str(each.specifier), prereleases=True) for each in wanted
+            if each.marker is None or each.marker.evaluate({"extra": ""})}
 
 
 def _version(distribution: str) -> str | None:

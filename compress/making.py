@@ -31,7 +31,7 @@ from compress.errors import RecipeError, StageError, UsageError, expected
 from compress.parallel import ALONE, Share
 from compress.process import forget_peak, peak, thread_count
 
-PLACED = re.compile(r"\S.*:\d+: ")  # an error that says the file and line of the recipe
+PLACED = re.compile(r"--set \S|\S.*:\d+: ")  # an error that says the file and line of the recipe, or the setting
 JOINT = ("concepts", "train", "distill", "scst")  # stages that several processes train together
 
 
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def told(self) -> Path:
-        """Where the first process of several tells the others, stage by stage, whether it trains, and under which lock."""
+        """Where the first process of several tells the others, stage by stage, whether it trains."""
         return self.out / f".told-{self.share.launch}"
 
     @functools.cached_property
@@ -62,10 +62,10 @@ class Run:
         """The digest of the images that rows are measured on."""
         return lock.measured_on(self.data.split(self.recipe.data.val_split).examples)
 
-    def tell(self, stage: Stage, lock: str, trains: bool) -> None:
+    def tell(self, stage: Stage, trains: bool) -> None:
         if self.share.size > 1 and not (self.told / stage.name).exists():
             self.told.mkdir(parents=True, exist_ok=True)
-            artifact.write_text(self.told / stage.name, f"{'train' if trains else 'skip'} {lock}")
+            artifact.write_text(self.told / stage.name, "train" if trains else "skip")
 
     def stage_function(self, kind: str) -> Callable:
         if self.stages is not None:
@@ -128,7 +128,7 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
             with artifact.writing(model) as output:
                 if stage.kind != "baseline":
                     make = run.stage_function(stage.kind)
-                    run.tell(stage, target.name, True)
+                    run.tell(stage, True)
                     make(parent, stage.config, dataclasses.replace(context, output=output))
                     Artifact(output).check()
         _refuse(sources.changed_code(sources.imported(("compress.evaluate",))[0]))

@@ -39,6 +39,15 @@ class Share:
         images = np.asarray(images)
         return images[self.rank :: self.size] if len(images) >= self.size else images
 
+    def agrees(self, what: str) -> bool:
+        """Whether the first process says the same. All have to ask."""
+        if self.size == 1:
+            return True
+        from accelerate.utils import broadcast_object_list
+
+        (first,) = broadcast_object_list([what])
+        return first == what
+
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes each gradient the mean over the processes. Where a share did not touch a parameter it counts as zero; one that none touched
         has no gradient still, and so is not decayed."""

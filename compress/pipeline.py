@@ -134,9 +134,10 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     artifacts: dict[str, Artifact] = {}
     threads = thread_count()
     parts = lock.of_stages(run_.recipe, run_.data.fingerprint, threads, run_.share.size)
+    run_.share.agrees(lock.digest(parts))
     if run_.data.left_out:
         run_.progress.log(run_.data.left_out)
-    stage = None
+    stage = run_.recipe.stages[0]
     try:
         if run_.stages is None:
             _find_weights(run_.recipe, [stage for stage in run_.recipe.stages if not finished(run_.cache / lock.digest(parts[stage.name]))])
@@ -170,19 +171,26 @@ def _trained_with(run_: making.Run) -> Result:
     """What another process than the first does: it trains in the stages that many train, and waits for each artifact."""
     artifacts: dict[str, Artifact] = {}
     parts = lock.of_stages(run_.recipe, run_.data.fingerprint, thread_count(), run_.share.size)
+    if not run_.share.agrees(lock.digest(parts)):
+        raise StageError(f"process {run_.share.rank} would make other artifacts than the first one; all need the same files, package "
+                         "versions and OMP_NUM_THREADS")
     for stage in run_.recipe.stages:
         target, told = run_.cache / lock.digest(parts[stage.name]), run_.told / stage.name
         until(lambda target=target, told=told: told.exists() or finished(target))
-        if told.exists() and (theirs := told.read_text().split()[1]) != target.name:
-            raise StageError(f"stage '{stage.name}': process {run_.share.rank} would make {target.name}, the first one makes {theirs}; all "
-                             "need the same files, package versions and OMP_NUM_THREADS")
-        if stage.kind in making.JOINT and told.exists() and told.read_text().startswith("train"):
+        if stage.kind in making.JOINT and _read(told) == "train":
             with tempfile.TemporaryDirectory() as output:
                 context = making.context_of(run_, stage, artifacts, Path(output), target.with_name(f"{target.name}.work") / "state")
                 run_.stage_function(stage.kind)(artifacts[stage.parent] if stage.parent else None, stage.config, context)
         until(functools.partial(finished, target))
         artifacts[stage.name] = Artifact(target)
     return Result(run_.out, ())
+
+
+def _read(told: Path) -> str:
+    """What the first process told, if it has not removed that at its end."""
+    with contextlib.suppress(FileNotFoundError):
+        return told.read_text()
+    return ""
 
 
 def _save(run_: making.Run, rows: list[dict]) -> None:
@@ -208,7 +216,7 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
                 built = True
     if not built:
         run_.progress.log(f"{label}: cached")
-    run_.tell(stage, target.name, False)
+    run_.tell(stage, False)
     measured = Artifact(target).row()
     place = os.path.relpath(target, run_.out)
     named = {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name, "against": ledger.against(stage, measured)}
@@ -258,25 +266,27 @@ def _check_files(wanted: Recipe) -> None:
 def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
     """ModelError for weights that one of `stages` will read and that are neither here nor on the hub, before any has taken its time; what
     the hub has is fetched. Encoder and tokenizer are not looked for: the first stage reads them at once."""
-    named = []
+    fusion, text = {}, {}  # {source: where it is named}
     for stage in stages:
-        fusion = getattr(stage.config, "fusion_weights", None)
-        if getattr(stage.config, "init", "weights") == "weights" and "fusion_weights" in lock.read_of_student(stage, wanted.student):
-            fusion = fusion or wanted.student.fusion_weights
-        named.append((stage, fusion, getattr(stage.config, "text_encoder", None)))
-    if not any(fusion or text for _, fusion, text in named):
+        place = f"{stage.place}stage '{stage.name}', "
+        if getattr(stage.config, "text_encoder", None):
+            text.setdefault(stage.config.text_encoder, f"{place}key 'text_encoder': ")
+        if getattr(stage.config, "fusion_weights", None):
+            fusion.setdefault(stage.config.fusion_weights, f"{place}key 'fusion_weights': ")
+        elif getattr(stage.config, "init", "weights") == "weights" and "fusion_weights" in lock.read_of_student(stage, wanted.student):
+            fusion.setdefault(wanted.student.fusion_weights, f"{wanted.places.get('fusion_weights', '')}key 'fusion_weights': ")
+    fusion.pop(None, None)
+    if not fusion and not text:
         return  # without torch
     from compress.training.text import text_file
     from students.lightcap.bert import bert_file
 
-    for stage, fusion, text in named:
-        try:
-            if fusion:
-                bert_file(fusion)
-            if text:
-                text_file(text)
-        except FileNotFoundError as error:
-            raise ModelError(f"{stage.place}stage '{stage.name}': {error}") from None
+    for find, sources in ((bert_file, fusion), (text_file, text)):
+        for source, place in sources.items():
+            try:
+                find(source)
+            except FileNotFoundError as error:
+                raise ModelError(f"{place}{error}") from None
 
 
 def _only_a_path(value: str) -> bool:

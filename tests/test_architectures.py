@@ -1,8 +1,12 @@
 """What each stage will make, known before it runs: the sizes of artifacts, and settings that do not fit them."""
 
+import re
+
 import pytest
 
+from compress import pipeline
 from compress.architectures import architectures
+from compress.context import Progress
 from compress.errors import RecipeError
 from compress.recipe import read_recipe
 
@@ -51,6 +55,9 @@ def test_sizes_that_cannot_be_name_their_key(tmp_path, section, settings, said):
     (tmp_path / "x.yaml").write_text(f"{section}\nstages:\n  - train: {{}}\n")
     with pytest.raises(RecipeError, match=said):
         architectures(read_recipe(tmp_path / "x.yaml", settings), 100)
+    wanted = read_recipe(tmp_path / "x.yaml", (*settings, "data.train_images=4", "data.val_images=2"))
+    result = pipeline.run(wanted, tmp_path / "runs" / "x", Progress(quiet=True))
+    assert re.match(said if "--set" in said else f".*{said}", result.error.message) and result.error.exit_code == 2
 
 
 def test_concepts_are_read_where_a_stage_finds_them(tmp_path):

@@ -56,5 +56,8 @@ def test_weights_of_a_later_stage_are_looked_for_first(hub, tmp_path):
     )
     result = pipeline.run(read_recipe(Path("x.yaml")), tmp_path / "runs" / "x", Progress(quiet=True))
     assert result.rows == () and not result.ok
-    assert result.error.message.startswith("x.yaml:5: stage 'second': no weights for BERT at 'someone/nothing', neither here nor")
+    assert result.error.message.startswith("x.yaml:5: stage 'second', key 'fusion_weights': no weights for BERT at 'someone/nothing'")
     assert not list((tmp_path / "runs" / ".cache").glob("*.work"))
+    settings = ("student.fusion_weights=someone/else", "student.tokenizer=english")
+    result = pipeline.run(read_recipe(Path("x.yaml"), settings), tmp_path / "runs" / "x", Progress(quiet=True))
+    assert result.error.message.startswith(f"--set {settings[0]}: key 'fusion_weights': no weights for BERT at 'someone/else'")

@@ -147,7 +147,7 @@ def test_a_real_recipe_comes_under_its_limit_in_megabytes(monkeypatch, tmp_path)
     """Down to where nothing more can be removed: shares below it are no failure."""
     monkeypatch.chdir(tmp_path)
     small = ["data.train_images=48", "data.val_images=12", "teacher.epochs=1", "student.epochs=1", "pruned.recover_epochs=1",
-             "pruned.recover_encoder_epochs=1", "int8.calibration_images=16"]
+             "pruned.recover_encoder_epochs=1", "int8.calibration_images=16", "int8.trials=0"]
     found = fit.fit("quickstart", small, fit.Limits(mb=0.56), None, Progress(quiet=True))
     assert found["ok"] and 0.5 < found["mb"] <= 0.56 and found["run"] == "runs/quickstart-fit"
     assert 0.2 < found["macs"] < 0.98 and sorted(entry.name for entry in (tmp_path / "runs").iterdir()) == [".cache", "quickstart-fit"]

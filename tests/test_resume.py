@@ -28,6 +28,7 @@ STEPS = 10  # of the 57 or more that each training here has
 COMMAND = f"""
 from compress.training import loop
 loop.SAVE_SECONDS = {EACH_SECONDS}
+loop.SAVE_SHARE = 1.0
 from compress.cli import main
 main()
 """

@@ -92,6 +92,7 @@ def test_stopped_it_ends_as_undisturbed(parent, scenes, tmp_path, monkeypatch):
     calm, stopped = (context(tmp_path / name, scenes, "scst", config) for name in "ab")
     scst.run(parent, config, calm)
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", float("inf"))
     count, loss = itertools.count(), scst.policy_loss
 
     def stopping(*given):

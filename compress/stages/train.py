@@ -63,7 +63,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> Artifact:
         concepts, replaced = replace(model.find_concepts(grid)) if matching is not None else (None, None)
         states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix), concepts=concepts)
         real = said = batch.targets != IGNORED
-        if replaced is not None and not replaced.all():
+        if replaced is not None:
             real = real & ~replaced.unsqueeze(1)  # a caption says nothing of another picture's concepts
         mean = model.heads.branch_states(states[real]).mean(0)
         logits = logits_at(mean, model.word, model.heads.bias, batch.targets[real].unsqueeze(1))

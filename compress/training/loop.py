@@ -22,7 +22,8 @@ from compress.memory import keep
 from compress.parallel import ALONE, Share, until
 
 SAVE_SECONDS = 20.0
-SAVE_SHARE = 0.03  # of the time at most: on a slow disk a large state is saved less often
+SAVE_SHARE = 0.03  # of the time at most: on a slow disk a large state is saved less often,
+MOST_SECONDS = 600.0  # but this often
 NOTE_STEPS = 10
 PRODUCTS = 20  # timed in each precision
 PAYS = 0.8  # of the time in fp32: conversions take some of what bf16 saves
@@ -75,7 +76,7 @@ def fit(
             if share.rank == 0 and (began := time.monotonic()) - saved > pause:
                 save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()
-                pause = max(SAVE_SECONDS, (saved - began) / SAVE_SHARE)
+                pause = min(max(SAVE_SECONDS, (saved - began) / SAVE_SHARE), MOST_SECONDS)
     if share.rank == 0:
         save_state(modules, optimizer, state, steps)
 

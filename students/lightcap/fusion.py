@@ -42,7 +42,7 @@ Past = list[Seen]  # per layer
 def attention(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
     """Rows of the attention matrix, (N, heads, T, S), of queries (N, heads, T, head_dim) and keys (N, heads, S, head_dim).
 
-    Training computes them in full: on a CPU the backward pass of SDPA is slower in bf16, and no faster in fp32.
+    Training on a CPU computes them in full: there the backward pass of SDPA is slower in bf16, and no faster in fp32.
     """
     n, heads, length, size = queries.shape
     blank = queries.new_zeros(1, 1, 1, 1)
