@@ -28,10 +28,13 @@ def test_a_file_a_folder_and_a_name_of_the_hub(hub, tmp_path):
 @pytest.mark.parametrize(
     ("find", "source", "what"),
     [
-        (bert_file, "minlim", r"no weights for BERT at 'minlim', neither here nor on the hub \(\w+\); set fusion_weights to a file, a "
-         "folder, OWNER/NAME of the hub or minilm; did you mean 'minilm'"),
-        (text_file, "opnai", "CLIP RN50's text encoder at 'opnai', .* set text_encoder to .* or minilm, openai; did you mean 'openai'"),
-        (lambda source: load_encoder(None, "clip-rn50", source), "opnai", "no weights for clip-rn50 at 'opnai', .*student.encoder_weights"),
+        (bert_file, "minlim", "no weights for BERT at 'minlim'; set fusion_weights to a file, a folder, OWNER/NAME of the hub or minilm; "
+         "did you mean 'minilm'"),
+        (bert_file, "bert-base-uncased", r"BERT at 'bert-base-uncased', neither here nor on the hub \(LocalEntryNotFoundError\); set fus"),
+        (bert_file, "a--b", r"BERT at 'a--b', neither here nor on the hub \(HFValidationError\); set fusion_weights to"),
+        (text_file, "opnai", "CLIP RN50's text encoder at 'opnai'; set text_encoder to .* or minilm, openai; did you mean 'openai'"),
+        (text_file, "someone/absent.pt", "at 'someone/absent.pt'; set text_encoder to"),  # which can only be a file
+        (lambda source: load_encoder(None, "clip-rn50", source), "nowhere", "no weights for clip-rn50 at 'nowhere'; set student.encoder_w"),
         (lambda source: load_encoder(None, "resnet-small", source), ".", "neither open_clip_model.safetensors nor .* there; put one there"),
     ],
 )

@@ -304,7 +304,7 @@ def test_clips_text_encoder_has_its_activation(tmp_path, monkeypatch):
 
 
 def test_an_absent_text_encoder():
-    with pytest.raises(ModelError, match=r"no weights for CLIP RN50's text encoder at 'nowhere\.pt', .*minilm, openai"):
+    with pytest.raises(ModelError, match=r"no weights for CLIP RN50's text encoder at 'nowhere\.pt'; .*minilm, openai"):
         text.embed_texts(["a photo of a dog"], "nowhere.pt")
 
 

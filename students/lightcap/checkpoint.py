@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NAMES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 CLIP_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", *NAMES)
 
 
@@ -26,19 +27,35 @@ def checkpoint_file(source: str, what: str, key: str, words: Sequence[str] = (),
         if found is None:
             raise FileNotFoundError(f"{path}: neither {' nor '.join(names)} there; put one there, or change {key}")
         return found
-    from huggingface_hub import hf_hub_download
-
-    reason = ""
-    for name in names:
-        try:
-            return Path(hf_hub_download(source, name))
-        except Exception as error:  # of the net, of the hub, or of a name that it does not allow
-            reason = type(error).__name__
     close = difflib.get_close_matches(source, words, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    known = f" or {', '.join(words)}" if words else ""
-    raise FileNotFoundError(f"no weights for {what} at '{source}', neither here nor on the hub ({reason}); set {key} to a file, a folder, "
-                            f"OWNER/NAME of the hub{known}{hint}")
+    found, why = None, ""
+    if not close and not source.endswith(SUFFIXES) and ("/" in source or names is NAMES):  # such as bert-base-uncased
+        found, why = of_hub(source, names)
+    if found is None:
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        known = f" or {', '.join(words)}" if words else ""
+        raise FileNotFoundError(f"no weights for {what} at '{source}'{why}; set {key} to a file, a folder, OWNER/NAME of the hub"
+                                f"{known}{hint}")
+    return found
+
+
+def of_hub(source: str, names: Sequence[str]) -> tuple[Path | None, str]:
+    """The first of `names` in a repository, from the hub's cache or else fetched; or None, and why not."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        cached = (try_to_load_from_cache(source, name) for name in names)
+        if (path := next((path for path in cached if isinstance(path, str)), None)) is not None:
+            return Path(path), ""
+        for name in names:
+            try:
+                return Path(hf_hub_download(source, name)), ""
+            except RemoteEntryNotFoundError:  # the repository has other files
+                continue
+    except Exception as error:  # of the net, of the hub, or of a name that it does not allow
+        return None, f", neither here nor on the hub ({type(error).__name__})"
+    return None, f": the hub's repository has neither {' nor '.join(names)}"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
