@@ -14,7 +14,7 @@ quickstart: .venv/.lightcap
 
 test: .venv/.lightcap-test
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 verify: .venv/.lightcap-test
 	$(BIN)/python -m pytest -q -m slow

@@ -83,5 +83,5 @@ def clip_small(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Of two processes, none begins a test of minutes when the other is done (`worksteal` gives the first half of the list to one)."""
+    """The file that takes longest begins first: a process runs whole files, whose fixtures are then made once."""
     items.sort(key=lambda item: item.path.name != "test_recipes.py")

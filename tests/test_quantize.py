@@ -38,11 +38,18 @@ def parent(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(parent):
-    """The quantized artifact."""
-    where = context(parent.path.parent / "int8")
-    quantize.run(parent, Quantize(calibration_images=12), where)
-    return where.output
+def made(parent):
+    """The quantized artifact, and what was calibrated for it."""
+    where, found, real = context(parent.path.parent / "int8"), [], calibrate.calibrate
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(calibrate, "calibrate", lambda *given: found.append(real(*given)) or found[0])
+        quantize.run(parent, Quantize(calibration_images=12), where)
+    return where.output, found[0]
+
+
+@pytest.fixture(scope="module")
+def folder(made):
+    return made[0]
 
 
 @pytest.fixture(scope="module")
@@ -199,18 +206,12 @@ def integers(folder) -> dict[str, np.ndarray]:
             for name, tensor in graphs.named_weights(folder) if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1}
 
 
-def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(model, parent, folder, captioner):
+def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(parent, folder):
     """7-bit weights: 255 x 64 + 255 x 64 is below 2^15, where a full range has pairs above."""
-    made = {}
-    for name, settings in {"plain": {"rounding": "nearest"}, "nearest": {"rounding": "nearest", "reduce_range": True},
-                           "reduced": {"reduce_range": True}}.items():
-        where = context(parent.path.parent / name)
-        quantize.run(parent, Quantize(calibration_images=12, **settings), where)
-        made[name] = integers(where.output)
-    for name, weight in made["nearest"].items():
-        np.testing.assert_allclose(2 * weight, made["plain"][name], atol=2)
-    reduced, whole = ({name: weight for name, weight in found.items() if not (weight == 1).all()}  # poolings
-                      for found in (made["reduced"], integers(folder)))
+    where = context(parent.path.parent / "reduced")
+    quantize.run(parent, Quantize(calibration_images=12, reduce_range=True), where)
+    reduced, whole = ({name: weight for name, weight in integers(made).items() if not (weight == 1).all()}  # poolings
+                      for made in (where.output, folder))
     assert reduced.keys() == whole.keys() and len(reduced) == 11 + 12
     for name, weight in reduced.items():
         assert weight.min() >= -64 and weight.max() <= 63 and np.abs(weight).max() >= 60, name
@@ -225,17 +226,27 @@ def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(
     assert sum(text == tiny.caption(index) for index, text in enumerate(said)) >= 14
 
 
-def test_weights_that_do_not_shrink_fail_by_name(parent, tmp_path):
+@pytest.mark.slow
+def test_a_reduced_range_rounds_to_half_as_many_steps(parent):
+    made = {}
+    for name, settings in {"plain": {}, "nearest": {"reduce_range": True}}.items():
+        where = context(parent.path.parent / name)
+        quantize.run(parent, Quantize(calibration_images=12, rounding="nearest", **settings), where)
+        made[name] = integers(where.output)
+    for name, weight in made["nearest"].items():
+        np.testing.assert_allclose(2 * weight, made["plain"][name], atol=2)
+
+
+def test_weights_that_do_not_shrink_fail_by_name(parent, made, tmp_path):
     """By their names in what is exported, largest first; those of 4 KB and more."""
-    where = context(tmp_path)
+    where, found = context(tmp_path), made[1]
     with pytest.raises(StageError) as caught:
-        quantize.run(parent, Quantize(calibration_images=12, max_weight_ratio=0.1), where)
+        quantize.write(where.output, parent, found, Quantize(calibration_images=12, max_weight_ratio=0.1), (), 0.0, where.progress)
     assert re.fullmatch(r"quantized weights take 0\.\d\d of the parent's bytes, more than 0\.1; still fp32: decoder: places \(\d+, 32\)",
                         caught.value.message)
-    several = {"prefix": export.prefix_graph(tiny.build()), "decoder": export.step_graph(tiny.build())}
-    named = graphs.float_weights(several, 8000)
+    named = graphs.float_weights(dict(zip(("prefix", "decoder"), found.traced, strict=True)), 6000)
     assert named[:2] == ["prefix: grid.weight (128, 32)", "decoder: vocabulary (32, 123)"]
-    assert "prefix: layers.0.up.weight (32, 64)" in named and "decoder: layers.0.up.weight (32, 64)" not in named
+    assert "prefix: layers.0.up.weight (32, 48)" in named and "decoder: layers.0.up.weight (32, 48)" not in named
 
 
 def test_a_quantized_parent_is_refused(folder, tmp_path):

@@ -19,6 +19,7 @@ from compress.decode import Special
 from compress.errors import StageError
 from compress.ledger import captions_file
 from compress.stages import export, quantize
+from compress.stages.export.tracing import prefix_graph, step_graph
 from compress.stages.quantize import calibrate, decoder, encoder, gptq, observe, search, sensitivity, simulate, smoothquant, tune
 from students.lightcap.tokenizer import decode_caption, encode_captions
 
@@ -74,7 +75,18 @@ def calibrated(request):
     return model, encoding, decoding, pixels, captions
 
 
-def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, tmp_path):
+@pytest.fixture(scope="module")
+def traced(calibrated):
+    return prefix_graph(calibrated[0]), step_graph(calibrated[0])
+
+
+@pytest.fixture(scope="module")
+def folder(calibrated, traced, tmp_path_factory):
+    """All in INT8."""
+    return written(calibrated, traced, tmp_path_factory.mktemp("int8"))
+
+
+def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, folder):
     model, encoding, decoding, pixels, captions = calibrated
     batch = torch.from_numpy(pixels)
     with torch.no_grad():
@@ -84,7 +96,7 @@ def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, tmp_path):
         simulate.switch([simulation], [])
         torch.testing.assert_close(simulation(batch), model.encode(batch), atol=1e-4, rtol=1e-4)
 
-        captioner = runtime.Captioner(written(calibrated, tmp_path), threads=1)
+        captioner = runtime.Captioner(folder, threads=1)
         past = captioner.prefill(grid.numpy())
         forced = simulate.simulated(decoding)
         gaps = []
@@ -103,9 +115,9 @@ def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, tmp_path):
 
 
 @pytest.mark.parametrize("integers", [False, True], ids=["rounded floats", "integers"])
-def test_pytorchs_quantized_graph_and_onnx_runtime_say_the_same(calibrated, integers, tmp_path):
+def test_pytorchs_quantized_graph_and_onnx_runtime_say_the_same(calibrated, folder, integers):
     model, encoding, decoding, *_ = calibrated
-    captioner = runtime.Captioner(written(calibrated, tmp_path), threads=1)
+    captioner = runtime.Captioner(folder, threads=1)
     pixels = tiny.pixels(tiny.pictures(16, seed=5))
     computed = [simulate.simulated(encoding), simulate.simulated(decoding)]
     if integers:
@@ -118,12 +130,12 @@ def test_pytorchs_quantized_graph_and_onnx_runtime_say_the_same(calibrated, inte
         assert logprob == pytest.approx(float(chosen[: len(pieces) + 1].sum()), abs=0.02)
 
 
-def written(calibrated, folder, floating=()):
+def written(calibrated, traced, folder, floating=()):
     model, encoding, decoding, *_ = calibrated
     parent = tiny.artifact(model, folder / "float")
     quantize.describe(folder, parent, model, {})
     graphs.write(graphs.clean(encoder.quantized_encoder(model, encoding, floating)), folder / "encoder.onnx")
-    export.write_decoder(*decoder.quantized_decoder(model, decoding, floating), folder)
+    export.write_decoder(*decoder.quantized_decoder(model, decoding, traced, floating), folder)
     return folder
 
 
@@ -157,17 +169,17 @@ def test_the_part_that_loses_most_is_named_first(calibrated):
     assert first == WORST and most > 3 * second
 
 
-def test_parts_left_in_float_are_float_kernels_and_all_others_integer_ones(calibrated, tmp_path):
-    folder = written(calibrated, tmp_path, ("encoder.blocks.2", "fusion.layers.0.attention", WORST, "heads", "vocabulary"))
-    encoding, before, decoding = (graphs.kernels(folder / name) for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"))
+def test_parts_left_in_float_are_float_kernels_and_all_others_integer_ones(calibrated, traced, folder, tmp_path):
+    mixed = written(calibrated, traced, tmp_path, ("encoder.blocks.2", "fusion.layers.0.attention", WORST, "heads", "vocabulary"))
+    encoding, before, decoding = (graphs.kernels(mixed / name) for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"))
     assert (encoding["QLinearConv"], encoding["Conv"] + encoding["FusedConv"]) == (11 - 3 + 3, 3)  # the poolings are convolutions
     assert encoding["QLinearAdd"] == 1  # the block before hands on floats, and so adds them
     products = [kinds["MatMulInteger"] + kinds["MatMulIntegerToFloat"] for kinds in (before, decoding)]
     assert products == [6 - 2 - 1, 11 - 2 - 3 - 1 - 1]
     assert quantize.summary(encoding, before + decoding) == "int8 kernels: 11 of 14 convolutions, 7 of 17 matrix products"
-    whole = sum(graphs.weight_bytes(folder).values())
-    assert whole > 1.5 * sum(graphs.weight_bytes(written(calibrated, tmp_path / "int8")).values())
-    said = [text for text, _ in runtime.Captioner(folder, threads=1).captions(tiny.pixels(tiny.pictures(16, seed=5)))]
+    whole = sum(graphs.weight_bytes(mixed).values())
+    assert whole > 1.5 * sum(graphs.weight_bytes(folder).values())
+    said = [text for text, _ in runtime.Captioner(mixed, threads=1).captions(tiny.pixels(tiny.pictures(16, seed=5)))]
     assert sum(text == tiny.caption(index) for index, text in enumerate(said)) >= 15
 
 
@@ -181,8 +193,9 @@ def logs(encoding, decoding, model, pixels, captions):
 
 # GPTQ and smoothing leave less to gain, so that less of it is asked.
 @pytest.mark.parametrize(("way", "left"), [
-    pytest.param({"rounding": "nearest", "smoothing": 0.0}, 0.5, marks=pytest.mark.slow), ({}, 0.7)
+    ({"rounding": "nearest", "smoothing": 0.0}, 0.5), ({}, 0.7)
 ])
+@pytest.mark.slow
 def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(way, left, data, tmp_path):
     model = tiny.build(tiny.PRUNED, steps=120)
     spoil(model, 60.0)

@@ -76,7 +76,7 @@ def write(
     alone = {"encoder": encoder.quantized_encoder(model, found.encoder, floating)}
     if found.concepts is not None:
         alone["concepts"] = concepts.quantized_concepts(model, found.concepts, floating)
-    prefix, step = decoder.quantized_decoder(model, found.decoder, floating)
+    prefix, step = decoder.quantized_decoder(model, found.decoder, found.traced, floating)
     large = graphs.float_weights(alone | {"prefix": prefix, "decoder": step})  # before their names are cleaned away
     for name, proto in alone.items():
         graphs.write(graphs.clean(proto), folder / f"{name}.onnx")

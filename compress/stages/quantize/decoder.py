@@ -8,6 +8,7 @@ word, for lookup and for logits. Norms, softmax, the products of attention, GELU
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
@@ -20,7 +21,6 @@ from torch.fx import GraphModule
 from compress import graphs
 from compress.errors import StageError
 from compress.stages.export.modules import stacks
-from compress.stages.export.tracing import prefix_graph, step_graph
 from compress.stages.quantize import observe
 from compress.stages.quantize.observe import Scales
 from compress.stages.quantize.simulate import part_named
@@ -30,9 +30,11 @@ from students.lightcap import LightCap
 LONGEST = 4096  # tokens of all captions of one calibration image
 
 
-def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> tuple[ModelProto, ModelProto]:
-    """Prefix and step. `prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float weights. StageError
-    where a weight got no scales."""
+def quantized_decoder(
+    model: LightCap, prepared: GraphModule, traced: Sequence[ModelProto], floating: Collection[str] = ()
+) -> tuple[ModelProto, ModelProto]:
+    """Prefix and step, made of the float ones `traced`. `prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep
+    their float weights. StageError where a weight got no scales."""
     found = observe.linear_scales(prepared)
     float_weights = {graph_name(name) for name in found if part_named(name.removesuffix(".weight")) in floating}
     scales = {graph_name(name): scale for name, scale in found.items()}
@@ -42,10 +44,10 @@ def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collecti
             float_weights.add(name)
         elif scales.keys() >= set(parts):
             scales[name] = stacked(name, [scales[part] for part in parts])
-    protos = prefix_graph(model), step_graph(model)
-    for proto in protos:
+    prefix, step = map(copy.deepcopy, traced)
+    for proto in (prefix, step):
         make_integer(proto.graph, scales, float_weights)
-    return protos
+    return prefix, step
 
 
 def stacked(name: str, scales: Sequence[Scales]) -> Scales:
