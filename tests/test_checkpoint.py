@@ -23,6 +23,9 @@ def test_a_file_a_folder_and_a_name_of_the_hub(hub, tmp_path):
         assert checkpoint_file(str(there), "CLIP", "encoder_weights", names=CLIP_NAMES) == there / name
     assert text_file("timm/resnet50_clip.openai") == there / CLIP_NAMES[0] and text_file("openai") is None
     assert checkpoint_file(str(there / CLIP_NAMES[1]), "CLIP", "encoder_weights") == there / CLIP_NAMES[1]
+    alike = hub("someone/minilm") / "model.safetensors"
+    alike.write_bytes(b"weights")
+    assert bert_file("someone/minilm") == alike  # which is no slip of the word
 
 
 @pytest.mark.parametrize(

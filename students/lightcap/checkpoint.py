@@ -29,7 +29,7 @@ def checkpoint_file(source: str, what: str, key: str, words: Sequence[str] = (),
         return found
     close = difflib.get_close_matches(source, words, n=1)
     found, why = None, ""
-    if not close and not source.endswith(SUFFIXES) and ("/" in source or names is NAMES):  # such as bert-base-uncased
+    if not source.endswith(SUFFIXES) and ("/" in source or (names is NAMES and not close)):  # such as bert-base-uncased
         found, why = of_hub(source, names)
     if found is None:
         hint = f"; did you mean '{close[0]}'?" if close else ""
