@@ -116,7 +116,7 @@ def _prune(config: Prune, parent: str | None) -> Iterator[tuple[str, str]]:
         yield "parts", "nothing may leave; name at least one of encoder, fusion, concepts, hidden"
     if config.layers and "fusion" not in config.parts:
         yield "layers", "are of the fusion; add fusion to 'parts', or leave it out"
-    if "encoder" not in config.parts or not config.recover_encoder_epochs:
+    if not cuts_encoder(config) or not config.recover_encoder_epochs:
         for key in ("flip", "crop"):
             if getattr(config, key):
                 yield key, "disturbs pictures while the encoder recovers; here it does not (parts, recover_encoder_epochs): leave it out"

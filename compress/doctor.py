@@ -39,7 +39,7 @@ FLAGS = {
 }
 FAST_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 EXACT = "exact"
-ANY = SpecifierSet()
+ANY = SpecifierSet(prereleases=True)
 SATURATES = (
     "can saturate: an x86 processor without VNNI adds two products in 16 bits; lightcap takes slower products that cannot, and the fast "
     "ones for models quantized with reduce_range: true"

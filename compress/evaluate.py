@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress import metrics, runtime
 from compress.artifact import Artifact, write_json
+from compress.conflicts import cuts_encoder
 from compress.context import Context, Progress
 from compress.cost import costs
 from compress.data import CaptionSet
@@ -74,7 +75,7 @@ def recovered(context: Context) -> bool:
     stage = context.stage
     while stage is not None and stage.kind in UNTRAINED:
         config = stage.config
-        if stage.kind == "prune" and not (config.recover_epochs or (config.recover_encoder_epochs and "encoder" in config.parts)):
+        if stage.kind == "prune" and not (config.recover_epochs or (config.recover_encoder_epochs and cuts_encoder(config))):
             return False
         stage = stages.get(stage.parent)
     return True

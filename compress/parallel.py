@@ -40,12 +40,15 @@ class Share:
         return images[self.rank :: self.size] if len(images) >= self.size else images
 
     def agrees(self, what: str) -> bool:
-        """Whether the first process says the same. All have to ask."""
+        """Whether the first process says the same. All have to ask; StageError where one of them has stopped before."""
         if self.size == 1:
             return True
         from accelerate.utils import broadcast_object_list
 
-        (first,) = broadcast_object_list([what])
+        try:
+            (first,) = broadcast_object_list([what])
+        except RuntimeError:
+            raise StageError("another process stopped before the run began; its own message says why") from None
         return first == what
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:

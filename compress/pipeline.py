@@ -124,7 +124,8 @@ def run(
         finally:
             if share.size > 1 and share.rank == 0:
                 shutil.rmtree(run_.told, ignore_errors=True)
-            artifact.remove_empty([cache, *made])
+            if share.rank == 0:
+                artifact.remove_empty([cache, *made])
     except LightcapError as error:
         return Result(out, (), error)
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import errors
 from safetensors.torch import save_file
 
 from compress import pipeline
@@ -26,6 +28,30 @@ def test_a_file_a_folder_and_a_name_of_the_hub(hub, tmp_path):
     alike = hub("someone/minilm") / "model.safetensors"
     alike.write_bytes(b"weights")
     assert bert_file("someone/minilm") == alike  # which is no slip of the word
+
+
+def test_the_first_name_that_the_repository_has_is_fetched(hub, monkeypatch, tmp_path):
+    """timm keeps a file of another layout in the cache, under a name that open_clip's repositories have, too."""
+    class Absent(errors.RemoteEntryNotFoundError):
+        def __init__(self) -> None:
+            pass
+
+    asked, there = [], {CLIP_NAMES[1]}
+
+    def fetch(source: str, name: str) -> str:
+        asked.append(name)
+        if name not in there:
+            raise Absent
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    cached = hub("someone/clip")
+    (cached / CLIP_NAMES[2]).write_bytes(b"timm's")
+    assert text_file("someone/clip") == tmp_path / CLIP_NAMES[1] and asked == list(CLIP_NAMES[:2])
+    there.clear()
+    assert text_file("someone/clip") == cached / CLIP_NAMES[2] and asked == [*CLIP_NAMES[:2]] * 2
+    with pytest.raises(FileNotFoundError, match="at 'someone/bert': the hub's repository has neither model.safetensors nor pytorch_model"):
+        bert_file("someone/bert")
 
 
 @pytest.mark.parametrize(

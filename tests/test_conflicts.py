@@ -56,6 +56,7 @@ def read(tmp_path, stage: str):
         ("prune: {macs: 0.5, crop: 0.2, recover_encoder_epochs: 0}", "crop", "disturbs pictures while the encoder recovers"),
         ("prune: {macs: 0.5, epochs: 2}", "epochs", "are of training; say how long the pruned model recovers"),
         ("prune: {macs: 0.5, layers: 1, parts: [encoder]}", "layers", "are of the fusion; add fusion to 'parts'"),
+        ("prune: {layers: 1, crop: 0.1}", "crop", "disturbs pictures while the encoder recovers; here it does not"),
         ("prune: {layers: 1, steps: 2}", "steps", "lead to a target (macs, params, mb, ms); layers leave at once"),
         ("quantize: {trials: 2}", "trials", "there is nothing to try for without 'max_drop_cider'"),
         ("quantize: {tune_learning_rate: 0.1}", "tune_learning_rate", "nothing is tuned without 'tune_epochs'"),

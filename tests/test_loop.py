@@ -108,12 +108,14 @@ def test_all_of_a_state_goes_to_where_its_parameters_are(tmp_path):
     assert len(optimizer.state) == len(list(net.parameters()))
 
 
-def test_a_state_that_is_slow_to_write_is_written_less_often(tmp_path, monkeypatch):
-    """By a clock of the test's own: a step takes a second, and writing the state four."""
+@pytest.mark.parametrize(("takes", "after"), [(4.0, [21, 155, 289]), (60.0, [21, 622, 1223])])
+def test_a_state_that_is_slow_to_write_is_written_less_often(tmp_path, monkeypatch, takes, after):
+    """By a clock of the test's own, on which a step takes a second: after SAVE_SECONDS, then after what writing takes over SAVE_SHARE, or
+    after MOST_SECONDS."""
     clock, saves = [0.0], []
 
     def write(modules, optimizer, path, step):
-        clock[0] += 4.0
+        clock[0] += takes
         saves.append(step)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -123,8 +125,8 @@ def test_a_state_that_is_slow_to_write_is_written_less_often(tmp_path, monkeypat
     weight = nn.Parameter(torch.ones(2, 2))
     monkeypatch.setattr(loop, "save_state", write)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    fit(nn.ParameterDict({"w": weight}), [Group([weight], 0.1)], 300, loss_of, CONFIG, 1, tmp_path, "x", QUIET)
-    assert saves == [21, 155, 289, 300]  # after SAVE_SECONDS; then each time after 4 s / SAVE_SHARE
+    fit(nn.ParameterDict({"w": weight}), [Group([weight], 0.1)], after[-1] + 11, loss_of, CONFIG, 1, tmp_path, "x", QUIET)
+    assert saves == [*after, after[-1] + 11]
 
 
 def test_randomness_is_of_seed_and_step(tmp_path):

@@ -114,6 +114,8 @@ def test_a_run_of_two_processes(tmp_path):
     assert all(torch.isfinite(tensor).all() for tensor in made.values())
     again = start(command, tmp_path, 2)
     assert [status for status, *_ in again] == [0, 0] and json.loads(again[0][1])["ledger"] == result["ledger"]
+    (status, *_), (other, _, said) = start(command, tmp_path, 2, threads="12")  # the first finds all of its own
+    assert (status, other) == (0, 1) and "process 1 would make other artifacts" in said
     (alone, out, _), = start(command, tmp_path, 1)
     assert alone == 0 and {row["lock"] for row in json.loads(out)["ledger"]}.isdisjoint(kept)  # another number of processes: another lock
 
@@ -124,6 +126,7 @@ def test_processes_that_would_make_different_things_stop(tmp_path):
     (status, out, _), (other, quiet, said) = start(["-m", "compress", "run", "many.yaml", "--json"], tmp_path, 2, threads="12")
     assert (status, other, quiet) == (1, 1, "") and not json.loads(out)["ok"]
     assert "lightcap: process 1 would make other artifacts than the first one; all need the same files" in said
+    assert "cannot write" not in out
     assert not list((tmp_path / "runs").glob(".cache/*/metrics.json"))
 
 

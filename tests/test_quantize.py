@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress import graphs, runtime
 from compress.config import Quantize
+from compress.context import Progress
 from compress.decode import Special
 from compress.errors import ModelError, StageError
 from compress.stages import export, quantize
@@ -247,6 +248,16 @@ def test_weights_that_do_not_shrink_fail_by_name(parent, made, tmp_path):
     named = graphs.float_weights(dict(zip(("prefix", "decoder"), found.traced, strict=True)), 6000)
     assert named[:2] == ["prefix: grid.weight (128, 32)", "decoder: vocabulary (32, 123)"]
     assert "prefix: layers.0.up.weight (32, 48)" in named and "decoder: layers.0.up.weight (32, 48)" not in named
+
+
+def test_what_was_calibrated_is_written_the_same_again(parent, made, tmp_path):
+    """As a search does with other parts in float; what was traced stays as it was."""
+    folder, found = made
+    quantize.write(tmp_path, parent, found, Quantize(calibration_images=12, max_weight_ratio=1.0), ("heads",), 0.0, Progress(quiet=True))
+    assert (tmp_path / "decoder.onnx").read_bytes() != (folder / "decoder.onnx").read_bytes()
+    quantize.write(tmp_path, parent, found, Quantize(calibration_images=12), (), 0.0, Progress(quiet=True))
+    for name in (*runtime.GRAPHS, "config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_a_quantized_parent_is_refused(folder, tmp_path):

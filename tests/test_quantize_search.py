@@ -193,18 +193,11 @@ def logs(encoding, decoding, model, pixels, captions):
 
 # GPTQ and smoothing leave less to gain, so that less of it is asked.
 @pytest.mark.parametrize(("way", "left"), [
-    ({"rounding": "nearest", "smoothing": 0.0}, 0.5), ({}, 0.7)
+    pytest.param({"rounding": "nearest", "smoothing": 0.0}, 0.5, marks=pytest.mark.slow), ({}, 0.7)
 ])
-@pytest.mark.slow
 def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(way, left, data, tmp_path):
-    model = tiny.build(tiny.PRUNED, steps=120)
-    spoil(model, 60.0)
-    parent = tiny.artifact(model, tmp_path / "float")
     config = Quantize(calibration_images=16, tune_epochs=25.0, tune_learning_rate=3e-4, **way)
-    where = context(tmp_path, data, config)
-    found = calibrate.calibrate(model, tiny.tokenizer(), tiny.SETTINGS, config, data, 17, where.progress)
-    captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
-    given = copy.deepcopy(model), tiny.pixels(tiny.pictures(16)), captions
+    model, where, found, given = to_tune(config, data, tmp_path)
     expected = logs(found.encoder, found.decoder, *given)  # observers change nothing
     distance = {}
     after = tune.tune(found, tiny.tokenizer(), tiny.SETTINGS, config, where)
@@ -212,16 +205,34 @@ def test_tuning_brings_the_rounded_model_nearer_to_the_float_one(way, left, data
         rounded = logs(simulate.simulated(graphs_then.encoder), simulate.simulated(graphs_then.decoder), *given)
         distance[when] = float((expected.exp() * (expected - rounded)).sum(-1).mean())
     assert distance["after"] < left * distance["before"]
+    assert not torch.equal(after.model.word, model.word) and torch.equal(logs(found.encoder, found.decoder, *given), expected)  # it stays
 
-    quantize.run(parent, config, where)  # without trials, at once
+
+@pytest.mark.slow
+def test_a_tuned_artifact_says_what_the_float_one_does(data, tmp_path):
+    config = Quantize(calibration_images=16, tune_epochs=25.0, tune_learning_rate=3e-4)
+    model, where, found, given = to_tune(config, data, tmp_path)
+    expected = logs(found.encoder, found.decoder, *given)
+    rounded = logs(simulate.simulated(found.encoder), simulate.simulated(found.decoder), *given)
+    before = float((expected.exp() * (expected - rounded)).sum(-1).mean())
+    quantize.run(tiny.artifact(model, tmp_path / "float"), config, where)  # without trials, at once
     assert json.loads((where.output / "config.json").read_text())["quantized"]["tune_epochs"] == 25.0
     captioner = runtime.Captioner(where.output, threads=1)
     grid = captioner.encode(given[1])
     first, _ = captioner.step(np.full(16, captioner.start), 0, captioner.prefill(grid))
-    rows = [sum(len(caption[0]) - 1 for caption in captions[:i]) for i in range(16)]
+    rows = [sum(len(caption[0]) - 1 for caption in given[2][:i]) for i in range(16)]
     begun = torch.from_numpy(first).log_softmax(-1)
-    assert float((expected[rows].exp() * (expected[rows] - begun)).sum(-1).mean()) < distance["before"]
-    assert not torch.equal(after.model.word, model.word) and torch.equal(logs(found.encoder, found.decoder, *given), expected)  # it stays
+    assert float((expected[rows].exp() * (expected[rows] - begun)).sum(-1).mean()) < before
+
+
+def to_tune(config: Quantize, data, folder):
+    """A captioner that rounding hurts, a stage's context, what is calibrated, and the model, pixels and captions that `logs` takes."""
+    model = tiny.build(tiny.PRUNED, steps=120)
+    spoil(model, 60.0)
+    where = context(folder, data, config)
+    found = calibrate.calibrate(model, tiny.tokenizer(), tiny.SETTINGS, config, data, 17, where.progress)
+    captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
+    return model, where, found, (copy.deepcopy(model), tiny.pixels(tiny.pictures(16)), captions)
 
 
 def test_the_worst_part_goes_back_to_float_until_the_budget_holds(broken, data, tmp_path, capsys):

@@ -45,8 +45,8 @@ def fit(
     everything that changes (buffers included).
 
     Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS (less often
-    where that takes more than SAVE_SHARE) to `work/LABEL.safetensors`, and read back when it is there. StageError where the loss is not
-    finite.
+    where that takes more than SAVE_SHARE of the time, but every MOST_SECONDS) to `work/LABEL.safetensors`, and read back when it is there.
+    StageError where the loss is not finite.
     """
     keep()
     optimizer = optimizer_of(groups, config)

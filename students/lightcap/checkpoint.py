@@ -40,21 +40,25 @@ def checkpoint_file(source: str, what: str, key: str, words: Sequence[str] = (),
 
 
 def of_hub(source: str, names: Sequence[str]) -> tuple[Path | None, str]:
-    """The first of `names` in a repository, from the hub's cache or else fetched; or None, and why not."""
+    """The first of `names` that a repository has, from the hub's cache or else fetched; or None, and why not. Where the hub cannot be
+    reached, the first that the cache has."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
-        cached = (try_to_load_from_cache(source, name) for name in names)
-        if (path := next((path for path in cached if isinstance(path, str)), None)) is not None:
-            return Path(path), ""
-        for name in names:
-            try:
-                return Path(hf_hub_download(source, name)), ""
-            except RemoteEntryNotFoundError:  # the repository has other files
-                continue
-    except Exception as error:  # of the net, of the hub, or of a name that it does not allow
+        cached = [path if isinstance(path := try_to_load_from_cache(source, name), str) else None for name in names]
+    except Exception as error:  # a name that the hub does not allow
         return None, f", neither here nor on the hub ({type(error).__name__})"
+    for name, path in zip(names, cached, strict=True):
+        if path is not None:
+            return Path(path), ""
+        try:
+            return Path(hf_hub_download(source, name)), ""
+        except RemoteEntryNotFoundError:  # the repository has other files
+            continue
+        except Exception as error:  # of the net, or of the hub; asked once, since each time can take half a minute
+            known = next((path for path in cached if path is not None), None)
+            return (Path(known), "") if known else (None, f", neither here nor on the hub ({type(error).__name__})")
     return None, f": the hub's repository has neither {' nor '.join(names)}"
 
 

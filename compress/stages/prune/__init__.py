@@ -38,7 +38,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
     target = Target.of(config, model, parent.bytes() / 1e6 - megabytes(model) + shapes_megabytes(model))
-    repair = Repair.of(model, settings, config.parts, seed, context)
+    repair = Repair.of(model, settings, config.parts if target.aims else (), seed, context)
     stay = None
     if config.layers:
         stay = least_layers(*measured(model, tokenizer, settings, seed, context), config.layers)
