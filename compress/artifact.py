@@ -24,6 +24,10 @@ WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", WEIGHTS)
 GRAPHS = ("encoder.onnx", "prefix.onnx", "decoder.onnx", "decoder.onnx.data")  # as in `compress.runtime`, which runs them alone
 GRAPH_PATTERNS = ("*.onnx", "*.onnx.data", "*.onnx_data")
+SATURATION = (
+    "on x86 processors without VNNI the fast sums of these INT8 products can saturate, so that caption.py takes slower ones there, which "
+    "cannot; for such devices quantize with reduce_range: true"
+)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -38,6 +42,12 @@ class Artifact:
     @property
     def quantized(self) -> bool:
         return "quantized" in self.config
+
+    @property
+    def warning(self) -> str | None:
+        """What is to be known of the devices that its graphs may run on."""
+        quantized = self.config.get("quantized") if self.graphs else None
+        return SATURATION if quantized and not quantized.get("reduce_range", False) else None
 
     @property
     def graphs(self) -> bool:

@@ -10,10 +10,6 @@ import yaml
 from compress.config import Data, Recipe, Stage
 from compress.recipe import entry
 
-SATURATION = (
-    "On x86 processors without VNNI the fast sums of these INT8 products can saturate. caption.py and lightcap take slower ones, which\n"
-    "cannot; for such devices quantize with `reduce_range: true`."
-)
 MADE = {
     "concepts": "a concept extractor; its captions were not trained",
     "train": "trained with cross-entropy on captions",
@@ -28,8 +24,8 @@ MADE = {
 }
 
 
-def text(recipe: Recipe, stage: Stage, row: Mapping) -> str:
-    """README.md of the artifact that `stage` made and `row` measured."""
+def text(recipe: Recipe, stage: Stage, row: Mapping, warning: str | None = None) -> str:
+    """README.md of the artifact that `stage` made and `row` measured; `warning`: `Artifact.warning`."""
     lines = [
         "---",
         "library_name: lightcap",
@@ -50,18 +46,10 @@ def text(recipe: Recipe, stage: Stage, row: Mapping) -> str:
     if stage.kind not in ("concepts", "baseline"):
         by_itself = ["python FOLDER/caption.py PHOTO"] if stage.kind == "export" else []
         lines += ["", "## Use", "", "```", *by_itself, "lightcap caption FOLDER PHOTO", "```"]
-        if saturates(recipe, stage):
-            lines += ["", SATURATION]
+        if warning:
+            lines += ["", f"Note: {warning}."]
     lines += ["", f"Lock: `{row['lock']}`", ""]
     return "\n".join(lines)
-
-
-def saturates(recipe: Recipe, stage: Stage) -> bool:
-    """Whether it made, or hands on, INT8 graphs whose fast sums can saturate on an x86 processor without VNNI."""
-    above = {each.name: each for each in recipe.stages}
-    while stage.kind == "export" and stage.parent in above:
-        stage = above[stage.parent]
-    return stage.kind == "quantize" and not stage.config.reduce_range
 
 
 def _named(data: Data) -> str:

@@ -360,8 +360,8 @@ def export_command(model: str, out: Path, as_json: bool) -> None:
         from compress.stages import export
 
         export.export(chosen, folder)
-    if (said := export.warning(chosen)) is not None:
-        click.echo(f"lightcap: {said}", err=True)
+    if chosen.warning is not None:
+        click.echo(f"lightcap: {chosen.warning}", err=True)
     made = artifact.Artifact(out)
     value = {"out": str(out), "bytes": made.bytes(), "digest": made.digest(), "files": sorted(path.name for path in out.iterdir())}
     answer(as_json, value, lambda: f"{out}: {value['bytes'] / 1e6:.2f} MB; try: python {out / 'caption.py'} PHOTO")

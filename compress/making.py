@@ -146,7 +146,7 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
         noted = {"lock": target.name, "measured": how, "images": run.images, "tmacs": tmacs, "parts": lock_parts}
         if earlier:  # a stop between the files below leaves numbers that no recipe takes for its own
             artifact.write_json(model / "lock.json", noted | {"measured": None})
-        artifact.write_text(model / "README.md", card.text(run.recipe, stage, row))
+        artifact.write_text(model / "README.md", card.text(run.recipe, stage, row, Artifact(model).warning))
         artifact.write_json(model / "metrics.json", row)
         artifact.write_json(model / "lock.json", noted)
         if earlier is None:

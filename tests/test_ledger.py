@@ -123,15 +123,5 @@ def test_the_card_holds_the_rows_numbers(tmp_path):
                  "6.6 (torch, threads: 1, beam 1)", "captioned photos, `a.json, b.json`", "macs: 0.7",
                  "lightcap caption FOLDER PHOTO"):
         assert cell in said, cell
+    assert "Note:" not in said and "\nNote: can saturate.\n" in card.text(recipe, recipe.stages[2], values, "can saturate")
     assert "private" not in said and "lightcap caption" not in card.text(recipe, recipe.stages[0], values)
-
-
-def test_the_card_says_where_int8_can_saturate(tmp_path):
-    """Whoever is given an export has not seen what was said when it was made."""
-    path = tmp_path / "r.yaml"
-    stages = ("train: {as: teacher, preset: tiny}", "export: {as: float}", "quantize: {as: int8, from: teacher}", "export: {as: out}",
-              "quantize: {as: exact, from: teacher, reduce_range: true}", "export: {as: exact-out}")
-    path.write_text("stages:\n" + "".join(f"  - {stage}\n" for stage in stages))
-    recipe = read_recipe(path)
-    warned = [stage.name for stage in recipe.stages if "reduce_range: true`" in card.text(recipe, stage, ledger.row({"lock": "x"}))]
-    assert warned == ["int8", "out"]

@@ -220,8 +220,8 @@ def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(
         assert np.corrcoef(weight.ravel(), whole[name].ravel())[0, 1] > 0.999, name  # errors are corrected elsewhere, so not equal
         assert np.abs(2 * weight - whole[name]).mean() < 2, name
     assert json.loads((where.output / "config.json").read_text())["quantized"]["reduce_range"] is True
-    assert export.warning(tiny.Artifact(where.output)) is None
-    assert "reduce_range: true" in export.warning(tiny.Artifact(folder)) and export.warning(parent) is None
+    assert tiny.Artifact(where.output).warning is None
+    assert "reduce_range: true" in tiny.Artifact(folder).warning and parent.warning is None
     pixels = tiny.pixels(tiny.pictures(16, seed=5))
     said = [text for text, _ in runtime.Captioner(where.output, threads=1).captions(pixels)]
     assert sum(text == tiny.caption(index) for index, text in enumerate(said)) >= 14

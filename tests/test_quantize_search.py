@@ -337,6 +337,8 @@ def test_one_caption_for_all_images_is_an_error(data, broken, tmp_path, monkeypa
     trained = dataclasses.replace(kept, kind="scst", name="end", parent=kept.name)
     behind = dataclasses.replace(behind, stages=(kept, trained, dataclasses.replace(where.stage, name="eight", parent="end")))
     assert evaluate.recovered(dataclasses.replace(where, recipe=behind, stage=behind.stages[2]))
+    layers_alone = dataclasses.replace(kept, config=Prune(layers=1, recover_epochs=0.0))  # no encoder recovers that was not cut
+    assert not evaluate.recovered(dataclasses.replace(bare, stage=layers_alone))
     encoder_only = Prune(recover_epochs=0.0, recover_encoder_epochs=1.0, parts=("fusion",))
     assert not evaluate.recovered(dataclasses.replace(bare, stage=dataclasses.replace(kept, config=encoder_only)))
     monkeypatch.setattr(evaluate, "settings_of", lambda artifact: {})

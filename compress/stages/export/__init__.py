@@ -19,10 +19,6 @@ from compress.stages.export.tracing import concepts_graph, encoder_graph, prefix
 from compress.training.start import read_captioner
 
 REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"
-SATURATION = (
-    "on x86 processors without VNNI the fast sums of these INT8 products can saturate, so that caption.py takes slower ones there, which "
-    "cannot; for such devices quantize with reduce_range: true"
-)
 
 
 def export(artifact, out: str | Path) -> None:
@@ -46,12 +42,6 @@ def export(artifact, out: str | Path) -> None:
     write_program(out)
 
 
-def warning(artifact) -> str | None:
-    """What is to be known of the devices that an export of `artifact` may run on."""
-    quantized = artifact.config.get("quantized")
-    return SATURATION if quantized and not quantized.get("reduce_range", False) else None
-
-
 def write_program(out: Path) -> None:
     shutil.copyfile(runtime.__file__, out / "caption.py")
     (out / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
@@ -60,6 +50,6 @@ def write_program(out: Path) -> None:
 def run(parent: Artifact, config: Export, context: Context) -> Artifact:
     """The stage `export`: `parent` as a folder that captions by itself, in `context.output`."""
     export(parent, context.output)
-    if (said := warning(parent)) is not None:
-        context.progress.log(f"{context.stage.name}: {said}")
+    if parent.warning is not None:
+        context.progress.log(f"{context.stage.name}: {parent.warning}")
     return Artifact(context.output)
