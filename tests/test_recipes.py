@@ -1,5 +1,6 @@
 """Every shipped recipe, made small by --set, from its first stage to a caption said without torch."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 import compress
-from compress import lock
+from compress import cli, lock
 from compress.architectures import architectures
 from compress.recipe import read_recipe, recipes
 from students.lightcap.bert import load_bert
@@ -65,6 +67,14 @@ def lightcap(*arguments, cwd: Path) -> dict | list:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert not re.findall(r"^[WE]\d{4} .*", done.stderr, re.MULTILINE), "torch's own log is not for who runs a recipe"
+    return json.loads(done.stdout)
+
+
+def here(*arguments, cwd: Path) -> dict | list:
+    """The command's JSON, in this process: for what finds all in the cache."""
+    with contextlib.chdir(cwd):
+        done = CliRunner().invoke(cli.cli, [*map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.output[-4000:]
     return json.loads(done.stdout)
 
 
@@ -122,9 +132,9 @@ def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -
     assert by_name["export"]["against"] == "int8" and "| CIDEr less that of 'int8' |" in cards["export"]
     assert all("Note: on x86 processors without VNNI" in said for said in cards.values())  # whoever is given one has not seen it made
     assert ["python FOLDER/caption.py PHOTO" in cards[kind] for kind in ("int8", "export")] == [False, True]
-    planned = lightcap("plan", name, *settings(values), cwd=folder)
+    planned = here("plan", name, *settings(values), cwd=folder)
     assert [stage["cached"] for stage in planned["stages"]] == [True] * len(stages)
-    assert lightcap("run", name, *settings(values), cwd=folder)["ledger"] == rows
+    assert here("run", name, *settings(values), cwd=folder)["ledger"] == rows
 
     array, _ = picture(1)
     Image.fromarray(array).save(folder / "photo.png")
