@@ -1,4 +1,4 @@
-"""lightcap: a heavy image captioner in, a small one for an edge CPU out, and what every step cost in CIDEr.
+"""lightcap trains an image captioner, makes it small for an edge CPU, and says what every step cost in CIDEr.
 
 The public names below are loaded when they are first used, so that `import compress` and `lightcap --help` answer at once.
 """

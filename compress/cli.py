@@ -21,6 +21,9 @@ from compress.answer import answer, print_drawn, print_json, quietly, say, unrea
 from compress.errors import DataError, LightcapError, UsageError, expected, nearest
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
+RECIPE = "RECIPE is the name of a shipped recipe, or a YAML file."
+ARTIFACT = "a run's folder (its last artifact), an artifact's folder"
+MODEL = f"MODEL is {ARTIFACT}, or OWNER/NAME on the hub."
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
 
 
@@ -52,7 +55,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, message="lightcap %(version)s")
 def cli() -> None:
-    """Make a heavy image captioner small, and see what each step cost in CIDEr. Begin with: lightcap run quickstart"""
+    """Train an image captioner, make it small, and see what each step costs in CIDEr. Begin with: lightcap run quickstart"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,7 +121,7 @@ def recipes_command(as_json: bool) -> None:
     answer(as_json, listed, lambda: show.recipes(listed))
 
 
-@cli.command("plan")
+@cli.command("plan", epilog=RECIPE)
 @click.argument("recipe")
 @settings
 @out_option()
@@ -136,7 +139,7 @@ def plan_command(recipe: str, sets: tuple[str, ...], out: Path | None, as_json: 
     answer(as_json, planned, lambda: show.plan(planned))
 
 
-@cli.command("run")
+@cli.command("run", epilog=RECIPE)
 @click.argument("recipe")
 @settings
 @out_option()
@@ -188,7 +191,7 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
     answer(as_json, value, lambda: show.compare(value))
 
 
-@cli.command("sweep")
+@cli.command("sweep", epilog=RECIPE)
 @click.argument("recipe")
 @click.option("--vary", multiple=True, required=True, metavar="NAME.KEY=A,B,...",
               help="Values to try, each in a run; of several such lists, every combination.")
@@ -210,11 +213,11 @@ def sweep_command(
         ctx.exit(1)
 
 
-@cli.command("fit")
+@cli.command("fit", epilog=RECIPE)
 @click.argument("recipe")
 @click.option("--max-mb", type=click.FloatRange(min=0, min_open=True), help="Megabytes on disk of the last artifact.")
-@click.option("--max-ms", type=click.FloatRange(min=0, min_open=True), help="Milliseconds a caption, as in its row.")
-@click.option("--max-drop-cider", type=click.FloatRange(min=0), help="CIDEr that may be lost against what is pruned.")
+@click.option("--max-ms", type=click.FloatRange(min=0, min_open=True), help="Milliseconds a caption of the last artifact, on one thread.")
+@click.option("--max-drop-cider", type=click.FloatRange(min=0), help="CIDEr that may be lost against the model that is pruned.")
 @settings
 @out_option("runs/NAME-fit")
 @as_json
@@ -237,7 +240,7 @@ def fit_command(
 # ---- captioning and measuring
 
 
-@cli.command("caption")
+@cli.command("caption", epilog=MODEL)
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER...")
 @beam_width
@@ -266,9 +269,9 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
         ctx.exit(1)
 
 
-@cli.command("eval")
+@cli.command("eval", epilog=MODEL)
 @click.argument("model")
-@click.option("--captions", required=True, help="Karpathy or COCO JSON, or Flickr8k's text.")
+@click.option("--captions", required=True, help="Karpathy or COCO JSON, Flickr8k's text, or a folder's metadata.csv.")
 @click.option("--images", required=True, help="The folder that holds the images.")
 @click.option("--split", help="Which split to measure (default: val; of captions without splits, or with one alone, all).")
 @click.option(
@@ -334,7 +337,7 @@ def score_command(candidates: Path, references: Path, subset: bool, java: bool, 
     answer(as_json, scores, lambda: show.scores(scores))
 
 
-@cli.command("profile")
+@cli.command("profile", epilog=f"MODEL is {ARTIFACT}, OWNER/NAME on the hub, or a preset, such as lightcap.")
 @click.argument("model")
 @click.option("--tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Length of the caption that is counted.")
 @as_json
@@ -347,12 +350,12 @@ def profile_command(model: str, tokens: int, as_json: bool) -> None:
     answer(as_json, row, lambda: show.profile(row))
 
 
-@cli.command("export")
+@cli.command("export", epilog=MODEL)
 @click.argument("model")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write; it must not be there yet, or be empty.")
 @as_json
 def export_command(model: str, out: Path, as_json: bool) -> None:
-    """Write a folder that captions by itself, without torch or lightcap. Example: lightcap export runs/photos --out captioner"""
+    """Write a folder that captions without torch. Example: lightcap export runs/photos --out captioner"""
     from compress import artifact, models
 
     chosen = models.resolve(model)
@@ -371,7 +374,7 @@ def export_command(model: str, out: Path, as_json: bool) -> None:
 @as_json
 @click.pass_context
 def doctor_command(ctx: click.Context, as_json: bool) -> None:
-    """Say what is installed, what the processor can do, and what is missing. Example: lightcap doctor"""
+    """Check versions, processor and what is missing. Example: lightcap doctor"""
     from compress import doctor, show
 
     found = doctor.examine()
