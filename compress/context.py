@@ -154,7 +154,6 @@ class Context:
     stage: Stage
     data: CaptionSet
     seed: int  # the stage's own, or the recipe's
-    threads: int
     output: Path  # temporary folder that becomes the artifact; the stage writes its model files here
     work: Path  # survives a kill: the stage's resume state (safetensors and JSON); removed when the stage is done
     cache: Path  # runs/.cache: features and targets, each under its digest

@@ -87,7 +87,6 @@ def context_of(run: Run, stage: Stage, artifacts: Mapping, output: Path, work: P
         stage=stage,
         data=run.data,
         seed=run.recipe.seed if seed is None else seed,
-        threads=thread_count(),
         output=output,
         work=work,
         cache=run.cache,

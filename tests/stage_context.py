@@ -23,6 +23,6 @@ def context(
     output, work = folder / "out", folder / "work"
     for made in (output, work):
         made.mkdir(parents=True, exist_ok=True)
-    usual = {"recipe": recipe, "stage": stage, "data": data, "seed": recipe.seed if seed is None else seed, "threads": 1, "output": output,
+    usual = {"recipe": recipe, "stage": stage, "data": data, "seed": recipe.seed if seed is None else seed, "output": output,
              "work": work, "cache": folder / "cache", "artifacts": {}, "progress": Progress(quiet=True)}
     return Context(**usual | given)
