@@ -134,7 +134,7 @@ def quantized(artifact: Artifact, folder: Path, data: CaptionSet, progress: Prog
 
 def pruned(artifact: Artifact, folder: Path, data: CaptionSet, progress: Progress, config: Prune) -> Artifact:
     """The stage `prune`, by importance on `data`, without any recovery: what is timed is a shape."""
-    config = dataclasses.replace(config, recover_epochs=0.0, recover_encoder_epochs=0.0)
+    config = dataclasses.replace(config, recover_epochs=0.0, recover_encoder_epochs=0.0, recover_concepts_epochs=0.0)
     given = context(data, folder, "prune", config, progress)
     prune.run(artifact, config, given)
     shutil.rmtree(given.work, ignore_errors=True)

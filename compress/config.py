@@ -176,6 +176,8 @@ class Prune(Optimisation):
     recover_epochs: float = 1.0
     recover_encoder_epochs: float = 1.0
     encoder_learning_rate: float = 1e-3
+    recover_concepts_epochs: float = 4.0  # of its two layers, on stored features: some seconds for a thousand pictures
+    concepts_learning_rate: float = 1e-3
     flip: bool = False  # mirrors half of the pictures, while the encoder recovers
     crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder recovers
     label_smoothing: float = 0.1
@@ -311,6 +313,7 @@ RANGES = {
     "round_to": COUNT,
     "recover_epochs": NOT_NEGATIVE,
     "recover_encoder_epochs": NOT_NEGATIVE,
+    "recover_concepts_epochs": NOT_NEGATIVE,
     "max_drop_cider": NOT_NEGATIVE,
     "calibration_images": COUNT,
     "smoothing": WHOLE,

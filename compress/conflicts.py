@@ -14,6 +14,11 @@ def cuts_encoder(config: Prune) -> bool:
     return "encoder" in config.parts and any(getattr(config, key) is not None for key in TARGETS)
 
 
+def moves_concepts(config: Prune) -> bool:
+    """Whether an extractor may find others: its own channels may leave, or the encoder's."""
+    return "concepts" in config.parts and any(getattr(config, key) is not None for key in TARGETS) or cuts_encoder(config)
+
+
 def conflicts(config, parent: str | None) -> Iterator[tuple[str, str]]:
     """(key, what is wrong with it) of a stage's settings; `parent` is the stage that it goes on from, None where it starts anew."""
     find = FINDERS.get(type(config))

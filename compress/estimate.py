@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from compress.architectures import architectures
 from compress.config import Concepts, Distill, Prune, Quantize, Recipe, Scst, Stage, Train
-from compress.conflicts import cuts_encoder
+from compress.conflicts import cuts_encoder, moves_concepts
 from compress.cost import TOKENS, Macs, count_macs
 from compress.data import CaptionSet
 from compress.evaluate import BEAM
@@ -91,6 +91,7 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         each = known + 3 * settings.recover_epochs * pack
         beside = 3 + bool(settings.flip or settings.crop)  # of disturbed pictures the parent's grids are not stored
         each += beside * settings.recover_encoder_epochs * macs.encoder * cuts_encoder(settings)
+        each += 4 * settings.recover_concepts_epochs * macs.concepts * moves_concepts(settings)  # the parent's beside it
         return amount.images * (asked + settings.steps * each)
     if isinstance(settings, Quantize):  # trials, of which tuned weights are one, are not counted: there may be none
         tuning = 0.0 if settings.trials else settings.tune_epochs * (known + pack + 3 * (macs.encoder + pack))

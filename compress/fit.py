@@ -119,7 +119,7 @@ def untrained(recipe: Recipe, stage: Stage) -> tuple[Recipe, str]:
         return stands(left_out[name]) if name in left_out else name
 
     off = {
-        "prune": {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0},
+        "prune": {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0, "recover_concepts_epochs": 0.0},
         "quantize": {"trials": 0, "tune_epochs": 0.0, "sensitivity": False},
     }
     stages = list(recipe.stages[:first])

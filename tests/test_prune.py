@@ -87,7 +87,8 @@ def test_the_stage_narrows_the_concept_extractor(pruning, tmp_path, monkeypatch,
     parent, here = Artifact(tmp_path / "finder"), context("a")
     saved = prices.savings(model, prices.PRICES["macs"])["concept", "alignment"] * 16
     config = Prune(
-        macs=1 - saved / prices.macs(model), parts=("concepts",), importance=importance_of, recover_epochs=0.0, recover_encoder_epochs=0.0
+        macs=1 - saved / prices.macs(model), parts=("concepts",), importance=importance_of, recover_epochs=0.0,
+        recover_encoder_epochs=0.0, recover_concepts_epochs=0.0
     )
     pruned = cut(parent, config, here)
     assert set(pruned.config.shapes) == {"alignment.first", "alignment.second"}

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from prunable import build, cut, ranked, with_concepts
 
+from compress.artifact import Artifact
 from compress.config import Prune
-from compress.stages.prune import channels, sensitivity
+from compress.stages.prune import channels, prices, sensitivity
 from compress.training.features import device, normalised, pixels
+from compress.training.mentions import concept_loss
+from compress.training.start import write_captioner
 from students.lightcap import LightCap
 from students.lightcap.encoder import preprocessor
 
@@ -147,6 +150,35 @@ def test_recovery_brings_the_grid_nearer(pruning, monkeypatch):
         goal = model.eval().encode(seen)
         errors = [float((one.encode(seen) - goal).square().mean() / goal.var()) for one in (recovered, plain)]
     assert errors[0] < 0.8 * errors[1], errors
+
+
+@pytest.mark.parametrize("parts", [("concepts",), ("encoder",)])
+def test_recovery_finds_more_of_what_the_parent_found(pruning, tmp_path, monkeypatch, parts):
+    """Where its own channels left, and where it looks at the grid of a pruned encoder."""
+    model, tokenizer, preprocessing, _, context = pruning
+    monkeypatch.setattr(importance, "BATCHES", 1)
+    model, here = with_concepts(model, inner=64), context("plain")
+    seen = repair.pictures(preprocessing, 17, here)
+    with torch.no_grad():  # so that pictures differ in their odds, and no two inner channels say the same
+        first = model.alignment.first
+        first.weight.normal_(generator=torch.Generator().manual_seed(5))
+        deviation, mean = torch.std_mean(first(model.encode(seen)), (0, 1))
+        first.weight.div_(deviation[:, None])
+        first.bias.copy_((first.bias - mean) / deviation)
+    (tmp_path / "finder").mkdir()
+    write_captioner(tmp_path / "finder", model, tokenizer, preprocessing)
+    gone = 48 * prices.savings(model, prices.PRICES["macs"])["concept", "alignment"]
+    share = {"concepts": 1 - gone / prices.macs(model), "encoder": 0.6}[parts[0]]
+    given = {"macs": share, "parts": parts, "batch_images": 8, "recover_epochs": 0.0, "recover_encoder_epochs": 0.0}
+    parent = Artifact(tmp_path / "finder")
+    both = [cut(parent, Prune(**given, recover_concepts_epochs=0.0), here)]
+    both.append(cut(parent, Prune(**given, recover_concepts_epochs=60.0), context("recovered")))
+    assert both[0].config.shapes == both[1].config.shapes != {}
+    with torch.no_grad():
+        goal = model.eval().concept_scores(model.encode(seen)).sigmoid()
+        plain, recovered = (float(concept_loss(one.concept_scores(one.encode(seen)), goal)) for one in both)
+        least = float(concept_loss(goal.logit(), goal))
+    assert recovered - least < 0.5 * (plain - least), (recovered, plain, least)
 
 
 def test_recovery_brings_captions_nearer(pruning, monkeypatch):

@@ -2,7 +2,8 @@
 
 Whole layers leave first, where some shall, and alone where nothing else is asked for. Each step: importance by gate derivatives on training
 captions, the cheapest blocks leave until the step's share of the target is met, what is left is repaired without training, the encoder
-learns to give its old grid again, its features are computed anew, and the fusion is distilled from the parent.
+learns to give its old grid again, its features are computed anew, the concept extractor learns to find there what the parent found, and the
+fusion is distilled from the parent.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from compress.context import Context
 from compress.stages.prune.channels import Block, Unit, units
 from compress.stages.prune.importance import importance
 from compress.stages.prune.prices import megabytes, shapes_megabytes
-from compress.stages.prune.recover import recover_encoder, recover_fusion
+from compress.stages.prune.recover import recover_concepts, recover_encoder, recover_fusion
 from compress.stages.prune.repair import Repair
 from compress.stages.prune.sensitivity import least_layers, measured, sensitivities, with_layers
 from compress.stages.prune.target import Target, choose, give_back, ranked
@@ -45,7 +46,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
         model = with_layers(model, stay)
         context.progress.log(f"{context.stage.name}: layers {', '.join(str(index + 1) for index in stay)} stay; {target.describe(model)}")
     moves = factors = taught = good = before = None
-    encoder_cut = False
+    encoder_cut = concepts_moved = False
     whole = units(model, config.parts)
     gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
@@ -68,6 +69,9 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
         encoder_cut = encoder_cut or any(block.unit.kind == "conv" for block in chosen)
         if encoder_cut:
             recover_encoder(model, parent, settings, config, seed, f"{label} encoder", context)
+        concepts_moved = concepts_moved or any(block.unit.kind in ("conv", "concept") for block in chosen)
+        if concepts_moved and model.concepts is not None:
+            recover_concepts(model, parent, settings, config, seed, f"{label} concepts", context)
         if config.recover_epochs:
             taught = recover_fusion(model, parent, tokenizer, settings, taught, config, seed + step, f"{label} fusion", context)
         if gated:

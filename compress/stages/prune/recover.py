@@ -1,6 +1,7 @@
 """What is left of a captioner learns from the whole one. The encoder, to give its grid again: feature distillation on training pictures,
-against the stored grids of them, or against the parent's encoder beside it where pictures are disturbed anew in each step. The fusion, on
-features of the pruned encoder, what the parent says of its own."""
+against the stored grids of them, or against the parent's encoder beside it where pictures are disturbed anew in each step. Then, on the
+pruned encoder's features, the concept extractor, to give each concept the odds that the parent's gives it; and the fusion, to say what the
+parent says."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from compress.training.corpus import UNSEEN_BIAS, corpus, disturbed
 from compress.training.distillation import Goal, distil, teach
 from compress.training.features import device, grids, normalised, pixels, variance
 from compress.training.loop import Group, fit
+from compress.training.mentions import concept_loss
 from compress.training.start import read_captioner
 from students.lightcap import LightCap
 from students.lightcap.norms import folded
@@ -57,6 +59,32 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
         fit(nn.ModuleDict({"encoder": model.encoder}), groups, steps, loss_of, config, seed, context.work, label, context.progress)
     model.cpu().eval()
     model.contiguous_()
+
+
+def recover_concepts(model: LightCap, parent: Artifact, settings: dict, config: Prune, seed: int, label: str, context: Context) -> None:
+    """Minimises the binary cross-entropy of each concept's odds against the parent's, each by the grid of its own encoder. The odds choose
+    what the fusion is told of a picture, and no derivative of its own loss would come back through that choice."""
+    if config.recover_concepts_epochs == 0:
+        return
+    data = context.data.split("train")
+    own, _, _ = read_captioner(parent.path)
+    known, seen = (grids(one, data, settings, context.cache, context.progress) for one in (own, model))
+    where = device()
+    own.to(where)
+    model.to(where)
+    rows_of = image_batches(len(data), config.batch_images, seed)
+    steps = steps_of(len(data), config.recover_concepts_epochs, config.batch_images)
+
+    def loss_of(step: int) -> Tensor:
+        rows = rows_of(step)
+        whole, mine = (torch.from_numpy(features[rows]).to(where).float() for features in (known, seen))
+        with torch.no_grad():
+            goal = own.concept_scores(whole).float().sigmoid()
+        return concept_loss(model.concept_scores(mine).float(), goal)
+
+    groups = [Group(list(model.alignment.parameters()), config.concepts_learning_rate)]
+    fit(nn.ModuleDict({"alignment": model.alignment}), groups, steps, loss_of, config, seed, context.work, label, context.progress)
+    model.cpu()
 
 
 def recover_fusion(
