@@ -31,6 +31,7 @@ stages:
   - concepts: {as: extractor, preset: tiny, inner: 32, epochs: 2}
   - concepts: {as: finder, preset: tiny, inner: 32, pieces: 8}
   - train: {as: read, from: finder, encoder: tuned, epochs: 3}
+  - prune: {as: smaller, from: read, macs: 0.9}
 """
 AMOUNT = Amount(images=30, captions=2.0, words=4.0, vocabulary=9, evaluated=0)
 
@@ -110,7 +111,7 @@ def test_epochs_are_passes(tmp_path, data):
     assert spent["pruned"] - spent["language"] == pytest.approx(30 * 3 * encoder)
     again = planned(tmp_path, data, "pruned.steps=3")["pruned"] - spent["pruned"]  # each step recovers, from features computed anew
     assert again == pytest.approx(2 * 30 * (encoder + 3 * 2 * once + 3 * encoder))
-    found = [planned(tmp_path, data, "pruned.from=read", f"pruned.recover_concepts_epochs={epochs}")["pruned"] for epochs in (4, 0)]
+    found = [planned(tmp_path, data, f"smaller.recover_concepts_epochs={epochs}")["smaller"] for epochs in (4, 0)]
     extractor = estimate.count_macs(dataclasses.replace(config, concepts=8, alignment=(32, 384))).concepts
     assert found[0] - found[1] == pytest.approx(30 * 4 * (3 + 1) * extractor)  # the parent finds them beside it
     tuned = planned(tmp_path, data, "quantize.tune_epochs=1")["quantize"]
