@@ -284,6 +284,7 @@ RANGES = {
     "learning_rate": ABOVE_ZERO,
     "new_learning_rate": ABOVE_ZERO,
     "encoder_learning_rate": NOT_NEGATIVE,
+    "concepts_learning_rate": ABOVE_ZERO,
     "warmup": PART,
     "final_learning_rate": WHOLE,
     "weight_decay": NOT_NEGATIVE,

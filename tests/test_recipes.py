@@ -293,6 +293,11 @@ def test_photos(tmp_path, sizes):
     names = ["extractor", "frozen", "tuned", "teacher", "cider-1", "cider-2", "cider-3", "teacher-cider", "student", "student-cider",
              "vocabulary", "pruned", "pruned-cider", "int8", "export"]
     check("photos", sizes, tmp_path, names)
+    rows = {tuple(row["taken"]): row for row in benchmark("parts", "runs/photos", "vocabulary", "pruned", "--json", cwd=tmp_path)["rows"]}
+    ciders = {row["name"]: row["cider"] for row in here("compare", "runs/photos", cwd=tmp_path)["runs"][0]["rows"]}
+    assert len(rows) == 8 and rows[()]["delta"] is None
+    assert rows[()]["cider"] == pytest.approx(ciders["vocabulary"], abs=1e-4)
+    assert rows["encoder", "concepts", "fusion"]["cider"] == pytest.approx(ciders["pruned"], abs=1e-4)
 
 
 @pytest.mark.slow
