@@ -19,7 +19,7 @@ from torch import nn
 
 from compress import runtime
 from compress.artifact import Artifact, writing
-from compress.config import Data, Prune, Quantize, Recipe, Stage, Student
+from compress.config import UNRECOVERED, Data, Prune, Quantize, Recipe, Stage, Student
 from compress.context import Context, Progress
 from compress.cost import costs_of
 from compress.data import CaptionSet, load
@@ -134,7 +134,7 @@ def quantized(artifact: Artifact, folder: Path, data: CaptionSet, progress: Prog
 
 def pruned(artifact: Artifact, folder: Path, data: CaptionSet, progress: Progress, config: Prune) -> Artifact:
     """The stage `prune`, by importance on `data`, without any recovery: what is timed is a shape."""
-    config = dataclasses.replace(config, recover_epochs=0.0, recover_encoder_epochs=0.0, recover_concepts_epochs=0.0)
+    config = dataclasses.replace(config, **UNRECOVERED)
     given = context(data, folder, "prune", config, progress)
     prune.run(artifact, config, given)
     shutil.rmtree(given.work, ignore_errors=True)

@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,6 +30,7 @@ from compress import data, ledger, metrics, recipe
 from compress.artifact import Artifact
 from compress.cache import cache_of
 from compress.context import Progress, Task
+from compress.data import CaptionSet
 from compress.data.concepts import read_concepts
 from compress.decode import Special, beam_search
 from compress.errors import LightcapError, ModelError
@@ -56,9 +58,23 @@ def repeated(wanted: Tensor, scores: Tensor, pieces: Tensor, found: Tensor) -> T
     return rows
 
 
+def row_of(run: Path, rows: Mapping[str, Mapping], name: str) -> tuple[LightCap, Tokenizer, dict]:
+    """The captioner of a row of `run`, its tokenizer and its preprocessing. ModelError where there is none, or it reads no concepts."""
+    if name not in rows:
+        raise ModelError(f"{run}: no finished row '{name}'; there are {', '.join(rows)}")
+    model, tokenizer, settings = read_captioner(Artifact(run / rows[name]["artifact"]).path)
+    if not model.config.concepts:
+        raise ModelError(f"{run}: the model of '{name}' reads no concepts")
+    return model, tokenizer, settings
+
+
 @torch.inference_mode()
-def captions(model: LightCap, special: Special, features: np.ndarray, given: Tensor, task: Task) -> list[list[int]]:
-    """Word pieces said of every image of `features` (N, G, channels), with its row of `given` (N, K) for its concepts."""
+def ciders(
+    model: LightCap, tokenizer: Tokenizer, spoken: Tensor, special: Special, features: np.ndarray, given: Tensor, val: CaptionSet,
+    task: Task,
+) -> np.ndarray:
+    """CIDEr-D of every image of `features` (N, G, channels), with its row of `given` (N, K) for its concepts; `spoken`, `special`: what
+    `narrowed` said of `model`, which finds no concepts of its own from then on."""
     rows: Iterator[Tensor] = iter(given.split(BATCH))
     model.find_concepts = lambda grid: next(rows)
     said = []
@@ -66,17 +82,14 @@ def captions(model: LightCap, special: Special, features: np.ndarray, given: Ten
         grid = torch.from_numpy(np.array(features[start : start + BATCH])).float()
         said += [list(found.tokens) for found in beam_search(model, grid, special, BEAM, model.config.max_tokens)]
         task.advance(len(grid))
-    return said
+    texts = [decode_caption(tokenizer, spoken[ids].tolist()) for ids in said]
+    return metrics.score(texts, [list(example.captions) for example in val.examples]).per_image
 
 
 def compare(run: Path, name: str) -> list[dict]:
     """A row for each kind of concepts: their precision and recall over all images, CIDEr, and the difference to the model's own."""
     rows, wanted = {row["name"]: row for row in ledger.read_run(run)}, recipe.read_recipe(run / "recipe.yaml")
-    if name not in rows:
-        raise ModelError(f"{run}: no finished row '{name}'; there are {', '.join(rows)}")
-    model, tokenizer, settings = read_captioner(Artifact(run / rows[name]["artifact"]).path)
-    if not model.config.concepts:
-        raise ModelError(f"{run}: the model of '{name}' reads no concepts")
+    model, tokenizer, settings = row_of(run, rows, name)
     progress, cache = Progress(), cache_of(run)
     val = data.load(wanted.data, cache).split(wanted.data.val_split)
     features = grids(model, val, settings, cache, progress)
@@ -93,13 +106,10 @@ def compare(run: Path, name: str) -> list[dict]:
     kinds = {"found": (found, own), "of another image": (found.roll(1, 0), own.roll(1, 0)),
              "precise": (repeated(precise, scores, pieces, found), torch.where(precise.any(1, keepdim=True), precise, own)),
              "oracle": (model.concepts.choose(first, most), best_concepts(first, pieces, most))}
-    references = [list(example.captions) for example in val.examples]
     answers: list[dict] = []
     for kind, (given, shown) in kinds.items():
         with progress.task(kind, len(val)) as task:
-            said = captions(model, special, features, given, task)
-        texts = [decode_caption(tokenizer, spoken[ids].tolist()) for ids in said]
-        each = metrics.score(texts, references).per_image
+            each = ciders(model, tokenizer, spoken, special, features, given, val, task)
         gain = paired(each, answers[0]["each"]) if answers else None
         hits = int((shown & true).sum())
         answers.append({

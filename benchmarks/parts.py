@@ -21,11 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from oracle import BATCH, captions
+from oracle import BATCH, ciders, row_of
 from results import interval, number, table
 
-from compress import data, ledger, metrics, recipe
-from compress.artifact import Artifact
+from compress import data, ledger, recipe
 from compress.cache import cache_of
 from compress.context import Progress
 from compress.errors import LightcapError, ModelError
@@ -33,8 +32,6 @@ from compress.evaluate import narrowed
 from compress.metrics.bootstrap import paired
 from compress.process import thread_count
 from compress.training.features import grids
-from compress.training.start import read_captioner
-from students.lightcap.tokenizer import decode_caption
 
 PARTS = ("encoder", "concepts", "fusion")
 
@@ -42,18 +39,13 @@ PARTS = ("encoder", "concepts", "fusion")
 def compare(run: Path, names: tuple[str, str]) -> list[dict]:
     """A row for each choice of parts: those taken from the second row, CIDEr, and the difference to the first row's own."""
     rows, wanted = {row["name"]: row for row in ledger.read_run(run)}, recipe.read_recipe(run / "recipe.yaml")
-    if unknown := [name for name in names if name not in rows]:
-        raise ModelError(f"{run}: no finished row '{unknown[0]}'; there are {', '.join(rows)}")
-    models, tokenizers, settings = zip(*(read_captioner(Artifact(run / rows[name]["artifact"]).path) for name in names), strict=True)
+    models, tokenizers, settings = zip(*(row_of(run, rows, name) for name in names), strict=True)
     if tokenizers[0].to_str() != tokenizers[1].to_str() or settings[0] != settings[1]:
         raise ModelError(f"{run}: '{names[0]}' and '{names[1]}' have other word pieces or pictures of another kind; no part fits the other")
-    if not models[0].config.concepts:
-        raise ModelError(f"{run}: the models of '{names[0]}' and '{names[1]}' read no concepts")
     progress, cache = Progress(), cache_of(run)
     val = data.load(wanted.data, cache).split(wanted.data.val_split)
     features = [grids(model, val, settings[0], cache, progress) for model in models]
     (spoken, special), _ = (narrowed(model, tokenizers[0]) for model in models)
-    references = [list(example.captions) for example in val.examples]
     finders = [model.find_concepts for model in models]
     answers: list[dict] = []
     for taken in itertools.chain.from_iterable(itertools.combinations(PARTS, count) for count in range(len(PARTS) + 1)):
@@ -61,8 +53,7 @@ def compare(run: Path, names: tuple[str, str]) -> list[dict]:
         with torch.inference_mode():
             found = [find(torch.from_numpy(np.array(grid[start : start + BATCH])).float()) for start in range(0, len(grid), BATCH)]
         with progress.task(" and ".join(taken) or names[0], len(val)) as task:
-            said = captions(fusion, special, grid, torch.cat(found), task)
-        each = metrics.score([decode_caption(tokenizers[0], spoken[ids].tolist()) for ids in said], references).per_image
+            each = ciders(fusion, tokenizers[0], spoken, special, grid, torch.cat(found), val, task)
         gain = paired(each, answers[0]["each"]) if answers else None
         answers.append({"taken": list(taken), "cider": float(np.mean(each)), "each": each, "delta": gain.delta if gain else None,
                         "delta_ci95": list(gain.ci95) if gain else None})

@@ -187,6 +187,9 @@ class Prune(Optimisation):
     max_drop_cider: float | None = None
 
 
+UNRECOVERED = {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0, "recover_concepts_epochs": 0.0}  # of Prune: shapes alone
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Static INT8: activations by calibration on training images, weights per output channel. `smoothing` is SmoothQuant's alpha, for what

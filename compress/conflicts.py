@@ -16,7 +16,7 @@ def cuts_encoder(config: Prune) -> bool:
 
 def moves_concepts(config: Prune) -> bool:
     """Whether an extractor may find others: its own channels may leave, or the encoder's."""
-    return "concepts" in config.parts and any(getattr(config, key) is not None for key in TARGETS) or cuts_encoder(config)
+    return bool({"concepts", "encoder"} & set(config.parts)) and any(getattr(config, key) is not None for key in TARGETS)
 
 
 def conflicts(config, parent: str | None) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from compress import pipeline
 from compress.artifact import remove_left
-from compress.config import Recipe, Stage, references
+from compress.config import UNRECOVERED, Recipe, Stage, references
 from compress.context import Progress
 from compress.errors import GateError, TargetError, UsageError
 from compress.recipe import read_recipe
@@ -119,7 +119,7 @@ def untrained(recipe: Recipe, stage: Stage) -> tuple[Recipe, str]:
         return stands(left_out[name]) if name in left_out else name
 
     off = {
-        "prune": {"recover_epochs": 0.0, "recover_encoder_epochs": 0.0, "recover_concepts_epochs": 0.0},
+        "prune": UNRECOVERED,
         "quantize": {"trials": 0, "tune_epochs": 0.0, "sensitivity": False},
     }
     stages = list(recipe.stages[:first])

@@ -114,6 +114,8 @@ def test_epochs_are_passes(tmp_path, data):
     found = [planned(tmp_path, data, f"smaller.recover_concepts_epochs={epochs}")["smaller"] for epochs in (4, 0)]
     extractor = estimate.count_macs(dataclasses.replace(config, concepts=8, alignment=(32, 384))).concepts
     assert found[0] - found[1] == pytest.approx(30 * 4 * (3 + 1) * extractor)  # the parent finds them beside it
+    alone = [planned(tmp_path, data, "smaller.parts=[fusion]", f"smaller.recover_concepts_epochs={epochs}")["smaller"] for epochs in (4, 0)]
+    assert alone[0] == alone[1]  # what it finds cannot have changed
     tuned = planned(tmp_path, data, "quantize.tune_epochs=1")["quantize"]
     assert tuned > spent["quantize"] == planned(
         tmp_path, data, "quantize.tune_epochs=1", "quantize.trials=2", "quantize.max_drop_cider=1")["quantize"]
