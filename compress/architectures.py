@@ -126,7 +126,7 @@ def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, tea
         raise ValueError(f"heads: {config.heads} asked of a captioner that has {parent.heads}; only one that has 1 can get more")
     if len(config.teachers) == 1:
         raise ValueError(f"heads: {config.heads} copies of one head, taught by one teacher, stay equal; name a teacher for each")
-    if "tokens" not in config.match or config.token_weight == 0:
+    if not config.asks_tokens:
         raise ValueError(f"heads: {config.heads} copies of one head, which match no tokens, stay equal; let them match some")
     return dataclasses.replace(parent, heads=config.heads)
 

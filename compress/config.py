@@ -128,6 +128,11 @@ class Distill(Optimisation):
     hidden_weight: float = 1.0
     attention_weight: float = 1.0
 
+    @property
+    def asks_tokens(self) -> bool:
+        """Whether what the teachers say is learned at all."""
+        return "tokens" in self.match and self.token_weight > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scst(Optimisation):

@@ -82,7 +82,7 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         shown = language(models[settings.teachers[0]], amount, amount.captions, amount.words)
         beside = min(settings.match_epochs, passes) * shown if {"hidden", "attention"} & set(settings.match) else 0.0
         pack = language(config, amount, amount.captions, amount.words, config.heads)
-        return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if "tokens" in settings.match else 0.0))
+        return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if settings.asks_tokens else 0.0))
     if isinstance(settings, Scst):
         drawn = macs.prefix + (settings.samples + (settings.baseline == "greedy")) * (macs.steps + macs.attention)
         seen = passes if settings.flip or settings.crop else 1.0  # disturbed pictures are encoded in each pass

@@ -123,6 +123,14 @@ def test_the_same_seed_gives_the_same_student(run):
     assert run(dataclasses.replace(config, match_epochs=0.0), name="e").digest() == tokens.digest()
 
 
+def test_teachers_whose_tokens_weigh_nothing_are_not_asked_for_them(run, tmp_path):
+    config = Distill(init="teacher", epochs=1, batch_images=10, learning_rate=1e-3, match=("tokens",), token_weight=0.0)
+    made = run(config)
+    assert not (tmp_path / "cache" / "targets").exists()
+    captions_alone = run(dataclasses.replace(config, match=("hidden",), match_epochs=0.0), name="b")
+    assert made.digest() == captions_alone.digest() != run(dataclasses.replace(config, token_weight=0.8), name="c").digest()
+
+
 def test_one_teacher_teaches_every_head(run, teachers):
     made = run(Distill(teachers=("teacher-2",), init="weights", epochs=1, batch_images=40))
     assert LightCap.from_pretrained(made.path).config.heads == 3

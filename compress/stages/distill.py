@@ -56,7 +56,7 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     for teacher in teachers:
         teacher.narrow(data.keep)
     taught = None
-    if "tokens" in config.match:
+    if config.asks_tokens:
         taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
     full = model.word.detach().clone()
     model.narrow(data.keep)
