@@ -88,8 +88,8 @@ def compare(run: Path, floats: bool) -> dict:
 
 def context(run: Path, of: Quantized, folder: Path, progress: Progress) -> Context:
     """What the stage would get; its resume state in `folder`."""
-    return Context(recipe=of.recipe, stage=of.stage, data=of.data, seed=of.recipe.seed, threads=thread_count(), output=folder,
-                   work=folder / "work", cache=cache_of(run), artifacts={}, progress=progress)
+    return Context(recipe=of.recipe, stage=of.stage, data=of.data, seed=of.recipe.seed, output=folder, work=folder / "work",
+                   cache=cache_of(run), artifacts={}, progress=progress)
 
 
 def first_gap(mine: list[int], theirs: list[int], logs: torch.Tensor) -> float:

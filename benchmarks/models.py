@@ -123,7 +123,8 @@ def context(data: CaptionSet, output: Path, kind: str, config: Prune | Quantize,
     stage = Stage(kind, kind, None, config)
     recipe = Recipe("benchmark", SEED, Data(), Student(), (stage,), Path("benchmark"))
     scratch = output.parent / f"work{output.name}"  # not taken for a half-written output
-    return Context(recipe, stage, data, SEED, 1, output, scratch, scratch, {}, progress)
+    return Context(recipe=recipe, stage=stage, data=data, seed=SEED, output=output, work=scratch, cache=scratch, artifacts={},
+                   progress=progress)
 
 
 def quantized(artifact: Artifact, folder: Path, data: CaptionSet, progress: Progress, config: Quantize) -> Artifact:

@@ -141,8 +141,8 @@ def run_stage(recipe: Recipe, name: str, data: CaptionSet, folder: Path, between
     output = folder / name
     output.mkdir()
     context = Context(
-        recipe=recipe, stage=stage, data=data, seed=recipe.seed, threads=torch.get_num_threads(), output=output,
-        work=folder / f"{name}.work", cache=folder / "cache", artifacts=made, progress=clock,
+        recipe=recipe, stage=stage, data=data, seed=recipe.seed, output=output, work=folder / f"{name}.work",
+        cache=folder / "cache", artifacts=made, progress=clock,
     )
     (train if stage.kind == "train" else distill).run(None, stage.config, context)
     return clock.seconds

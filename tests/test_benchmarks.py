@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+import equality
 import latency
 import memory
 import models
@@ -16,10 +17,13 @@ import oracle
 import prune
 import pytest
 import torch
+import training
 from conftest import BENCHMARKS
+from quantized import Quantized
 
 from compress.artifact import Artifact
-from compress.config import Prune
+from compress.config import Data, Prune, Quantize, Recipe, Stage, Student, Train
+from compress.context import Progress
 from compress.cost import TOKENS
 from students.lightcap import preset
 
@@ -34,6 +38,19 @@ def rows(**captions):
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
 def test_every_benchmark_finds_what_it_imports(name):
     assert importlib.import_module(name).__doc__
+
+
+def test_the_stages_that_benchmarks_run_get_what_the_pipeline_gives_them(monkeypatch, tmp_path):
+    stage, scenes = Stage("quantize", "int8", None, Quantize()), object()  # which no context reads
+    recipe = Recipe("x", 3, Data(), Student(), (stage, Stage("train", "frozen", None, Train())), tmp_path)
+    monkeypatch.setattr(training.train, "run", lambda parent, config, context: seen.append(context))
+    seen = [models.context(scenes, tmp_path / "a", "quantize", stage.config, Progress()),
+            equality.context(tmp_path / "run", Quantized(recipe, stage, None, None, scenes, None, None, {}), tmp_path / "b", Progress())]
+    training.run_stage(recipe, "frozen", scenes, tmp_path, print)
+    for context, output, seed in zip(seen, ("a", "b", "frozen"), (models.SEED, 3, 3), strict=True):
+        assert context.output == tmp_path / output and context.seed == seed and context.artifacts == {} and context.data is scenes
+        assert context.work.name.startswith("work") or context.work.suffix == ".work"
+        assert context.stage in context.recipe.stages and isinstance(context.progress, Progress)
 
 
 def test_latencys_ratios_are_the_others_time_over_ours_and_ours_over_the_limits():
