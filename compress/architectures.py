@@ -119,6 +119,8 @@ def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, tea
         if modulator and not teacher.concepts:
             raise ValueError("a modulator is steered by concepts, but the teacher reads none")
         made = captioner_config(student, student.preset, *sizes, teacher, modulator)
+        if config.init == "teacher":
+            _check_start(made, teacher)
         return dataclasses.replace(made, mask_piece=teacher.mask_piece)
     if config.heads in (None, parent.heads):
         return parent
@@ -129,6 +131,17 @@ def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, tea
     if not config.asks_tokens:
         raise ValueError(f"heads: {config.heads} copies of one head, which match no tokens, stay equal; let them match some")
     return dataclasses.replace(parent, heads=config.heads)
+
+
+def _check_start(student: LightCapConfig, teacher: LightCapConfig) -> None:
+    """ValueError for a new student that cannot take its first teacher's layers: known before the teacher has been trained for hours."""
+    for what, own, other, fits in (
+        ("hidden size", student.hidden, teacher.hidden, student.hidden == teacher.hidden),
+        ("feed-forward width", student.ffn, teacher.ffn, student.ffn <= teacher.ffn),  # a narrower one keeps the strongest neurons
+        ("number of positions", student.positions, teacher.positions, student.positions == teacher.positions),
+    ):
+        if not fits:
+            raise ValueError(f"a student of {what} {own} cannot start from a teacher of {other}; set init: weights")
 
 
 def _check_heads(config: Distill, heads: int) -> None:

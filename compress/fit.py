@@ -92,8 +92,17 @@ def pruning(recipe: Recipe) -> Stage:
     found = [stage for stage in recipe.stages if stage.kind == "prune"]
     if len(found) != 1:
         raise UsageError(f"fit needs a recipe with one 'prune' stage; {recipe.name} has {len(found)}")
-    if next(stage for stage in recipe.stages if stage.name == found[0].parent).kind == "concepts":
+    stages = {stage.name: stage for stage in recipe.stages}
+    if stages[found[0].parent].kind == "concepts":
         raise UsageError(f"fit judges captions, and '{found[0].parent}', which '{found[0].name}' works on, has none yet; prune a captioner")
+    last, behind = recipe.stages[-1], {found[0].name}
+    for stage in recipe.stages:  # each names earlier ones alone
+        if behind & {stage.parent, *references(stage.config)}:
+            behind.add(stage.name)
+    if last.name not in behind:
+        raise UsageError(f"fit judges the last stage, and '{last.name}' is not made of '{found[0].name}'; end with one that is")
+    if last.kind == "concepts":
+        raise UsageError(f"fit judges the last stage's captions, and '{last.name}' has none yet; end with a captioner")
     return found[0]
 
 

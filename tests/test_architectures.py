@@ -16,7 +16,7 @@ stages:
   - train: {{as: teacher, preset: tiny, objective: masked}}
 {}"""
 CONCEPTS = """\
-student: {preset: lightcap, encoder: resnet-small}
+student: {preset: lightcap, hidden: 768, encoder: resnet-small}
 stages:
   - train: {as: plain, preset: teacher}
   - distill: {as: pupil, teachers: plain}
@@ -71,6 +71,25 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
     assert models(tmp_path, named)["steered"].ffn == 600
     assert found["extractor"].alignment == found["student"].alignment == (32, 384)
     assert found["pupil"].prefix == 25 and found["student"].prefix == 31
+
+
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [
+        ("preset: scenes-student", "hidden size 96 cannot start from a teacher of 32"),
+        ("preset: scenes-student, hidden: 32, attention_heads: 2, ffn: 128", "feed-forward width 128 cannot start from a teacher of 64"),
+        ("preset: scenes-student, hidden: 32, attention_heads: 2, ffn: 64", ""),
+        ("preset: lightcap, hidden: 32, attention_heads: 2, ffn: 64", "number of positions 512 cannot start from a teacher of 128"),
+    ],
+)
+def test_a_student_that_cannot_take_its_teachers_layers_is_refused_before_the_teacher_is_trained(tmp_path, sizes, what):
+    text = f"student: {{{sizes}}}\nstages:\n  - train: {{as: teacher, preset: tiny}}\n  - distill: {{as: student, teachers: teacher%s}}\n"
+    assert models(tmp_path, text % ", init: weights")
+    if what:
+        with pytest.raises(RecipeError, match=rf"x.yaml:4: stage 'student': a student of {what}; set init: weights"):
+            models(tmp_path, text % "")
+    else:
+        assert models(tmp_path, text % "")
 
 
 @pytest.mark.parametrize(
