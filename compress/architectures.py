@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from compress.config import Average, Concepts, Distill, Encoding, Prune, Recipe, Stage, Train, Vocabulary, references
 from compress.conflicts import cuts_encoder
+from compress.data.concepts import default_text_encoder
 from compress.errors import RecipeError
 from compress.training.distillation import feed_forward
 from compress.training.start import captioner_config
-from compress.training.text import default_text_encoder
 from students.lightcap import LightCapConfig
 from students.lightcap.config import PREFIX_POSITION, SizeError
 

@@ -37,7 +37,7 @@ class Artifact:
 
     @cached_property
     def config(self) -> dict:
-        return _json(self.path / "config.json")
+        return read_json(self.path / "config.json")
 
     @property
     def quantized(self) -> bool:
@@ -76,7 +76,7 @@ class Artifact:
 
     def row(self) -> dict:
         """Its ledger row, as measured when it was made."""
-        return _json(self.path / "metrics.json")
+        return read_json(self.path / "metrics.json")
 
     @property
     def _anew(self) -> str:
@@ -218,15 +218,16 @@ def _alive(process: int) -> bool:
     return process != os.getpid()
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path, kind: type = dict):
+    """The JSON object, or the list (`kind`), in a file. ModelError, with its name, where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ModelError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: is not a JSON object")
+    if not isinstance(value, kind):
+        raise ModelError(f"{path}: is not a JSON {'object' if kind is dict else 'list'}")
     return value
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.artifact import Artifact
+from compress.artifact import Artifact, read_json
 from compress.errors import LightcapError
 
 
@@ -25,8 +24,8 @@ def finished(folder: Path, measuring: str | None = None) -> bool:
 
 
 def noted(folder: Path) -> dict:
-    """An artifact's lock.json."""
-    return json.loads((folder / "lock.json").read_text(encoding="utf-8"))
+    """An artifact's lock.json. ModelError where it cannot be read."""
+    return read_json(folder / "lock.json")
 
 
 def durations(cache: Path) -> dict[str, list[tuple[float, float]]]:

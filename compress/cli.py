@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,10 +92,9 @@ def _report_error(error: Exception, json_wanted: bool) -> int:
     if known is None and isinstance(error, click.ClickException):
         known = UsageError(f"{error.format_message()}{_see_help(error)}")
     if known is None:
-        if os.environ.get("LIGHTCAP_TRACE"):
-            traceback.print_exception(error)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         known = LightcapError(f"{text} (LIGHTCAP_TRACE=1 shows where)")
+        known.__cause__ = error
     known.show()
     if json_wanted and answers():
         print_json({"ok": False, "error": known.message})

@@ -31,6 +31,9 @@ class LightcapError(click.ClickException):
         super().__init__(" ".join(str(message).split()))
 
     def show(self, file=None) -> None:
+        """The line, behind where it came from if LIGHTCAP_TRACE is set."""
+        if os.environ.get("LIGHTCAP_TRACE"):
+            traceback.print_exception(self, file=file or sys.stderr)
         click.echo(f"lightcap: {self.message}", file=file or sys.stderr)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from compress import metrics, runtime
-from compress.artifact import Artifact, write_json
+from compress.artifact import Artifact, read_json, write_json
 from compress.conflicts import cuts_encoder
 from compress.context import Context, Progress
 from compress.cost import costs
@@ -58,7 +57,7 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     write_json(captions_file(artifact.path, split), spoken)
     row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
-        earlier = {item["image"]: item for item in json.loads(captions_file(against.path, split).read_text(encoding="utf-8"))}
+        earlier = {item["image"]: item for item in read_json(captions_file(against.path, split), list)}
         if (mend := MENDS.get("quantize" if artifact.quantized else context.stage.kind)) is not None and recovered(context):
             check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()], mend)
         before = [earlier[item["image"]]["cider"] for item in spoken]
@@ -101,7 +100,7 @@ def ciders(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress
     """CIDEr-D x100 of each image of `data` at beam 5: as it was measured, if `artifact` was."""
     file = captions_file(artifact.path, data.examples[0].split)
     if file.is_file():
-        known = {item["image"]: item["cider"] for item in json.loads(file.read_text(encoding="utf-8"))}
+        known = {item["image"]: item["cider"] for item in read_json(file, list)}
         return np.array([known[example.image_id] for example in data.examples])
     return scored(artifact, data, cache, progress)[1].per_image
 
@@ -197,12 +196,9 @@ def settings_of(artifact: Artifact) -> dict:
     """Its preprocessor_config.json. ModelError where there is none, or half of one."""
     file = artifact.path / "preprocessor_config.json"
     try:
-        settings = json.loads(file.read_text())
-        if isinstance(settings, dict) and {"image_size", "mean", "std"} <= set(settings):
-            return settings
+        return runtime.read_preprocessing(file)
     except (OSError, ValueError):
-        pass
-    raise ModelError(f"{file}, which says what is done to a picture, is absent or not whole; copy it again")
+        raise ModelError(f"{file}, which says what is done to a picture, is absent or not whole; copy it again") from None
 
 
 def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress, also: Callable | None = None) -> dict:

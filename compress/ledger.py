@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from compress.artifact import write_text
+from compress.artifact import read_json, write_text
 from compress.config import Stage
 from compress.errors import ModelError
 
@@ -60,10 +60,9 @@ def captions_file(artifact: Path, split: str) -> Path:
 def captions(run: Path, row: Mapping) -> list[dict]:
     """{"image", "caption", "cider"} of each image that the row was measured on; ModelError where its artifact is no longer there."""
     path = captions_file(run / row["artifact"], row.get("split") or "")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{run}: what '{row['name']}' said is gone ({path} is not there); the same run makes it anew") from None
+    if not path.exists():
+        raise ModelError(f"{run}: what '{row['name']}' said is gone ({path} is not there); the same run makes it anew")
+    return read_json(path, list)
 
 
 def against(stage: Stage, measured: Mapping) -> str | None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from compress.config import Recipe, Stage, Student, references
-from compress.data.concepts import SHIPPED
+from compress.data.concepts import SHIPPED, default_text_encoder
 from compress.data.regions import sizes_beside
 from compress.errors import DataError
 from compress.recipe import entry, resolved
@@ -59,7 +59,10 @@ def parts(
 def files_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
     """`digests` of what the stage reads; what it names itself stands in for the student section's."""
     student = {key: getattr(recipe.student, key) for key in read_of_student(stage, recipe.student)}
-    files = digests(student) | digests(dataclasses.asdict(stage.config))
+    own = dataclasses.asdict(stage.config)
+    if stage.kind == "concepts":
+        own["text_encoder"] = own["text_encoder"] or default_text_encoder(recipe.student.encoder)
+    files = digests(student) | digests(own)
     if stage.kind == "concepts" and "vocabulary" not in files:
         files["vocabulary"] = file_digest(SHIPPED)
     return files

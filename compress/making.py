@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 from compress import artifact, card, ledger, lock, sources
 from compress.artifact import Artifact
-from compress.cache import finished
+from compress.cache import finished, noted
 from compress.config import Recipe, Stage
 from compress.context import Context, Progress
 from compress.errors import RecipeError, StageError, UsageError, expected
@@ -97,10 +97,9 @@ def context_of(run: Run, stage: Stage, artifacts: Mapping, output: Path, work: P
     )
 
 
-def measuring(run: Run, stage: Stage, artifacts: Mapping) -> str:
-    """The digest of how this stage's row is measured, and against which artifact."""
-    against = [artifacts[stage.against].path.name] if stage.against else []
-    return lock.digest(lock.measure_parts(run.recipe, against, run.data.fingerprint, thread_count()))
+def measuring(recipe: Recipe, against: Sequence[str], fingerprint: str) -> str:
+    """The digest of how a stage's row is measured, and against which artifact, by its lock."""
+    return lock.digest(lock.measure_parts(recipe, against, fingerprint, thread_count()))
 
 
 def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Mapping, how: str) -> None:
@@ -142,12 +141,14 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
             cost = {"peak_mb": round(peak() / 1e6, 1), "seconds": round(before + time.time() - began, 2)}
         named = {"stage": stage.kind, "name": stage.name, "artifact": f"../.cache/{target.name}", "lock": target.name}
         row = ledger.row(dict(measured) | named | cost | {"against": ledger.against(stage, measured)})
-        noted = {"lock": target.name, "measured": how, "images": run.images, "tmacs": tmacs, "parts": lock_parts}
+        of_splits = noted(target).get("images") if earlier else None  # rows of other runs may be of another split
+        images = (of_splits if isinstance(of_splits, dict) else {}) | {run.recipe.data.val_split: run.images}
+        known = {"lock": target.name, "measured": how, "images": images, "tmacs": tmacs, "parts": lock_parts}
         if earlier:  # a stop between the files below leaves numbers that no recipe takes for its own
-            artifact.write_json(model / "lock.json", noted | {"measured": None})
+            artifact.write_json(model / "lock.json", known | {"measured": None})
         artifact.write_text(model / "README.md", card.text(run.recipe, stage, row, Artifact(model).warning))
         artifact.write_json(model / "metrics.json", row)
-        artifact.write_json(model / "lock.json", noted)
+        artifact.write_json(model / "lock.json", known)
         if earlier is None:
             os.rename(model, target)
     shutil.rmtree(work, ignore_errors=True)

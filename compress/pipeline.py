@@ -56,8 +56,9 @@ class Result:
 
 
 def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict:
-    """What `run` would do: each stage with its lock, whether it is cached, the 1e12 multiply-accumulates it takes to make and evaluate
-    (None: not written down), and the seconds it took, or may take as stages of its kind did here (None: none has run).
+    """What `run` would do: each stage with its lock, whether it is cached, whether its numbers are, too (another split, or what a change
+    of the code reaches, is measured again), the 1e12 multiply-accumulates it takes to make and evaluate (None: not written down), and the
+    seconds it took, or may take as stages of its kind did here (None: none has run).
 
     Nothing is written but what reading the captions caches; torch is imported only to count what is not cached. With `imagine`, captions
     that are not there are counted as COCO's: locks are None then, and `imagined` says so.
@@ -73,16 +74,20 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
         _check_files(wanted)
     stages, known, counted = [], durations(cache), None
     parts = {} if data is None else lock.of_stages(wanted, data.fingerprint, thread_count())
+    names = {stage: lock.digest(of) for stage, of in parts.items()}
     for stage in wanted.stages:
-        name = lock.digest(parts[stage.name]) if parts else None
+        name = names.get(stage.name)
         cached = name is not None and finished(cache / name)
+        against = [names[stage.against]] if cached and stage.against else []
+        measured = cached and finished(cache / name, making.measuring(wanted, against, data.fingerprint))
         if cached:
             seconds, tmacs = Artifact(cache / name).row()["seconds"], noted(cache / name).get("tmacs")
         else:
             counted = counted or importlib.import_module("compress.estimate").tmacs(wanted, data)
             tmacs = counted[stage.name]
             seconds = expected_seconds(known.get(stage.kind, ()), tmacs)
-        stages.append({"stage": stage.kind, "name": stage.name, "cached": cached, "lock": name, "tmacs": tmacs, "seconds": seconds})
+        known_now = {"cached": cached, "measured": measured, "lock": name, "tmacs": tmacs, "seconds": seconds}
+        stages.append({"stage": stage.kind, "name": stage.name} | known_now)
     return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages} | said
 
 
@@ -139,6 +144,7 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     if run_.data.left_out:
         run_.progress.log(run_.data.left_out)
     stage = run_.recipe.stages[0]
+    (run_.out / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
     try:
         if run_.stages is None:
             _find_weights(run_.recipe, [stage for stage in run_.recipe.stages if not finished(run_.cache / lock.digest(parts[stage.name]))])
@@ -164,7 +170,6 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
             with contextlib.suppress(OSError):  # a full disk, which may be what failed
                 _save(run_, rows)
         return Result(run_.out, tuple(rows), _explained(error, artifacts, rows))
-    (run_.out / "error.txt").unlink(missing_ok=True)
     return Result(run_.out, tuple(rows))
 
 
@@ -208,7 +213,8 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
         run_.progress.log(f"{label}: process {process} is making it; waiting")
 
     built = False
-    wanted = making.measuring(run_, stage, artifacts)
+    against = [artifacts[stage.against].path.name] if stage.against else []
+    wanted = making.measuring(run_.recipe, against, run_.data.fingerprint)
     if not finished(target, wanted):
         with only_writer(run_.cache / f"{name}.writer", wait):
             if not finished(target, wanted):
@@ -219,7 +225,7 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
         run_.progress.log(f"{label}: cached")
     run_.tell(stage, False)
     measured = Artifact(target).row()
-    place = os.path.relpath(target, run_.out)
+    place = os.path.relpath(os.path.realpath(target), os.path.realpath(run_.out))  # `run_.out` may be a link to a folder elsewhere
     named = {"stage": stage.kind, "name": stage.name, "artifact": place, "lock": name, "against": ledger.against(stage, measured)}
     return ledger.row(measured | named), built
 
@@ -239,11 +245,12 @@ def _explained(error: LightcapError, artifacts: Mapping, rows: list[dict]) -> Li
     be used are a run that failed; a wrong recipe stays one."""
     if isinstance(error, UsageError) and not rows:
         return error
-    if isinstance(error, DataError | ModelError):
-        error = StageError(error.message)
+    kind = StageError if isinstance(error, DataError | ModelError) else type(error)
     good = [row["name"] for row in rows if row["name"] in artifacts]
     kept = f"the last good artifact is '{good[-1]}': {artifacts[good[-1]].path}" if good else "no artifact was finished before it"
-    return type(error)(f"{error.message}; {kept}")
+    explained = kind(f"{error.message}; {kept}")
+    explained.__cause__ = error
+    return explained
 
 
 def _refuse(process: str) -> None:

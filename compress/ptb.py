@@ -25,9 +25,6 @@ from __future__ import annotations
 
 import re
 
-# Tokens that pycocoevalcap removes; after lower-casing the four brackets never match.
-PUNCTUATIONS = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
-
 # Words that keep their full stop wherever they stand.
 ABBREVIATIONS = frozenset(
     "mr mrs ms dr jr sr prof rev gen col capt sgt lt gov st ave rd blvd mt ft dept est tel inc co corp ltd bros etc vs ph.d "

@@ -142,7 +142,7 @@ class Captioner:
                 raise FileNotFoundError(f"{folder}: no {name} there, so it is not an exported captioner")
         self.folder = folder
         self.threads = threads or available_threads()
-        self.config, self.settings = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
+        self.config, self.settings = read_json(folder / "config.json"), read_preprocessing(folder / "preprocessor_config.json")
         self.mask_piece = self.config.get("mask_piece")
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -156,6 +156,9 @@ class Captioner:
         self.prefix = open_session(folder / "prefix.onnx", options)
         self.decoder = open_session(folder / "decoder.onnx", options)
         self.extractor = open_session(folder / "concepts.onnx", options) if reads_concepts else None
+        side, size = self.encoder.get_inputs()[0].shape[-1], self.settings["image_size"]
+        if isinstance(side, int) and side != size:
+            raise ValueError(f"{folder / 'preprocessor_config.json'}: image_size is {size}, but encoder.onnx reads {side} x {side} pixels")
         inputs = self.decoder.get_inputs()
         self.past_names = [item.name for item in inputs if item.name.startswith(("prefix_", "past_"))]
         # Heads and their width, which differ by layer when pruned.
@@ -310,10 +313,25 @@ def available_threads() -> int:
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object. ValueError, one line, for another file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return values
+
+
+def read_preprocessing(path: Path) -> dict:
+    """preprocessor_config.json. ValueError, one line, where it does not say a size, and a mean and a deviation of each channel."""
+    values = read_json(path)
+    size = values.get("image_size")
+    channels = [each if isinstance(each, list) else [] for each in (values.get("mean"), values.get("std"))]
+    numbers = [[type(number) in (int, float) for number in each] for each in channels]
+    if type(size) is not int or size < 1 or numbers != [[True] * 3] * 2:
+        raise ValueError(f"{path}: needs image_size, pixels, and mean and std, three numbers each")
+    return values
 
 
 def positive(text: str) -> int:

@@ -16,14 +16,16 @@ def recipes(listed: Sequence[Mapping]) -> Table:
 
 
 def plan(planned: Mapping) -> Group:
+    state = {(True, True): "cached", (True, False): "to measure", (False, False): "to do"}
     rows = [
-        (stage["name"], stage["stage"], "cached" if stage["cached"] else "to do", _tmacs(stage), _time(stage), (stage["lock"] or "")[:12])
+        (stage["name"], stage["stage"], state[stage["cached"], stage["measured"]], _tmacs(stage), _time(stage), (stage["lock"] or "")[:12])
         for stage in planned["stages"]
     ]
     waiting = [stage for stage in planned["stages"] if not stage["cached"]]
     known = [stage["seconds"] for stage in waiting if stage["seconds"] is not None]
+    measured = sum(stage["cached"] and not stage["measured"] for stage in planned["stages"])
     if not waiting:
-        last = "everything is cached"
+        last = "everything is cached" + (f"; {measured} to be measured again" if measured else "")
     elif len(known) == len(waiting):
         last = f"{len(waiting)} stages to do, about {_duration(sum(known))}"
     else:

@@ -70,6 +70,15 @@ def test_runs_of_other_data_are_not_compared(tmp_path):
     assert [[len(line.split()) for line in chart] for chart in lines] == [[1, 1], [1, 1]]  # "a" lies behind "c"
 
 
+def test_runs_stay_comparable_when_an_artifact_is_measured_on_another_split_too(tmp_path):
+    for name, lock, said in (("a", "1", {"val": "x"}), ("b", "2", {"test": "z", "val": "x"}), ("c", "3", {"test": "z", "val": "other"})):
+        write_run(tmp_path / name, lock, VALUES)
+        (tmp_path / ".cache" / lock / "lock.json").write_text(json.dumps({"images": said}))
+    found = comparison.compared([str(tmp_path / name) for name in "abc"])
+    assert [entry["images"] for entry in found["runs"]] == ["x", "x", "other"]
+    assert [entry["run"] for entry in found["differences"]] == [str(tmp_path / "b")]
+
+
 def test_captions_that_are_gone_leave_the_row(tmp_path):
     for name, lock in zip("ab", "12", strict=True):
         write_run(tmp_path / name, lock, VALUES)

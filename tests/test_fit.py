@@ -119,7 +119,8 @@ def test_limits_that_cannot_be_held_fail_in_one_line(world):
     Path("x.yaml").write_text("stages: [{train: {preset: tiny}}, {concepts: {}}, {prune: {as: cut, macs: 0.5}}]\n")
     with pytest.raises(UsageError, match="fit judges captions, and 'concepts', which 'cut' works on, has none yet"):
         fit.fit("x.yaml", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
-    Path("x.yaml").write_text("stages: [{train: {preset: tiny}}, {prune: {as: cut, macs: 0.5}}, {export: {}}, {export: {as: whole, from: train}}]\n")
+    stages = "{train: {preset: tiny}}, {prune: {as: cut, macs: 0.5}}, {export: {}}, {export: {as: whole, from: train}}"
+    Path("x.yaml").write_text(f"stages: [{stages}]\n")
     with pytest.raises(UsageError, match="fit judges the last stage, and 'whole' is not made of 'cut'; end with one that is"):
         fit.fit("x.yaml", [], fit.Limits(mb=10.0), None, Progress(quiet=True))
     Path("x.yaml").write_text("stages: [{train: {preset: tiny}}, {prune: {as: cut, macs: 0.5}}, {concepts: {}}]\n")

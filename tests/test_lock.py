@@ -121,6 +121,17 @@ def test_every_file_of_an_extractor_is_in_the_lock(tmp_path, key):
     assert locks_of(tmp_path, text)["a"] != base["a"]
 
 
+def test_the_text_encoder_of_a_silent_recipe_is_in_the_lock(tmp_path, monkeypatch):
+    text = "stages:\n  - concepts: {as: a, vocabulary: %s}\n" % (tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("dog\n")
+    base = locks_of(tmp_path, text)["a"]
+    recipe = read_recipe(tmp_path / "r.yaml")
+    assert set(lock.files_of(recipe, recipe.stages[0])) >= {"vocabulary", "text_encoder"}
+    known = lock.versions
+    monkeypatch.setattr(lock, "versions", lambda names, *of: {"minilm": "0"} if names == ["minilm"] else known(names, *of))
+    assert locks_of(tmp_path, text)["a"] != base
+
+
 def test_the_sizes_beside_visual_genomes_objects_are_in_the_lock(tmp_path):
     text = f"stages:\n  - concepts: {{as: a, regions: {tmp_path / 'objects.json'}}}\n"
     seen = [locks_of(tmp_path, text)["a"]]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from compress.recipe import read_recipe
 ROOT = Path(compress.__file__).resolve().parent.parent
 RECIPE = """\
 seed: 3
-student: {heads: 2}
+student: {preset: tiny, heads: 2}
 stages:
   - train: {as: teacher, preset: tiny}
   - train: {as: teacher-2, from: teacher, seed: 18}
@@ -182,6 +183,16 @@ def environment() -> dict:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
 
 
+def test_a_run_in_a_linked_folder_finds_its_artifacts(tmp_path):
+    """Its cache lies beside the link."""
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/chain").symlink_to(tmp_path / "far" / "away", target_is_directory=True)
+    result, *_ = go(tmp_path)
+    assert result.ok and resolve(tmp_path / "runs/chain").config["name"] == "export"
+    assert all((tmp_path / "far/away" / row["artifact"] / "metrics.json").is_file() for row in result.rows)
+
+
 def test_plan_says_what_is_cached(tmp_path):
     wanted = read(tmp_path)
     before = pipeline.plan(wanted, tmp_path / "runs/chain", data=captions())
@@ -190,11 +201,14 @@ def test_plan_says_what_is_cached(tmp_path):
     result, *_ = go(tmp_path)
     after = pipeline.plan(wanted, tmp_path / "runs/chain", data=captions())
     assert after["recipe"] == "chain" and after["digest"] == before["digest"]
-    assert [stage["cached"] for stage in after["stages"]] == [True] * 5
+    assert [(stage["cached"], stage["measured"]) for stage in after["stages"]] == [(True, True)] * 5
     assert [stage["lock"] for stage in after["stages"]] == [row["lock"] for row in result.rows[1:]]
     assert [stage["lock"] for stage in before["stages"]] == [stage["lock"] for stage in after["stages"]]
     changed = pipeline.plan(read(tmp_path, RECIPE, "pruned.macs=0.5"), tmp_path / "runs/chain", data=captions())
     assert [stage["cached"] for stage in changed["stages"]] == [True, True, True, False, False]
+    assert [stage["measured"] for stage in changed["stages"]] == [True, True, True, False, False]
+    elsewhere = pipeline.plan(read(tmp_path, RECIPE, "data.val_split=train"), tmp_path / "runs/chain", data=captions())
+    assert [(stage["cached"], stage["measured"]) for stage in elsewhere["stages"]] == [(True, False)] * 5
     assert [stage["tmacs"] for stage in changed["stages"]][:3] == [2.0] * 3  # as written down
     took = next(row["seconds"] for row in result.rows if row["name"] == "pruned")
     assert changed["stages"][3]["tmacs"] > 0 and changed["stages"][4]["tmacs"] > 0
@@ -302,6 +316,9 @@ def test_a_failed_stage_keeps_the_last_good_artifact(tmp_path):
     kept = result.error.message.rpartition("the last good artifact is 'student': ")[2]
     assert Artifact(Path(kept)).check().config["name"] == "student"
     assert "ZeroDivisionError" in (tmp_path / "runs/chain/error.txt").read_text()
+    assert "ZeroDivisionError: by zero" in "".join(traceback.format_exception(result.error))  # what LIGHTCAP_TRACE shows
+    expected, *_ = go(tmp_path, stages=Failing("pruned", StageError("the loss is nan")))
+    assert "the loss is nan" in expected.error.message and not (tmp_path / "runs/chain/error.txt").exists()
     assert not list((tmp_path / "runs/.cache").rglob("half"))
     finished, stages, _ = go(tmp_path)
     assert finished.ok and stages.runs == ["pruned", "export"]

@@ -218,6 +218,30 @@ def test_an_export_of_an_earlier_lightcap_is_one_line(folder, tmp_path):
         runtime.Captioner(tmp_path / "old")
 
 
+PREPROCESSOR = {"image_size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("config.json", [], "config.json: not a JSON object"),
+        ("preprocessor_config.json", [], "preprocessor_config.json: not a JSON object"),
+        ("preprocessor_config.json", {}, "needs image_size, pixels, and mean and std, three numbers each"),
+        ("preprocessor_config.json", PREPROCESSOR | {"image_size": "x"}, "needs image_size"),
+        ("preprocessor_config.json", PREPROCESSOR | {"image_size": 0}, "needs image_size"),
+        ("preprocessor_config.json", PREPROCESSOR | {"std": [0.5]}, "needs image_size"),
+        ("preprocessor_config.json", PREPROCESSOR | {"mean": 0.5}, "needs image_size"),
+        ("preprocessor_config.json", PREPROCESSOR | {"image_size": 1000}, "image_size is 1000, but encoder.onnx reads"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(folder, tmp_path, name, value, said):
+    shutil.copytree(folder, tmp_path / "changed")
+    (tmp_path / "changed" / name).write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=said) as raised:
+        runtime.Captioner(tmp_path / "changed")
+    assert "\n" not in str(raised.value) and name in str(raised.value)
+
+
 def test_weights_cut_short_are_one_line(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "cut")
     weights = tmp_path / "cut" / "decoder.onnx.data"

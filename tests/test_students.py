@@ -352,6 +352,8 @@ WRONG = [
     ({"layers": 3}, "does not fit config.json"),
     ({"shapes": {"fusion.layers.9.up": [24, 32]}}, "gives a shape for 'fusion.layers.9.up'"),
     ({"shapes": {"fusion.layers.0.up": [24, 32]}}, "does not fit config.json"),
+    ({"shapes": 5}, "config.json: alignment and concept_vocabulary must be lists, and shapes an object of lists"),
+    ({"alignment": 5}, "config.json: alignment and concept_vocabulary must be lists"),
 ]
 
 

@@ -86,6 +86,11 @@ NOT_WHAT_THEY_END_IN = frozenset(
 PREPOSITIONS = frozenset("of in on at with by from for to and".split())
 
 
+def default_text_encoder(image_encoder: str) -> str:
+    """CLIP's text encoder for CLIP's images, else MiniLM."""
+    return "openai" if image_encoder == "clip-rn50" else "minilm"
+
+
 def read_concepts(path: str | Path | None = None) -> tuple[str, ...]:
     """The concepts of a file, or of the shipped list, in the file's order, in lower case.
 

@@ -20,7 +20,7 @@ from compress.artifact import Artifact
 from compress.config import Concepts
 from compress.context import Context
 from compress.data import CaptionSet
-from compress.data.concepts import is_action, read_concepts
+from compress.data.concepts import default_text_encoder, is_action, read_concepts
 from compress.data.regions import Region, Regions, read_boxes, read_regions, read_sizes
 from compress.errors import DataError, RecipeError
 from compress.training.batches import image_batches, steps_of
@@ -29,7 +29,7 @@ from compress.training.features import device
 from compress.training.loop import Group, fit
 from compress.training.mentions import concept_loss, mentioned
 from compress.training.start import new_captioner, read_captioner, ready, write_captioner
-from compress.training.text import default_text_encoder, embed_texts
+from compress.training.text import embed_texts
 from students.lightcap import LightCap
 from students.lightcap.concepts import NONE, boxes_on_grid
 from students.lightcap.norms import folded

@@ -17,11 +17,6 @@ BATCH = 128
 WORDS = ("minilm", "openai")
 
 
-def default_text_encoder(image_encoder: str) -> str:
-    """CLIP's text encoder for CLIP's images, else MiniLM."""
-    return "openai" if image_encoder == "clip-rn50" else "minilm"
-
-
 def embed_texts(texts: Sequence[str], encoder: str) -> Tensor:
     """(n, text) of length one. `encoder`: `minilm` (384 wide), or CLIP RN50's (1,024 wide): `openai`, or its weights as open_clip reads
     them: a file, a folder or OWNER/NAME of the hub. ModelError, in one line, where it is not to be had."""

@@ -68,10 +68,13 @@ class LightCapConfig:
         known = {f.name for f in dataclasses.fields(LightCapConfig)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config.json holds keys that this version does not know: {', '.join(unknown)}")
-        for name in ("alignment", "concept_vocabulary"):
-            if values.get(name):
-                values[name] = tuple(values[name])
-        values["shapes"] = {name: tuple(shape) for name, shape in values.get("shapes", {}).items()}
+        try:
+            for name in ("alignment", "concept_vocabulary"):
+                if values.get(name):
+                    values[name] = tuple(values[name])
+            values["shapes"] = {name: tuple(shape) for name, shape in values.get("shapes", {}).items()}
+        except (AttributeError, TypeError):
+            raise ValueError("config.json: alignment and concept_vocabulary must be lists, and shapes an object of lists") from None
         config = LightCapConfig(**values)
         wrong = [f.name for f in dataclasses.fields(LightCapConfig) if f.type == "int" and not isinstance(getattr(config, f.name), int)]
         if wrong:
