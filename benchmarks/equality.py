@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from integers import greedy, integer
+from integers import PRODUCTS, SUMS, greedy, integer
 from quantized import Quantized, quantized
 
 from compress import runtime
@@ -38,8 +38,9 @@ BATCH = 25
 
 
 def compare(run: Path, floats: bool) -> dict:
-    """By sums of integers, or of rounded `floats`: `same_graphs`, `images`, `equal` and its `share`, `grids_equal`, and the `differences`,
-    each with both captions and the gap in nats."""
+    """By sums of integers, or of rounded `floats`: `arithmetic`, `float_parts`, `encoder_floats` (the encoder's products and sums that are
+    not of integers), `same_graphs`, `images`, `equal` and its `share`, `grids_equal`, and the `differences`, each with both captions
+    and the gap in nats."""
     progress, of = Progress(), quantized(run)
     if of.made is None:
         raise ModelError(f"{run}: '{of.stage.name}' is not finished")
@@ -63,6 +64,7 @@ def compare(run: Path, floats: bool) -> dict:
     if not floats:
         computed = [integer(graph, model.config.prefix) for graph in computed]
     encoding, decoding, *concepts = computed
+    of_floats = sum(node.target in PRODUCTS | SUMS for node in encoding.graph.nodes)
     special, val = Special.of(tokenizer), of.data.split(of.recipe.data.val_split)
     differences, grids_equal = [], 0
     with progress.task("captions", len(val)) as task:
@@ -82,7 +84,8 @@ def compare(run: Path, floats: bool) -> dict:
                     differences.append({"image": example.image_id, **texts, "gap": gap})
             task.advance(len(examples))
     equal = len(val) - len(differences)
-    return {"same_graphs": same, "images": len(val), "equal": equal, "share": equal / len(val), "grids_equal": grids_equal,
+    how = {"arithmetic": "rounded floats" if floats else "integers", "float_parts": floating, "encoder_floats": of_floats}
+    return how | {"same_graphs": same, "images": len(val), "equal": equal, "share": equal / len(val), "grids_equal": grids_equal,
             "differences": differences, "largest_gap": max((item["gap"] for item in differences), default=0.0)}
 
 
@@ -111,7 +114,7 @@ def main() -> None:
     for item in found["differences"]:
         print(f"{item['image']}: '{item['pytorch']}' and '{item['onnxruntime']}', {item['gap']:.4f} nats apart")
     print(f"the graphs are {'' if found['same_graphs'] else 'not '}those of the run, byte for byte")
-    print(f"{found['equal']} of {found['images']} captions are equal, and {found['grids_equal']} grids")
+    print(f"{found['equal']} of {found['images']} captions are equal, and {found['grids_equal']} grids, by sums of {found['arithmetic']}")
     print(json.dumps(found))
 
 

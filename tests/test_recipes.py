@@ -198,9 +198,13 @@ def test_ways_of_rounding_are_compared_and_what_runs_is_what_was_calibrated(tmp_
     assert [(row["rounding"], row["smoothing"]) for row in rows] == [
         ("nearest", 0.0), ("nearest", 0.8), ("gptq", 0.0), ("gptq", 0.8)]
     assert rows[2]["grid_error"] < rows[0]["grid_error"] and rows[3]["grid_error"] == rows[2]["grid_error"]
-    # What ONNX Runtime says is what PyTorch says of the same calibration, and that is what the run has.
-    found = benchmark("equality", "runs/quickstart", cwd=tmp_path)
-    assert found["same_graphs"] and found["images"] == 12 and found["equal"] >= 11 and found["largest_gap"] < 0.05
+    # What ONNX Runtime says is what PyTorch says of the same calibration, and that is what the run has; also of weights that were tuned.
+    tuned = (*QUICKSTART, "int8.trials=0", "int8.tune_epochs=4", "int8.tune_learning_rate=1e-3")
+    lightcap("run", "quickstart", *settings(tuned), "--out", "runs/tuned", cwd=tmp_path)
+    for run in ("quickstart", "tuned"):
+        found = benchmark("equality", f"runs/{run}", cwd=tmp_path)
+        assert found["arithmetic"] == "integers" and found["encoder_floats"] == 0 and found["float_parts"] == [], found
+        assert found["same_graphs"] and found["images"] == 12 and found["equal"] >= 11 and found["largest_gap"] < 0.05, found
 
 
 @pytest.mark.timeout(1200)
