@@ -236,9 +236,9 @@ def test_lightcap_40m_pruned_to_half_its_macs_keeps_the_promised_bytes(tmp_path)
 
 
 @pytest.mark.slow
-def test_lightcap_40m_in_int8_keeps_the_promised_bytes_and_memory(tmp_path):
-    """34 MB of files without the concept extractor and 40 MB with it, and 200 MB of memory, for a photo of the usual size and for one of 12
-    megapixels. (Its start is measured by benchmarks/memory.py: a busy machine stretches CPU time, too.)"""
+def test_lightcap_40m_in_int8_keeps_the_promised_bytes_memory_and_start(tmp_path):
+    """34 MB of files without the concept extractor and 40 MB with it, 200 MB of memory, 1.5 s from the process's start (of CPU time: other
+    work on the machine is not the captioner's), for a photo of the usual size and for one of 12 megapixels."""
     from PIL import Image
 
     built = models.build("int8-export", tmp_path, images=8)
@@ -248,4 +248,4 @@ def test_lightcap_40m_in_int8_keeps_the_promised_bytes_and_memory(tmp_path):
     for name, size in memory.SIZES.items():
         coarse.resize(size).save(tmp_path / f"{name}.jpg", quality=92)
         found = memory.run((sys.executable, str(built.path / "caption.py"), "--threads", "1", str(tmp_path / f"{name}.jpg")))
-        assert found.peak_mb < 200, (name, found)
+        assert found.peak_mb < 200 and found.cpu_s < 1.5, (name, found)

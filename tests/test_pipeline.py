@@ -21,7 +21,7 @@ from compress.artifact import Artifact
 from compress.context import Progress
 from compress.data import CaptionSet
 from compress.data.captions import Example
-from compress.errors import DataError, GateError, StageError
+from compress.errors import DataError, GateError, ModelError, StageError
 from compress.models import resolve
 from compress.recipe import read_recipe
 
@@ -191,6 +191,20 @@ def test_a_run_in_a_linked_folder_finds_its_artifacts(tmp_path):
     result, *_ = go(tmp_path)
     assert result.ok and resolve(tmp_path / "runs/chain").config["name"] == "export"
     assert all((tmp_path / "far/away" / row["artifact"] / "metrics.json").is_file() for row in result.rows)
+
+
+def test_what_was_noted_of_an_artifact_and_is_broken_is_named(tmp_path):
+    result, *_ = go(tmp_path)
+    file = tmp_path / "runs/chain" / result.rows[3]["artifact"] / "lock.json"
+    file.write_text("{")
+    with pytest.raises(ModelError, match="lock.json: is not JSON"):
+        pipeline.plan(read(tmp_path), tmp_path / "runs/chain", data=captions())
+    again, *_ = go(tmp_path)
+    assert "lock.json: is not JSON" in again.error.message and "the last good artifact is 'teacher-2'" in again.error.message
+    said = pipeline.ledger.captions_file(file.parent, "val")
+    said.write_text("[")
+    with pytest.raises(ModelError, match="captions.val.json: is not JSON"):
+        pipeline.ledger.captions(tmp_path / "runs/chain", dict(result.rows[3]) | {"split": "val"})
 
 
 def test_plan_says_what_is_cached(tmp_path):
