@@ -82,6 +82,31 @@ def test_no_two_weights_of_the_encoder_share_a_zero_point(folder):
     assert len(points) == len(set(points)) == 11 + 3
 
 
+def test_an_encoder_made_unsigned_gives_the_same_grids(folder, tmp_path):
+    """Instead of ONNX Runtime, where fast sums would saturate. Weights of at most 64, such as a pooling's ones, stay signed."""
+    path = folder / "encoder.onnx"
+    made = runtime.unsigned(path)
+    before, after = (onnx.load(path).graph, onnx.load_from_string(made).graph)
+    kinds = collections.Counter(tensor.data_type for tensor in after.initializer)
+    assert kinds[TensorProto.INT8] == 2 * 3 and kinds[TensorProto.UINT8] >= 2 * 11  # weights and their zero points
+    moved = 0
+    for old, new in zip(map(numpy_helper.to_array, before.initializer), map(numpy_helper.to_array, after.initializer), strict=True):
+        moved += old.dtype != new.dtype
+        np.testing.assert_array_equal(old.astype(float) + 128 * (old.dtype != new.dtype), new)
+    assert moved == 2 * 11
+    pixels = tiny.pixels(tiny.pictures(4))
+    theirs = runtime.open_session(path, runtime.session_options(1)).run(None, {"pixels": pixels})[0]
+    ours = runtime.open_session(path, runtime.session_options(1, full_range=False), made).run(None, {"pixels": pixels})[0]
+    assert (ours == theirs).all()
+    shared = onnx.load(path)
+    first, second = [node for node in shared.graph.node if node.op_type == "DequantizeLinear" and node.input[0].startswith("w")][:2]
+    second.input[2] = first.input[2]
+    broken = {"torn": path.read_bytes()[:-1000], "empty": b"", "text": b"no such message", "shared": shared.SerializeToString()}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        assert runtime.unsigned(tmp_path / name) is None
+
+
 def pooling(side: int, step: float, ceil: int = 0, stride: int | None = None) -> onnx.ModelProto:
     """Quantize by 0.1, average over windows of `side`, `stride` (None: `side`) apart, quantize by `step`."""
     names = ["x", "q", "d", "p", "r", "y"]

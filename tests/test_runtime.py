@@ -128,13 +128,18 @@ def test_exact_products_are_asked_for_where_fast_ones_saturate(folder, tmp_path,
     monkeypatch.setattr(runtime, "CPUINFO", tmp_path / "cpuinfo")
     asked, options = [], runtime.session_options
     monkeypatch.setattr(runtime, "session_options", lambda *given, **named: asked.append(options(*given, **named)) or asked[-1])
+    made, real = [], runtime.unsigned
+    monkeypatch.setattr(runtime, "unsigned", lambda path: made.append(path) or real(path) or path.read_bytes())
     runtime.Captioner(tmp_path, threads=1)
-    [one] = asked
-    if exact:
-        assert one.get_session_config_entry("session.x64quantprecision") == "1"
-    else:
-        with pytest.raises(RuntimeError, match="x64quantprecision"):
-            one.get_session_config_entry("session.x64quantprecision")
+    whole, encoder = asked
+    unsigned = exact and quantized is not None  # and then the encoder, made unsigned, has nothing to be asked for
+    assert made == ([tmp_path / "encoder.onnx"] if unsigned else [])
+    for one, wanted in ((whole, exact), (encoder, exact and not unsigned)):
+        if wanted:
+            assert one.get_session_config_entry("session.x64quantprecision") == "1"
+        else:
+            with pytest.raises(RuntimeError, match="x64quantprecision"):
+                one.get_session_config_entry("session.x64quantprecision")
 
 
 def test_images_and_settings_that_cannot_be_used_are_refused_in_one_line(tmp_path):
