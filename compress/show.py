@@ -167,7 +167,11 @@ def _time(stage: Mapping) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    """In the first unit that fewer than a hundred of say it with."""
+    for unit, length in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds / length < 99.5:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:

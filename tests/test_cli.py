@@ -96,6 +96,16 @@ def test_plan_of_a_shipped_recipe_without_its_photos(lightcap, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+def test_plan_says_times_in_a_unit_that_can_be_read(capsys):
+    seconds = {99.4: "about 99 s", 99.6: "about 2 min", 5900: "about 98 min", 40_000: "about 11 h", 3_732_720: "about 43 days"}
+    stage = {"stage": "train", "lock": None, "cached": False, "measured": False, "tmacs": 1.0}
+    planned = {"recipe": "mine", "stages": [stage | {"name": str(length), "seconds": length} for length in seconds]}
+    answer.print_drawn(show.plan(planned))
+    output = capsys.readouterr().out
+    assert all(words in line for line, words in zip(output.splitlines()[4:], seconds.values(), strict=False)), output
+    assert "5 stages to do, about 44 days" in output
+
+
 def test_plan_writes_nothing(lightcap, tmp_path):
     small = ("--set", "data.train_images=3", "--set", "data.val_images=2")
     status, output, error = lightcap("plan", "quickstart", *small, "--json")
