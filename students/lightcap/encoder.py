@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from students.lightcap.checkpoint import CLIP_NAMES, checkpoint_file, read_tensors
-from students.lightcap.depthwise import DepthwiseConv2d, SameConv2d
+from students.lightcap.convolution import ClippedReLU, SameConv2d
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -41,7 +41,7 @@ def clip_rn50(image_size: int) -> nn.Module:
 
 class Lite0(nn.Module):
     """timm's network, its fused norm-and-activation modules taken apart (torch-pruning sees a norm only where it is a module of its own),
-    its depthwise convolutions ours."""
+    its convolutions and its ReLU6 ours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,12 +53,11 @@ class Lite0(nn.Module):
             parent, _, leaf = name.rpartition(".")
             if isinstance(module, BatchNormAct2d):
                 norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum)
-                setattr(self.net.get_submodule(parent), leaf, nn.Sequential(norm, module.act))
-            elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels:
+                act = ClippedReLU() if isinstance(module.act, nn.ReLU6) else module.act
+                setattr(self.net.get_submodule(parent), leaf, nn.Sequential(norm, act))
+            elif isinstance(module, nn.Conv2d):
                 sizes = {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "groups")}
-                setattr(self.net.get_submodule(parent), leaf, DepthwiseConv2d(module.in_channels, module.out_channels, **sizes, bias=False))
-        stem = self.net.conv_stem
-        self.net.conv_stem = SameConv2d(stem.in_channels, stem.out_channels, stem.kernel_size, stride=stem.stride, bias=False)
+                setattr(self.net.get_submodule(parent), leaf, SameConv2d(module.in_channels, module.out_channels, **sizes, bias=False))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net.forward_features(pixels)
