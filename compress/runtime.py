@@ -4,9 +4,9 @@ This file is self-contained. Every export carries a copy of it as `caption.py`, 
 
     python caption.py [--beam N] [--max-tokens N] [--threads N] [--json] PHOTO...
 
-Its folder holds `encoder.onnx` (pixels -> grid), `prefix.onnx` (grid -> keys and values of the prefix), `decoder.onnx` (those and a token
--> logits), the weights of those two in `decoder.onnx.data`, `config.json`, `tokenizer.json`, `preprocessor_config.json` and, where the
-model reads concepts, `concepts.onnx` (grid -> word pieces of what it shows). Float and INT8 graphs have the same inputs and outputs.
+Its folder holds `encoder.onnx` (pixels -> grid), `prefix.onnx` (grid -> keys and values), `decoder.onnx` (those and a token -> logits), the
+weights of those two in `decoder.onnx.data`, `config.json`, `tokenizer.json`, `preprocessor_config.json` and, where the model reads
+concepts, `concepts.onnx` (grid -> word pieces of what it shows). Float and INT8 graphs have the same inputs and outputs.
 """
 
 from __future__ import annotations
@@ -33,19 +33,15 @@ NEVER = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")  # pieces that a caption cannot ho
 SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json")
 GRAPHS = ("encoder.onnx", "prefix.onnx", "decoder.onnx", "decoder.onnx.data")
 FILES = (*SETTINGS, *GRAPHS)
-# A JPEG of many megapixels is decoded at a part of its size, but with sides of at least this many times those that the encoder sees:
-# after resizing no pixel differs by more than 2 of 255.
+# A large JPEG is decoded at a part of its size, with sides of at least this many times the encoder's: pixels differ by 2 of 255 at most.
 OVERSAMPLED = 4
 LONGEST = 64  # pieces of a caption that the model has places for
 CPUINFO = Path("/proc/cpuinfo")
-VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")  # x86 flags of integer products whose sums are exact
 
 
 def open_photo(path: str | Path, least: int | None = None) -> Image.Image:
     """A file -> an RGB PIL image, decoded and turned upright by its EXIF orientation. ValueError, one line, where it is no whole image.
-
-    `least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, while both sides keep at least that many pixels.
-    """
+    `least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, while both sides keep at least that many pixels."""
     from PIL import Image, ImageOps
 
     try:
@@ -61,11 +57,6 @@ def open_photo(path: str | Path, least: int | None = None) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split()) or type(error).__name__})") from None
 
 
-def open_image(path: str | Path) -> np.ndarray:
-    """A file -> (H, W, 3) uint8, upright, every pixel of it. ValueError, one line, where it is no whole image."""
-    return np.asarray(open_photo(path))
-
-
 def flat(image: Image.Image) -> Image.Image:
     """A PIL image of any mode -> RGB, itself if it is so already. What is transparent becomes white; 16-bit grey is scaled to 8."""
     from PIL import Image
@@ -75,14 +66,8 @@ def flat(image: Image.Image) -> Image.Image:
         image = Image.fromarray((wide >> 8 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(paper, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode -> (H, W, 3) uint8, by `flat`."""
-    return np.asarray(flat(image))
 
 
 def squash(image, settings: dict) -> np.ndarray:
@@ -90,17 +75,13 @@ def squash(image, settings: dict) -> np.ndarray:
     that is S x S already is not resampled."""
     from PIL import Image
 
-    if settings.get("resize", "squash") != "squash" or settings.get("interpolation", "bicubic") != "bicubic":
-        raise ValueError(
-            f"preprocessor_config.json: resize {settings.get('resize')!r} with interpolation {settings.get('interpolation')!r} is not "
-            "known here; only 'squash' with 'bicubic' is"
-        )
+    asked = settings.get("resize", "squash"), settings.get("interpolation", "bicubic")
+    if asked != ("squash", "bicubic"):
+        raise ValueError(f"preprocessor_config.json: resize and interpolation are {asked}; only ('squash', 'bicubic') are known here")
     size = (settings["image_size"],) * 2
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"an image must be (height, width, 3) uint8, this one is {image.shape} {image.dtype}")
-        if image.shape[:2] == size:
-            return image
         image = Image.fromarray(image)
     image = flat(image)  # a photo's pixels are not copied on the way: of 12 megapixels each copy takes 36 MB or 48
     return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
@@ -144,7 +125,7 @@ class Captioner:
                     raise FileNotFoundError(f"{folder}: made by an earlier lightcap; make it anew (lightcap run, lightcap export)")
                 raise FileNotFoundError(f"{folder}: no {name} there, so it is not an exported captioner")
         self.folder = folder
-        self.threads = threads or available_threads()
+        self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.config, self.settings = read_json(folder / "config.json"), read_preprocessing(folder / "preprocessor_config.json")
         self.mask_piece = self.config.get("mask_piece")
         try:
@@ -158,16 +139,14 @@ class Captioner:
         options = session_options(self.threads, full_range)
         model = unsigned(folder / "encoder.onnx") if quantized and full_range and without_vnni(CPUINFO) else None
         self.encoder = open_session(folder / "encoder.onnx", session_options(self.threads, full_range and model is None), model)
-        self.prefix = open_session(folder / "prefix.onnx", options)
-        self.decoder = open_session(folder / "decoder.onnx", options)
+        self.prefix, self.decoder = (open_session(folder / name, options) for name in ("prefix.onnx", "decoder.onnx"))
         self.extractor = open_session(folder / "concepts.onnx", options) if reads_concepts else None
         side, size = self.encoder.get_inputs()[0].shape[-1], self.settings["image_size"]
         if isinstance(side, int) and side != size:
             raise ValueError(f"{folder / 'preprocessor_config.json'}: image_size is {size}, but encoder.onnx reads {side} x {side} pixels")
         inputs = self.decoder.get_inputs()
         self.past_names = [item.name for item in inputs if item.name.startswith(("prefix_", "past_"))]
-        # Heads and their width, which differ by layer when pruned.
-        self.sizes = [(item.shape[1], item.shape[3]) for item in inputs if item.name.startswith("past_")]
+        self.sizes = [(item.shape[1], item.shape[3]) for item in inputs if item.name.startswith("past_")]  # by layer: heads, their width
 
     def open(self, path: str | Path) -> Image.Image:
         """A photo's file, with no more pixels than are needed to squash it. ValueError, one line, where it is no whole image."""
@@ -182,8 +161,7 @@ class Captioner:
         feeds = {"grid": np.ascontiguousarray(grid, np.float32)}
         if self.extractor:
             feeds["concepts"] = self.extractor.run(None, feeds)[0]
-        nothing = [np.zeros((len(grid), heads, 0, width), np.float32) for heads, width in self.sizes]
-        return Past(self.prefix.run(None, feeds), nothing)
+        return Past(self.prefix.run(None, feeds), [np.zeros((len(grid), heads, 0, width), np.float32) for heads, width in self.sizes])
 
     def step(self, tokens: np.ndarray, position: int, past: Past) -> tuple[np.ndarray, Past]:
         """tokens (N,) at `position` -> logits (N, V), and keys and values with this token's own."""
@@ -204,8 +182,8 @@ class Captioner:
         longest = LONGEST if self.mask_piece is None else LONGEST - 1  # a [MASK] stands behind the last piece
         if max_tokens > longest:
             raise ValueError(f"max_tokens must be at most {longest}, not {max_tokens}")
-        found = self.search(grid, beam, max_tokens)
-        return [(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), logprob) for ids, logprob in found]
+        texts = self.search(grid, beam, max_tokens)
+        return [(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), logprob) for ids, logprob in texts]
 
     def search(self, grid: np.ndarray, beam: int, max_tokens: int) -> list[tuple[list[int], float]]:
         """Beam search (beam 1 is greedy) -> per image the pieces between [CLS] and [SEP], and their log-probability with [SEP]'s.
@@ -221,7 +199,8 @@ class Captioner:
         past = self.prefill(grid)
         for position in range(max_tokens):
             logits, past = self.step([ids[-1] for _, _, ids in live], position, past)
-            scores = log_softmax(logits)
+            scores = logits - logits.max(-1, keepdims=True)
+            scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
             scores[:, self.never] = -np.inf
             scores += np.array([[score] for _, score, _ in live], np.float32)
             following, sources = [], []
@@ -246,24 +225,17 @@ class Captioner:
                 past = past.rows(sources, [images[row] for row in sources] == images)
         for image, score, ids in live:
             finished[image].append((score / max_tokens, score, ids))
-        chosen = [max(found, key=lambda item: item[0]) for found in finished]
-        return [(ids[1:], score) for _, score, ids in chosen]
+        return [(ids[1:], score) for _, score, ids in (max(found, key=lambda item: item[0]) for found in finished)]
 
     def captions(self, images: np.ndarray | Iterable, beam: int = 1, max_tokens: int | None = None) -> list[tuple[str, float]]:
         """(caption, log-probability) of each image: a pixel batch (B, 3, S, S) float32, or files, PIL images and uint8 arrays."""
         if not (isinstance(images, np.ndarray) and images.dtype == np.float32):
-            opened = (self.open(item) if isinstance(item, str | Path) else item for item in images)
-            images = np.stack([pixels(image, self.settings) for image in opened])
+            images = np.stack([pixels(self.open(one) if isinstance(one, str | Path) else one, self.settings) for one in images])
         return self.decode(self.encode(images), beam, max_tokens)
 
     def caption(self, image, beam: int = 1, max_tokens: int | None = None) -> tuple[str, float]:
         """(caption, log-probability) of one image: a file, a PIL image or (H, W, 3) uint8."""
         return self.captions([image], beam, max_tokens)[0]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def best(scores: np.ndarray, count: int) -> list[tuple[int, float]]:
@@ -278,9 +250,8 @@ def best(scores: np.ndarray, count: int) -> list[tuple[int, float]]:
 def session_options(threads: int, full_range: bool = True):
     """ONNX Runtime's: `threads` threads, operators one after the other, INT8 sums exact.
 
-    x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where they saturate, the other
-    is slower. They take the slower one for INT8 weights of `full_range`; sums of 7 bits stay in 16 bits. With VNNI the fast way is exact,
-    and the option would take it away.
+    x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where those of `full_range`
+    saturate (of 7 bits they do not), the other is slower, and taken. With VNNI the fast way is exact, and the option would take it away.
     """
     import onnxruntime
 
@@ -300,63 +271,44 @@ def open_session(path: Path, options, model: bytes | None = None):
     try:
         return onnxruntime.InferenceSession(model or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: ONNX Runtime cannot open it ({reason}); copy it again, or make it anew") from None
+        raise ValueError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]}); copy it again, or make it anew") from None
 
 
 def unsigned(path: Path) -> bytes | None:
-    """The ONNX model in a file with int8 weights and their zero points as uint8, both 128 higher: the same numbers. Weights of at most 64
-    stay as they are; their sums are exact. None where nothing changes, and for a file that cannot be read so: what is wrong with it, ONNX
-    Runtime will say.
-
-    It is what `session_options` asks of ONNX Runtime, which takes 20 ns for a byte of a convolution's weights: a third of the time that
-    LightCap needs from its start to the first caption.
-    """
-    data = bytearray(path.read_bytes())
-
-    def within(message: tuple[int, int], number: int) -> list[tuple[int, int]]:
-        return [(start, end) for field, start, end in fields(data, *message) if field == number]
-
-    try:  # fields and types by onnx.proto
-        [graph] = within((0, len(data)), 7)
-        tensors = [{field: (start, end) for field, start, end in fields(data, *place)} for place in within(graph, 5)]
-        integers = {bytes(data[slice(*tensor[8])]): tensor for tensor in tensors if data[tensor[2][0]] == 3}  # INT8, by name
-        values = {name: np.frombuffer(data, np.int8)[slice(*tensor[9])] for name, tensor in integers.items()}
-        changed = False
-        for node in within(graph, 1):
-            weight, *others = (bytes(data[slice(*place)]) for place in within(node, 1))
-            if weight in integers and max(values[weight].max(), -int(values[weight].min())) > 64:  # read by DequantizeLinear: and a scale
-                for name in (weight, others[1]):
-                    if data[integers[name][2][0]] != 3:
-                        return None  # read twice
-                    data[integers[name][2][0]] = 2  # UINT8
-                    values[name] ^= -128
-                changed = True
+    """An ONNX model with int8 weights above 64, and their zero points, as uint8 and 128 higher: the same numbers. None for another file.
+    ONNX Runtime, asked by `session_options`, takes 20 ns for each byte of a convolution: a third of a cold start."""
+    data, moved = bytearray(path.read_bytes()), []
+    try:  # by onnx.proto: 7 is a model's graph, 1 its nodes and 5 its tensors; 2 is a tensor's type, of which INT8 is 3 and UINT8 is 2
+        [graph] = [place for field, place in fields(data, 0, len(data)) if field == 7]
+        tensors = [dict(fields(data, *place)) for field, place in fields(data, *graph) if field == 5]
+        tensors = {bytes(data[slice(*tensor[8])]): tensor for tensor in tensors if data[tensor[2][0]] == 3}
+        values = {name: np.frombuffer(data, np.int8)[slice(*tensor[9])] for name, tensor in tensors.items()}
+        for node in (place for field, place in fields(data, *graph) if field == 1):
+            weight, *others = (bytes(data[slice(*place)]) for field, place in fields(data, *node) if field == 1)
+            if weight in values and ((values[weight] + 64).view(np.uint8) > 128).any():  # int8 wraps around
+                moved += [weight, others[1]]
+        for name in moved:
+            data[tensors.pop(name)[2][0]] = 2  # KeyError where two nodes read it
+            values[name] ^= -128
     except (IndexError, KeyError, ValueError):
         return None
-    return bytes(data) if changed else None
+    return bytes(data) if moved else None
 
 
-def fields(data: bytearray, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The fields of the protobuf message in data[start:end]: number, and where its value starts and ends."""
+def fields(data: bytearray, start: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Of the protobuf message in data[start:end], without values of fixed size: each field's number, and where its value is."""
     while start < end:
-        key, start = varint(data, start)
-        if key & 7 == 2:  # bytes, text or a message, behind its length
-            length, start = varint(data, start)
-        else:
-            length = varint(data, start)[1] - start if key & 7 == 0 else {1: 8, 5: 4}[key & 7]
-        yield key >> 3, start, start + length
-        start += length
+        key, begin = varint(data, start)
+        value, start = varint(data, begin)
+        if key & 7 == 2:  # behind its length
+            begin, start = start, start + value
+        yield key >> 3, (begin, start)
 
 
 def varint(data: bytearray, place: int) -> tuple[int, int]:
-    """A protobuf integer, seven bits in a byte, the lowest first: its value, and the place behind it."""
-    value = shift = 0
-    while True:
-        value |= (data[place] & 127) << shift
-        place, shift = place + 1, shift + 7
-        if data[place - 1] < 128:
-            return value, place
+    """A protobuf integer, seven bits in a byte, and the place behind it."""
+    higher, end = varint(data, place + 1) if data[place] > 127 else (0, place + 1)
+    return data[place] & 127 | higher << 7, end
 
 
 def without_vnni(cpuinfo: Path) -> bool:
@@ -365,11 +317,7 @@ def without_vnni(cpuinfo: Path) -> bool:
         return platform.machine().lower() in ("x86_64", "amd64")
     lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines())
     flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), [])  # ARM says "Features"
-    return bool(flags) and not set(flags).intersection(VNNI)
-
-
-def available_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return bool(flags) and not {"avx512_vnni", "avx_vnni", "amx_int8"}.intersection(flags)  # whose sums are exact
 
 
 def read_json(path: Path) -> dict:
@@ -387,8 +335,7 @@ def read_preprocessing(path: Path) -> dict:
     """preprocessor_config.json. ValueError, one line, where it does not say a size, and a mean and a deviation of each channel."""
     values = read_json(path)
     size = values.get("image_size")
-    channels = [each if isinstance(each, list) else [] for each in (values.get("mean"), values.get("std"))]
-    numbers = [[type(number) in (int, float) for number in each] for each in channels]
+    numbers = [[type(x) in (int, float) for x in values[key]] if isinstance(values.get(key), list) else [] for key in ("mean", "std")]
     if type(size) is not int or size < 1 or numbers != [[True] * 3] * 2:
         raise ValueError(f"{path}: needs image_size, pixels, and mean and std, three numbers each")
     return values
@@ -412,7 +359,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         import PIL.Image  # noqa: F401  where it is absent, that is said once
-
         captioner = Captioner(Path(__file__).resolve().parent, options.threads)
     except (OSError, ValueError, ImportError) as error:
         print(f"caption.py: {error}", file=sys.stderr)
@@ -435,9 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.json:
             print(f"{photo}\t{text}")
     if options.json:
-        said = json.dumps(rows, indent=1, ensure_ascii=False)
-        strange = any("\ud800" <= letter <= "\udfff" for letter in said)  # of a file's name that is no UTF-8
-        print(json.dumps(rows, indent=1) if strange else said)
+        strange = any("\ud800" <= letter <= "\udfff" for letter in "".join(options.photos))  # of a file's name that is no UTF-8
+        print(json.dumps(rows, indent=1, ensure_ascii=strange))
     return 1 if any("error" in row for row in rows) else 0
 
 

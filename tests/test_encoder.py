@@ -163,7 +163,7 @@ def test_lite0_knows_a_dog():
     if source.is_file():
         images = json.loads(source.read_text())["images"]
         dogs = [item for item in images if all({"dog", "dogs"} & set(sentence["tokens"]) for sentence in item["sentences"])]
-        photos = [runtime.open_image(DATA / "flickr8k" / "images" / item["filename"]) for item in dogs[:30]]
+        photos = [runtime.open_photo(DATA / "flickr8k" / "images" / item["filename"]) for item in dogs[:30]]
         least = 21
     else:  # no photo at hand: noise is of no breed
         photos = [np.random.default_rng(i).integers(0, 255, (224, 224, 3), dtype=np.uint8) for i in range(4)]

@@ -99,7 +99,7 @@ def test_training_sees_a_picture_as_the_device_does(tmp_path, mode):
     image = wide.convert(mode) if mode.startswith("I") else Image.fromarray(noise).convert(mode)
     file = tmp_path / ("a.tiff" if mode in ("CMYK", "I") else "a.png")
     image.save(file)
-    np.testing.assert_array_equal(photos.decode(file, "a"), runtime.open_image(file))
+    np.testing.assert_array_equal(photos.decode(file, "a"), runtime.open_photo(file))
 
 
 # ---- fingerprints

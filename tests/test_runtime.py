@@ -45,14 +45,14 @@ def test_an_array_of_the_right_size_is_not_resampled():
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
 def test_images_of_every_mode_become_rgb(mode):
     image = photo("L").convert("I").point(lambda v: v * 257).convert("I;16") if mode == "I;16" else photo(mode)
-    array = runtime.rgb(image)
+    array = np.asarray(runtime.flat(image))
     assert array.shape == (30, 40, 3) and array.dtype == np.uint8
     if mode in ("L", "I;16"):
         np.testing.assert_array_equal(array[..., 0], np.asarray(photo("L")))
 
 
 def test_what_is_transparent_becomes_white():
-    assert (runtime.rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 0))) == 255).all()
+    assert (np.asarray(runtime.flat(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))) == 255).all()
 
 
 def test_a_file_is_turned_upright(tmp_path):
@@ -60,7 +60,7 @@ def test_a_file_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(runtime.open_image(tmp_path / "turned.png"), np.rot90(np.asarray(image), -1))
+    np.testing.assert_array_equal(runtime.open_photo(tmp_path / "turned.png"), np.rot90(np.asarray(image), -1))
 
 
 def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_and_looks_the_same(captioner, tmp_path):
@@ -71,12 +71,12 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_and_looks_the_same(captio
     image.save(tmp_path / "large.jpg", quality=92, exif=exif)
     opened = captioner.open(tmp_path / "large.jpg")
     assert opened.size == (450, 600)  # a quarter, upright; an eighth would have less than 4 x 80 pixels
-    whole = runtime.open_image(tmp_path / "large.jpg")
+    whole = np.asarray(runtime.open_photo(tmp_path / "large.jpg"))
     assert whole.shape == (2400, 1800, 3)
     difference = np.abs(runtime.squash(opened, tiny.SETTINGS).astype(int) - runtime.squash(whole, tiny.SETTINGS))
     assert difference.max() <= 2
     image.resize((600, 450)).save(tmp_path / "small.jpg")
-    np.testing.assert_array_equal(captioner.open(tmp_path / "small.jpg"), runtime.open_image(tmp_path / "small.jpg"))
+    np.testing.assert_array_equal(captioner.open(tmp_path / "small.jpg"), runtime.open_photo(tmp_path / "small.jpg"))
 
 
 def test_a_photo_is_squashed_without_a_copy_of_it():
@@ -146,7 +146,7 @@ def test_images_and_settings_that_cannot_be_used_are_refused_in_one_line(tmp_pat
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
     for path, words in ((tmp_path / "torn.jpg", "not a readable image"), (tmp_path / "none.jpg", "no such image")):
         with pytest.raises(ValueError, match=words) as caught:
-            runtime.open_image(path)
+            runtime.open_photo(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="crop"):
         runtime.pixels(tiny.pictures(1)[0], tiny.SETTINGS | {"resize": "crop"})

@@ -41,7 +41,7 @@ def decode(content: Content, name: str) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """As `compress.runtime.rgb`, which stands alone on the device, and whose changes shall train nothing anew."""
+    """As `compress.runtime.flat`, which stands alone on the device, and whose changes shall train nothing anew."""
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray((wide >> 8 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8))
