@@ -117,14 +117,13 @@ class Captioner:
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         from tokenizers import Tokenizer
 
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         reads_concepts = (folder / FILES[0]).is_file() and read_json(folder / FILES[0]).get("concepts")
         for name in (*FILES, *(["concepts.onnx"] if reads_concepts else [])):
             if not (folder / name).is_file():
                 if name == "prefix.onnx" and (folder / "decoder.onnx").is_file():
                     raise FileNotFoundError(f"{folder}: made by an earlier lightcap; make it anew (lightcap run, lightcap export)")
                 raise FileNotFoundError(f"{folder}: no {name} there, so it is not an exported captioner")
-        self.folder = folder
         self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.config, self.settings = read_json(folder / "config.json"), read_preprocessing(folder / "preprocessor_config.json")
         self.mask_piece = self.config.get("mask_piece")
@@ -250,15 +249,14 @@ def best(scores: np.ndarray, count: int) -> list[tuple[int, float]]:
 def session_options(threads: int, full_range: bool = True):
     """ONNX Runtime's: `threads` threads, operators one after the other, INT8 sums exact.
 
-    x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where those of `full_range`
-    saturate (of 7 bits they do not), the other is slower, and taken. With VNNI the fast way is exact, and the option would take it away.
+    x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where those of int8 weights in
+    `full_range` saturate; for these the other is taken, which is slower. With VNNI the fast way is exact, and would be lost by the option.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
+    options.execution_mode, options.log_severity_level = onnxruntime.ExecutionMode.ORT_SEQUENTIAL, 3
     if full_range and without_vnni(CPUINFO):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
@@ -275,24 +273,28 @@ def open_session(path: Path, options, model: bytes | None = None):
 
 
 def unsigned(path: Path) -> bytes | None:
-    """An ONNX model with int8 weights above 64, and their zero points, as uint8 and 128 higher: the same numbers. None for another file.
-    ONNX Runtime, asked by `session_options`, takes 20 ns for each byte of a convolution: a third of a cold start."""
-    data, moved = bytearray(path.read_bytes()), []
+    """An ONNX model with int8 weights above 64, and their zero points, as uint8 and 128 higher: the same numbers, whose sums are exact.
+    ONNX Runtime, asked by `session_options`, takes 20 ns for each byte of a convolution: a third of a cold start. None for a file in which
+    any int8 tensor is more than a weight, or its zero point, of one DequantizeLinear."""
+    data, seen = bytearray(path.read_bytes()), set()
     try:  # by onnx.proto: 7 is a model's graph, 1 its nodes and 5 its tensors; 2 is a tensor's type, of which INT8 is 3 and UINT8 is 2
         [graph] = [place for field, place in fields(data, 0, len(data)) if field == 7]
         tensors = [dict(fields(data, *place)) for field, place in fields(data, *graph) if field == 5]
         tensors = {bytes(data[slice(*tensor[8])]): tensor for tensor in tensors if data[tensor[2][0]] == 3}
         values = {name: np.frombuffer(data, np.int8)[slice(*tensor[9])] for name, tensor in tensors.items()}
         for node in (place for field, place in fields(data, *graph) if field == 1):
-            weight, *others = (bytes(data[slice(*place)]) for field, place in fields(data, *node) if field == 1)
-            if weight in values and ((values[weight] + 64).view(np.uint8) > 128).any():  # int8 wraps around
-                moved += [weight, others[1]]
-        for name in moved:
-            data[tensors.pop(name)[2][0]] = 2  # KeyError where two nodes read it
-            values[name] ^= -128
-    except (IndexError, KeyError, ValueError):
+            parts = [(field, bytes(data[slice(*place)])) for field, place in fields(data, *node) if field in (1, 4)]  # inputs, operator
+            names = [name for field, name in parts if field == 1 and name in values]
+            if names and (len(names) != 2 or (4, b"DequantizeLinear") not in parts or seen.intersection(names)):
+                return None
+            seen.update(names)
+            if names and ((values[names[0]] + 64).view(np.uint8) > 128).any():  # int8 wraps around
+                for name in names:
+                    data[tensors[name][2][0]] = 2
+                    values[name] ^= -128
+    except (IndexError, KeyError, ValueError, RecursionError):
         return None
-    return bytes(data) if moved else None
+    return bytes(data) if seen else None
 
 
 def fields(data: bytearray, start: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -342,8 +344,7 @@ def read_preprocessing(path: Path) -> dict:
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
 

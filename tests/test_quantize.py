@@ -82,6 +82,21 @@ def test_no_two_weights_of_the_encoder_share_a_zero_point(folder):
     assert len(points) == len(set(points)) == 11 + 3
 
 
+def share(graph, first, second, *others):
+    second.input[2] = first.input[2]
+
+
+def read_again(graph, first, *others):
+    graph.node.append(helper.make_node("Cast", [first.input[0]], ["cast"], to=TensorProto.FLOAT))
+
+
+def leave_out(graph, first, *others):
+    del first.input[2]
+
+
+OTHERWISE = {"a zero point of two weights": share, "a weight that another node reads": read_again, "a weight without a point": leave_out}
+
+
 def test_an_encoder_made_unsigned_gives_the_same_grids(folder, tmp_path):
     """Instead of ONNX Runtime, where fast sums would saturate. Weights of at most 64, such as a pooling's ones, stay signed."""
     path = folder / "encoder.onnx"
@@ -98,10 +113,11 @@ def test_an_encoder_made_unsigned_gives_the_same_grids(folder, tmp_path):
     theirs = runtime.open_session(path, runtime.session_options(1)).run(None, {"pixels": pixels})[0]
     ours = runtime.open_session(path, runtime.session_options(1, full_range=False), made).run(None, {"pixels": pixels})[0]
     assert (ours == theirs).all()
-    shared = onnx.load(path)
-    first, second = [node for node in shared.graph.node if node.op_type == "DequantizeLinear" and node.input[0].startswith("w")][:2]
-    second.input[2] = first.input[2]
-    broken = {"torn": path.read_bytes()[:-1000], "empty": b"", "text": b"no such message", "shared": shared.SerializeToString()}
+    broken = {"torn": path.read_bytes()[:-1000], "empty": b"", "text": b"no such message", "long": b"\xff" * 2000}
+    for name, change in OTHERWISE.items():
+        model = onnx.load(path)
+        change(model.graph, *(node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0].startswith("w")))
+        broken[name] = model.SerializeToString()
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         assert runtime.unsigned(tmp_path / name) is None

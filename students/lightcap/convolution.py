@@ -39,7 +39,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class ClippedReLU(nn.ReLU6):
-    """ReLU6 in place."""
+    """ReLU6; in place on a CPU, but where a graph is traced."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():

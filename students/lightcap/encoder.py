@@ -53,11 +53,13 @@ class Lite0(nn.Module):
             parent, _, leaf = name.rpartition(".")
             if isinstance(module, BatchNormAct2d):
                 norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum)
-                act = ClippedReLU() if isinstance(module.act, nn.ReLU6) else module.act
+                act = ClippedReLU(inplace=True) if isinstance(module.act, nn.ReLU6) else module.act
                 setattr(self.net.get_submodule(parent), leaf, nn.Sequential(norm, act))
             elif isinstance(module, nn.Conv2d):
                 sizes = {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "groups")}
-                setattr(self.net.get_submodule(parent), leaf, SameConv2d(module.in_channels, module.out_channels, **sizes, bias=False))
+                conv = nn.utils.skip_init(SameConv2d, module.in_channels, module.out_channels, **sizes, bias=False)
+                conv.weight = module.weight  # where nothing is loaded, as timm drew it
+                setattr(self.net.get_submodule(parent), leaf, conv)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net.forward_features(pixels)
