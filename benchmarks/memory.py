@@ -1,6 +1,6 @@
 """Peak resident memory and cold start of an exported captioner: `python caption.py PHOTO` from the start of the process to its caption.
 
-    python benchmarks/memory.py [--runs 9] [--folder EXPORT] [--keep FOLDER] [--python PYTHON]
+    python benchmarks/memory.py [--runs 9] [--folder EXPORT...] [--keep FOLDER] [--python PYTHON]
 
 Without --folder it builds LightCap-40M in INT8 (random weights: no checkpoint of it can be had) and measures its export beside the fp32
 one. Runs of all cases alternate. README.md says what each number is. The last line is one JSON document; progress goes to standard error.
@@ -138,7 +138,7 @@ def line(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--folder", type=Path, help="an exported captioner to measure instead")
+    parser.add_argument("--folder", type=Path, nargs="+", help="exported captioners to measure instead, of different names")
     parser.add_argument("--keep", type=Path, help="a folder where the models that are built stay, and are taken from next time")
     parser.add_argument("--images", type=int, default=64, help="generated pictures for calibration")
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has the export's requirements.txt")
@@ -147,7 +147,7 @@ def main() -> None:
         parser.error("--runs must be at least 2")
     with tempfile.TemporaryDirectory() as scratch:
         if options.folder:
-            folders = {options.folder.name: options.folder}
+            folders = {folder.name: folder for folder in options.folder}
         else:
             kept = options.keep or Path(scratch)
             arguments = [str(HERE), str(HERE.parent), str(kept), str(options.images), *MODELS]

@@ -62,6 +62,8 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
         model = parent
         if isinstance(config, Train):
             _check_onward(config, model)
+    if isinstance(config, Prune) and set(config.parts) == {"concepts"} and not model.concepts:
+        raise ValueError("parts: only concepts are to be pruned, but the captioner reads none; name encoder, fusion, or both")
     if isinstance(config, Prune) and config.layers:
         if config.layers >= model.layers:
             raise ValueError(f"layers: {config.layers} shall stay of {model.layers}; name less, or leave it out")

@@ -10,6 +10,8 @@ from pathlib import Path
 from compress.artifact import Artifact, read_json
 from compress.errors import LightcapError
 
+FARTHEST = 30  # times the size; COCO has 19 times the images of Flickr8k
+
 
 def cache_of(out: Path) -> Path:
     """The cache that a run's folder shares with its neighbours."""
@@ -42,8 +44,8 @@ def durations(cache: Path) -> dict[str, list[tuple[float, float]]]:
 
 def expected_seconds(known: Sequence[tuple[float, float]], tmacs: float) -> float | None:
     """How long a stage of `tmacs` may take: at the rate of that of `known` which is nearest in size, since small models keep no processor
-    busy; of equally near ones the newest. None where none is known."""
+    busy; of equally near ones the newest. None where none is known that is near enough for its rate to say something."""
     if not known or not tmacs:
         return None
     of, seconds = min(reversed(known), key=lambda pair: abs(math.log(pair[0] / tmacs)))
-    return round(seconds / of * tmacs, 1)
+    return round(seconds / of * tmacs, 1) if 1 / FARTHEST < of / tmacs < FARTHEST else None

@@ -7,6 +7,7 @@ failed stage, a missed gate or limit, an unreadable image or a missing package; 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -27,7 +28,24 @@ settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE"
 
 
 def out_option(default: str = "runs/NAME", what: str = "The run's folder"):
-    return click.option("--out", type=click.Path(path_type=Path), help=f"{what} (default: {default}); artifacts stay beside it, in .cache.")
+    said = f"{what} (default: {default}); artifacts stay beside it, in .cache."
+    return click.option("--out", type=click.Path(path_type=Path), callback=_folder, help=said)
+
+
+def _folder(_ctx, _option, out: Path | None) -> Path | None:
+    if out is not None and not out.name:
+        raise click.UsageError(f"--out {out}: name a folder")
+    return out
+
+
+class Limit(click.FloatRange):
+    """A number, not infinite."""
+
+    def convert(self, value, option, ctx):
+        found = super().convert(value, option, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no limit", option, ctx)
+        return found
 
 
 beam_width = click.option("--beam", type=click.IntRange(min=1), default=5, show_default=True, help="Beam width of decoding.")
@@ -213,9 +231,9 @@ def sweep_command(
 
 @cli.command("fit", epilog=RECIPE)
 @click.argument("recipe")
-@click.option("--max-mb", type=click.FloatRange(min=0, min_open=True), help="Megabytes on disk of the last artifact.")
-@click.option("--max-ms", type=click.FloatRange(min=0, min_open=True), help="Milliseconds a caption of the last artifact, on one thread.")
-@click.option("--max-drop-cider", type=click.FloatRange(min=0), help="CIDEr that may be lost against the model that is pruned.")
+@click.option("--max-mb", type=Limit(min=0, min_open=True), help="Megabytes on disk of the last artifact.")
+@click.option("--max-ms", type=Limit(min=0, min_open=True), help="Milliseconds a caption of the last artifact, on one thread.")
+@click.option("--max-drop-cider", type=Limit(min=0), help="CIDEr that may be lost against the model that is pruned.")
 @settings
 @out_option("runs/NAME-fit")
 @as_json
@@ -224,7 +242,7 @@ def fit_command(
     ctx: click.Context, recipe: str, max_mb: float | None, max_ms: float | None, max_drop_cider: float | None, sets: tuple[str, ...],
     out: Path | None, as_json: bool,
 ) -> None:
-    """Prune to limits of size, of time, or both, and no further. Example: lightcap fit photos --max-mb 11 --max-ms 16 --max-drop-cider 2"""
+    """Prune no more MACs than limits of size and time ask for. Example: lightcap fit photos --max-mb 11 --max-ms 16 --max-drop-cider 2"""
     from compress import fit, show
     from compress.context import Progress
 

@@ -184,7 +184,9 @@ def _with_setting(tree: Located, setting: str) -> Located:
         names = ", ".join(stages[index][1] for index in keyed)
         raise RecipeError(f"{place}{len(keyed)} stages are a '{name}'; use the stage's name: {names}")
     if not (named or keyed):
-        allowed = list(dict.fromkeys([*SECTIONS, *(stage_name for _, stage_name, _ in stages), *STAGES]))
+        kinds = [kind for kind, _, _ in stages]
+        once = (kind for kind in kinds if kinds.count(kind) == 1)
+        allowed = list(dict.fromkeys([*SECTIONS, *(stage_name for _, stage_name, _ in stages), *once]))
         raise RecipeError(f"{place}no section or stage '{name}' here; there are {', '.join(allowed)}{nearest(name, allowed)}")
     index = (named or keyed)[0]
     kind, _, body = stages[index]

@@ -109,10 +109,8 @@ class Past(NamedTuple):
 
 
 class Captioner:
-    """The captioner in `folder`. `threads` per graph; None: as many as this process may use.
-
-    FileNotFoundError or ValueError, one line, where the folder is not a whole exported captioner.
-    """
+    """The captioner in `folder`. `threads` per graph; None: as many as this process may use. FileNotFoundError or ValueError, one line,
+    where the folder is not a whole exported captioner."""
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         from tokenizers import Tokenizer
@@ -256,7 +254,7 @@ def session_options(threads: int, full_range: bool = True):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode, options.log_severity_level = onnxruntime.ExecutionMode.ORT_SEQUENTIAL, 3
+    options.execution_mode, options.log_severity_level = onnxruntime.ExecutionMode.ORT_SEQUENTIAL, 4
     if full_range and without_vnni(CPUINFO):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
@@ -267,9 +265,11 @@ def open_session(path: Path, options, model: bytes | None = None):
     import onnxruntime
 
     try:
-        return onnxruntime.InferenceSession(model or str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ValueError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]}); copy it again, or make it anew") from None
+    session._model_bytes = None  # its copy of the model, which only a change of providers would read
+    return session
 
 
 def unsigned(path: Path) -> bytes | None:
@@ -373,8 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"caption.py: {error}", file=sys.stderr)
             continue
         began = time.perf_counter()
-        try:
-            text, logprob = captioner.caption(image, options.beam, options.max_tokens)
+        try:  # a photo's pixels are not kept beside the next one's
+            text, logprob = captioner.caption(image := squash(image, captioner.settings), options.beam, options.max_tokens)
         except ValueError as error:
             print(f"caption.py: {error}", file=sys.stderr)
             return 2

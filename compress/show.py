@@ -29,7 +29,7 @@ def plan(planned: Mapping) -> Group:
     elif len(known) == len(waiting):
         last = f"{len(waiting)} stages to do, about {_duration(sum(known))}"
     else:
-        last = f"{len(waiting)} stages to do; times appear once a stage of the kind has run here"
+        last = f"{len(waiting)} stages to do; times appear once a stage of the kind, and near in size, has run here"
     note = "TMACs: 1e12 multiply-accumulates, counted on the architectures, to make the artifact and to evaluate it"
     drawn = _table(("name", "stage", "", "TMACs", "time", "lock"), rows, title=planned["recipe"])
     return Group(drawn, last, note, *([planned["imagined"]] if "imagined" in planned else []))
@@ -107,7 +107,7 @@ def _short(run: str, runs: Sequence[Mapping]) -> str:
 def fit(value: Mapping) -> Group:
     said = (
         f"{'met' if value['ok'] else 'not met'}: {value['macs']:g} of MACs, {value['mb']:.2f} MB, {value['ms']:.1f} ms, "
-        f"CIDEr {-value['drop_cider']:+.2f} against '{value['against']}'"
+        f"CIDEr {0.0 - value['drop_cider']:+.2f} against '{value['against']}'"
     )
     return Group(table(value["ledger"], title=value["run"]), said)
 

@@ -245,7 +245,10 @@ def test_lightcap_40m_in_int8_keeps_the_promised_bytes_memory_and_start(tmp_path
     row = models.row(built)
     assert row["bytes"] <= 40e6 and row["bytes_without_concepts"] <= 34e6 and row["word_pieces"] == models.COCO_PIECES
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    command = (sys.executable, str(built.path / "caption.py"), "--threads", "1")
     for name, size in memory.SIZES.items():
         coarse.resize(size).save(tmp_path / f"{name}.jpg", quality=92)
-        found = memory.run((sys.executable, str(built.path / "caption.py"), "--threads", "1", str(tmp_path / f"{name}.jpg")))
+        found = memory.run((*command, str(tmp_path / f"{name}.jpg")))
         assert found.peak_mb < 200 and found.cpu_s < 1.5, (name, found)
+    several = memory.run((*command, *[str(tmp_path / "large.jpg")] * 5))
+    assert several.peak_mb < 200, several  # a photo's pixels are not kept beside the next one's

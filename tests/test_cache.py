@@ -23,5 +23,7 @@ def test_a_stage_takes_as_long_as_one_of_its_size_did(tmp_path):
     known = durations(tmp_path)
     assert known == {"train": [(100.0, 50.0), (0.1, 2.0), (0.1, 1.0)], "distill": [(1.0, 3.0)]}
     assert expected_seconds(known["train"], 300.0) == 150.0
+    assert expected_seconds(known["train"], 2900.0) == 1450.0 and expected_seconds(known["train"], 3100.0) is None
+    assert expected_seconds(known["distill"], 0.03) is None
     assert expected_seconds(known["train"], 0.05) == 0.5  # of two of one size the newest
     assert expected_seconds(known["train"], 0.0) is None and expected_seconds((), 1.0) is None

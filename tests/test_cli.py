@@ -136,7 +136,12 @@ WRONG = [
     (("plan", "quickstart", "--set", "data.val_split=vall"), "no split 'vall'.*did you mean 'val'.*--set data.val_split=SPLIT"),
     (("run", "quickstart", "--set", "data.val_split=tets"), "no split 'tets'; there are: train .*--set data.val_split=SPLIT"),
     (("run", "quickstart", "--out", "evil.yaml/run"), "evil.yaml is a file, not a folder"),
+    (("run", "quickstart", "--out", ""), "--out .: name a folder"),
+    (("plan", "quickstart", "--out", "."), "--out .: name a folder"),
+    (("fit", "quickstart", "--max-mb", "nan"), "Invalid value for '--max-mb': nan is no limit"),
+    (("fit", "quickstart", "--max-mb", "2", "--max-drop-cider", "inf"), "'--max-drop-cider': inf is no limit"),
     (("run", "quickstart", "--set", "pruned.parts=[]"), "pruned.*parts.*nothing may leave"),
+    (("plan", "quickstart", "--set", "pruned.parts=[concepts]"), "'pruned': parts: only concepts are to be pruned, but the"),
     (("profile", "lightcap", "--tokens", "65"), "--tokens 65: a caption has 64 positions"),
 ]
 

@@ -284,6 +284,7 @@ class Trials:
     ((90.0, 95.0, None, 96.0), 3, [(False, ()), (True, ()), (True, ("a",)), (True, ("b",))]),
     ((95.0, 95.0, 95.0, 94.0), 0, [(False, ()), (True, ()), (True, ("a",)), (True, ("a", "b"))]),
     ((90.0, None, 95.0, 94.0), 2, [(False, ()), (True, ()), (False, ("a",)), (False, ("a", "b"))]),
+    ((90.0, 80.0, 98.5), 2, [(False, ()), (True, ()), (False, ("a",))]),
 ])
 def test_a_search_tries_in_turn_and_keeps_the_best(ciders, best, made, data, tmp_path):
     make, asked = Trials(*ciders), []

@@ -277,7 +277,7 @@ def test_set_by_section_stage_name_and_kind(tmp_path):
 def test_wrong_settings(tmp_path, setting, expected):
     message = error_of(tmp_path, CHAIN, setting)
     assert message.startswith(f"--set {setting}: ")
-    assert expected in message
+    assert expected in message and f"did you mean '{setting.split('.')[0]}'" not in message
 
 
 # ---- one line for each mistake

@@ -20,15 +20,15 @@ def search(
     parent: Artifact, context: Context,
 ) -> tuple[Path, bool]:
     """The folder of the best of at most `trials` + 1 artifacts, and whether it is within `max_drop_cider` of what the stage is compared
-    with: all in INT8; the same with tuned weights, if the stage `tunes`; then with one more of the parts `worst(tuned)` in float in each.
-    The first that is within ends it.
+    with: all in INT8; the same with tuned weights, if the stage `tunes`; then the better of these with one more of the parts
+    `worst(tuned)` in float in each. The first that is within ends it.
 
     `make(tuned, floating, folder)` writes an artifact; what raises StageError there is left out, unless it is the first. What was tried is
     in `context.work`, the best of it whole: a search that was stopped goes on after its last trial."""
     config, log, label = context.stage.config, context.progress.log, context.stage.name
     against = context.artifacts.get(context.stage.against, parent)
     tried: list[tuple[float, Path]] = []
-    tuned, floating = False, ()  # of the last that could be made
+    tuned, floating = False, ()  # of the last that could be made, but of tuned weights that lose more
     candidate: tuple[bool, tuple[str, ...]] = (tuned, floating)
     queue: list[str] | None = None
     before = None
@@ -52,7 +52,8 @@ def search(
         if "error" in found:
             log(f"{label}: trial {number} of {config.trials}, {said}: {found['error']}")
         else:
-            tuned, floating = candidate
+            if candidate != (True, ()) or found["delta_cider"] > tried[0][0]:
+                tuned, floating = candidate
             tried.append((found["delta_cider"], folder))
             for _, other in sorted(tried, key=itemgetter(0), reverse=True)[1:]:  # of equal ones the first stays: fewer parts in float
                 drop_graphs(other)
