@@ -52,7 +52,7 @@ def search(
         if "error" in found:
             log(f"{label}: trial {number} of {config.trials}, {said}: {found['error']}")
         else:
-            if candidate != (True, ()) or found["delta_cider"] > tried[0][0]:
+            if candidate != (True, ()) or found["delta_cider"] >= tried[0][0]:
                 tuned, floating = candidate
             tried.append((found["delta_cider"], folder))
             for _, other in sorted(tried, key=itemgetter(0), reverse=True)[1:]:  # of equal ones the first stays: fewer parts in float
