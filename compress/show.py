@@ -35,7 +35,7 @@ def plan(planned: Mapping) -> Group:
     return Group(drawn, last, note, *([planned["imagined"]] if "imagined" in planned else []))
 
 
-HEADINGS = ("name", "CIDEr [95 %]", "delta [95 %]", "params", "GMACs", "MB", "ms")
+HEADINGS = ("name", "CIDEr [95 %]", "delta [95 %]", "params", "GMACs", "MB", "ms (parent)")
 
 
 def cells(values: Mapping) -> tuple[str, ...]:
@@ -48,8 +48,8 @@ def cells(values: Mapping) -> tuple[str, ...]:
         low, high = values.get(interval) or (None, None)
         return number(key, form) + ("" if low is None or values.get(key) is None else f" [{low:{form}}, {high:{form}}]")
 
-    latency = (values.get("latency_ms") or {}).get("p50")
-    milliseconds = "" if latency is None else f"{latency:.1f}"
+    own, parents = ((values.get(key) or {}).get("p50") for key in ("latency_ms", "parent_latency_ms"))
+    milliseconds = "" if own is None else f"{own:.1f}" if parents is None else f"{own:.1f} ({parents:.1f})"
     params = "" if values.get("params") is None else _count(values["params"])
     megabytes = number("bytes", ".2f", 1e6)
     return (
