@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress.artifact import Artifact, read_json
-from compress.errors import LightcapError
+from compress.errors import LightcapError, UsageError
 
 FARTHEST = 30  # times the size; COCO has 19 times the images of Flickr8k
 
 
 def cache_of(out: Path) -> Path:
-    """The cache that a run's folder shares with its neighbours."""
+    """The cache that a run's folder shares with its neighbours. UsageError where it has no name to lie beside, such as `.`."""
+    if not Path(out).name:
+        raise UsageError(f"--out {out}: name a folder")
     return Path(out).parent / ".cache"
 
 

@@ -28,14 +28,7 @@ settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE"
 
 
 def out_option(default: str = "runs/NAME", what: str = "The run's folder"):
-    said = f"{what} (default: {default}); artifacts stay beside it, in .cache."
-    return click.option("--out", type=click.Path(path_type=Path), callback=_folder, help=said)
-
-
-def _folder(_ctx, _option, out: Path | None) -> Path | None:
-    if out is not None and not out.name:
-        raise click.UsageError(f"--out {out}: name a folder")
-    return out
+    return click.option("--out", type=click.Path(path_type=Path), help=f"{what} (default: {default}); artifacts stay beside it, in .cache.")
 
 
 class Limit(click.FloatRange):

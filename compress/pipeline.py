@@ -110,8 +110,9 @@ def run(
     `stages` (kind to function) and `evaluation` (with `measure`, `baseline`, `ciders` and `tmacs`) default to `compress.stages`, and to
     `compress.evaluate` and `compress.estimate`, which are imported only when something is not cached.
     """
-    cache, progress = cache_of(out), progress or Progress()
+    progress = progress or Progress()
     try:
+        cache = cache_of(out)
         if data is None:
             data = _load(wanted, cache, Progress(quiet=True) if share.rank else progress)
         _check_files(wanted)

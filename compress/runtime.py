@@ -132,10 +132,10 @@ class Captioner:
         self.start, self.end = (self.tokenizer.token_to_id(piece) for piece in ("[CLS]", "[SEP]"))
         self.never = [i for i in map(self.tokenizer.token_to_id, NEVER) if i is not None]
         quantized = self.config.get("quantized") or {}
-        full_range = not quantized.get("reduce_range", False)
-        options = session_options(self.threads, full_range)
-        model = unsigned(folder / "encoder.onnx") if quantized and full_range and without_vnni(CPUINFO) else None
-        self.encoder = open_session(folder / "encoder.onnx", session_options(self.threads, full_range and model is None), model)
+        saturates = not quantized.get("reduce_range", False) and without_vnni(CPUINFO)
+        options = session_options(self.threads, saturates)
+        model = unsigned(folder / "encoder.onnx") if quantized and saturates else None
+        self.encoder = open_session(folder / "encoder.onnx", session_options(self.threads, False) if model else options, model)
         self.prefix, self.decoder = (open_session(folder / name, options) for name in ("prefix.onnx", "decoder.onnx"))
         self.extractor = open_session(folder / "concepts.onnx", options) if reads_concepts else None
         side, size = self.encoder.get_inputs()[0].shape[-1], self.settings["image_size"]
@@ -179,8 +179,8 @@ class Captioner:
         longest = LONGEST if self.mask_piece is None else LONGEST - 1  # a [MASK] stands behind the last piece
         if max_tokens > longest:
             raise ValueError(f"max_tokens must be at most {longest}, not {max_tokens}")
-        texts = self.search(grid, beam, max_tokens)
-        return [(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), logprob) for ids, logprob in texts]
+        found = self.search(grid, beam, max_tokens)
+        return [(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), logprob) for ids, logprob in found]
 
     def search(self, grid: np.ndarray, beam: int, max_tokens: int) -> list[tuple[list[int], float]]:
         """Beam search (beam 1 is greedy) -> per image the pieces between [CLS] and [SEP], and their log-probability with [SEP]'s.
@@ -244,18 +244,18 @@ def best(scores: np.ndarray, count: int) -> list[tuple[int, float]]:
     return [(int(place), float(scores[place])) for place in order]
 
 
-def session_options(threads: int, full_range: bool = True):
+def session_options(threads: int, saturates: bool | None = None):
     """ONNX Runtime's: `threads` threads, operators one after the other, INT8 sums exact.
 
-    x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits, where those of int8 weights in
-    `full_range` saturate; for these the other is taken, which is slower. With VNNI the fast way is exact, and would be lost by the option.
+    x86 processors without VNNI have two ways to multiply uint8 by int8: one adds two products in 16 bits. Where it `saturates` (None: on
+    them; never by weights of 7 bits), the slower one is taken. With VNNI the fast way is exact, and the option would take it away.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode, options.log_severity_level = onnxruntime.ExecutionMode.ORT_SEQUENTIAL, 4
-    if full_range and without_vnni(CPUINFO):
+    if without_vnni(CPUINFO) if saturates is None else saturates:
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
@@ -274,7 +274,7 @@ def open_session(path: Path, options, model: bytes | None = None):
 
 def unsigned(path: Path) -> bytes | None:
     """An ONNX model with int8 weights above 64, and their zero points, as uint8 and 128 higher: the same numbers, whose sums are exact.
-    ONNX Runtime, asked by `session_options`, takes 20 ns for each byte of a convolution: a third of a cold start. None for a file in which
+    ONNX Runtime, asked by `session_options`, does so too, but slowly: a cold start takes longer (docs/speed.md). None for a file in which
     any int8 tensor is more than a weight, or its zero point, of one DequantizeLinear."""
     data, seen = bytearray(path.read_bytes()), set()
     try:  # by onnx.proto: 7 is a model's graph, 1 its nodes and 5 its tensors; 2 is a tensor's type, of which INT8 is 3 and UINT8 is 2

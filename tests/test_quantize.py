@@ -111,7 +111,7 @@ def test_an_encoder_made_unsigned_gives_the_same_grids(folder, tmp_path):
     assert moved == 2 * 11
     pixels = tiny.pixels(tiny.pictures(4))
     theirs = runtime.open_session(path, runtime.session_options(1)).run(None, {"pixels": pixels})[0]
-    ours = runtime.open_session(path, runtime.session_options(1, full_range=False), made).run(None, {"pixels": pixels})[0]
+    ours = runtime.open_session(path, runtime.session_options(1, saturates=False), made).run(None, {"pixels": pixels})[0]
     assert (ours == theirs).all()
     broken = {"torn": path.read_bytes()[:-1000], "empty": b"", "text": b"no such message", "long": b"\xff" * 2000}
     for name, change in OTHERWISE.items():

@@ -132,8 +132,9 @@ def test_exact_products_are_asked_for_where_fast_ones_saturate(folder, tmp_path,
     made = []
     monkeypatch.setattr(runtime, "unsigned", lambda path: made.append(path) or (path.read_bytes() if readable else None))
     runtime.Captioner(tmp_path, threads=1)
-    whole, encoder = asked
     unsigned = exact and quantized is not None  # and then the encoder, made unsigned, has nothing to be asked for
+    assert len(asked) == 1 + (unsigned and readable)
+    whole, encoder = asked[0], asked[-1]
     assert made == ([tmp_path / "encoder.onnx"] if unsigned else [])
     for one, wanted in ((whole, exact), (encoder, exact and not (unsigned and readable))):
         if wanted:

@@ -54,7 +54,7 @@ def missing(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 def backward_follows(x: Tensor) -> bool:
-    """Whether one will, on a CPU."""
+    """Whether a backward pass will follow, on a CPU."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
