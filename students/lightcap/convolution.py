@@ -44,7 +44,7 @@ class ClippedReLU(nn.ReLU6):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        return _Clip.apply(x) if torch.is_grad_enabled() else x.clamp_(0, 6)
+        return _Clip.apply(x)
 
 
 def missing(size: int, kernel: int, stride: int) -> tuple[int, int]:
