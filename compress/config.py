@@ -286,7 +286,7 @@ RANGES = {
     "epochs": ABOVE_ZERO,
     "batch_images": COUNT,
     "inner": COUNT,
-    "pieces": (0, 63, True, True),
+    "pieces": (0, 20, True, True),
     "region_weight": NOT_NEGATIVE,
     "modulator": NOT_NEGATIVE,
     "learning_rate": ABOVE_ZERO,

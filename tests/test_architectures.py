@@ -108,9 +108,6 @@ def test_a_student_that_cannot_take_its_teachers_layers_is_refused_before_the_te
          "stage 'x': heads: 2 copies of one head, which match no tokens"),
         ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
         ("  - prune: {as: x, macs: 0.5, layers: 2}\n", "stage 'x': layers: 2 shall stay of 2; name less, or leave it out"),
-        ("  - concepts: {as: x, from: teacher, pieces: 40}\n", "stage 'x': 40 pieces of concepts need 129 positions"),
-        ("  - concepts: {as: e, preset: lightcap, pieces: 45}\n  - train: {as: x, preset: tiny, extractor: e}\n",
-         "stage 'x': 45 pieces of concepts need 134 positions, and there are 128: 39 fit"),
         ("  - train: {as: next, preset: tiny}\n  - distill: {as: x, from: next, teachers: teacher, match: [tokens, hidden]}\n",
          "stage 'x': match: hidden states and attention of a causal student and a masked teacher are of other places; match tokens"),
         ("  - concepts: {as: e, preset: tiny, pieces: 6}\n  - train: {as: reads, preset: tiny, extractor: e, objective: masked}\n"
@@ -127,6 +124,18 @@ def test_what_does_not_fit_is_one_line(tmp_path, stages, what):
         models(tmp_path, RECIPE.format(stages))
     last = 3 + stages.count("\n")
     assert raised.value.message.startswith(f"{tmp_path / 'x.yaml'}:{last}: {what}") and "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize(
+    "stages",
+    ["  - concepts: {as: x, from: teacher}\n", "  - concepts: {as: e, preset: lightcap}\n  - train: {as: x, preset: tiny, extractor: e}\n"],
+)
+def test_concepts_that_exceed_the_positions_are_one_line(tmp_path, stages):
+    text = RECIPE.format(stages).replace("heads: 2", "image_size: 112, encoder: resnet-small")
+    with pytest.raises(RecipeError, match="stage 'x': 20 pieces of concepts need 133 positions, and there are 128: 15 fit"):
+        models(tmp_path, text)
+    fewer = text.replace("from: teacher", "from: teacher, pieces: 15").replace("preset: lightcap", "preset: lightcap, pieces: 15")
+    assert models(tmp_path, fewer)["x"].concepts == 15
 
 
 def test_an_encoder_behind_a_vocabulary_is_taken_where_it_finds_no_concepts(tmp_path):
