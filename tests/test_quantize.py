@@ -11,7 +11,7 @@ import pytest
 import stage_context
 import tiny_captioner as tiny
 import torch
-from integers import greedy
+from integers import greedy, integer
 from onnx import TensorProto, helper, numpy_helper
 
 from compress import graphs, runtime
@@ -20,7 +20,7 @@ from compress.context import Progress
 from compress.decode import Special
 from compress.errors import ModelError, StageError
 from compress.stages import export, quantize
-from compress.stages.quantize import calibrate, decoder, encoder, observe, sensitivity, simulate
+from compress.stages.quantize import calibrate, decoder, encoder, observe, sensitivity, simulate, tune
 from compress.training.start import read_captioner
 
 
@@ -72,6 +72,29 @@ def test_every_convolution_addition_and_pooling_of_the_encoder_is_an_integer_ker
     assert kinds["QLinearConv"] == 11 + 3 and kinds["QLinearAdd"] == 3  # its three poolings are convolutions with ones
     assert not kinds.keys() & {"Conv", "FusedConv", "Add", "AveragePool", "QLinearAveragePool", "Relu", "Clip"}
     assert kinds["QuantizeLinear"] == kinds["DequantizeLinear"] == 1
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_channel_of_weights_near_zero_keeps_its_bias(tuned, tmp_path):
+    """In steps of such weights, 2e-9 here, the bias would be beyond int32."""
+    model = tiny.build()
+    with torch.no_grad():
+        first, norm = model.encoder.blocks[0].conv1, model.encoder.blocks[0].bn1
+        first.weight[5], norm.running_mean[5], norm.bias[5] = 0.0, 0.0, 0.5 if tuned else 20.0
+    pixels = tiny.pixels(tiny.pictures(16))
+    prepared = encoder.calibrated(model, [pixels])
+    trained = simulate.simulated(prepared)
+    if tuned:
+        with torch.no_grad():
+            trained.get_parameter("encoder.blocks.0.conv1.weight_bias")[5] = 20.0
+        prepared = tune.take_weights(prepared, trained)
+    graphs.write(graphs.clean(encoder.quantized_encoder(model, prepared)), tmp_path / "encoder.onnx")
+    got = runtime.open_session(tmp_path / "encoder.onnx", runtime.session_options(1)).run(None, {"pixels": pixels})[0]
+    with torch.no_grad():
+        wanted = simulate.simulated(prepared)(torch.from_numpy(pixels)).numpy()
+        summed = integer(simulate.simulated(prepared))(torch.from_numpy(pixels)).numpy()
+    assert np.abs(summed - wanted).mean() < 0.05 * np.abs(wanted).mean()
+    np.testing.assert_allclose(got, summed, atol=1e-4)
 
 
 def test_no_two_weights_of_the_encoder_share_a_zero_point(folder):

@@ -26,6 +26,7 @@ def calibrated(model: LightCap, batches: Iterable[np.ndarray], reduce_range: boo
     prepared = observe.prepare(Encoder(model), inputs, shapes, reduce_range)
     observe.observe_everything(prepared)
     observe.run(prepared, ((torch.from_numpy(batch),) for batch in batches))
+    observe.hold_biases(prepared)
     return prepared
 
 

@@ -24,6 +24,9 @@ ARITHMETIC = {aten.conv2d.default, aten.add.Tensor, aten.add_.Tensor, aten.avg_p
 # x86 processors without VNNI add two products of uint8 and int8 in 16 bits: 2 x 255 x 128 saturates there, 2 x 255 x 64 = 32,640 does not.
 SEVEN_BITS = (-64, 63)
 
+# ONNX Runtime adds up a convolution's products, and its bias, in int32, in steps of input scale times weight scale.
+LARGEST_BIAS = 2.0**30
+
 
 @dataclass(frozen=True)
 class Scales:
@@ -117,6 +120,24 @@ def observe_everything(prepared: GraphModule) -> None:
             user.replace_input_with(node, observer)
     prepared.graph.lint()
     prepared.recompile()
+
+
+@torch.no_grad()
+def hold_biases(prepared: GraphModule) -> None:
+    """Raises the least scale (`eps`) of the weights of each convolution that reads something calibrated, in place, channel by channel, so
+    that its bias is no more than LARGEST_BIAS steps.
+
+    A channel of weights near zero (ImageNet's EfficientNet-Lite0 has such) has steps so small that its bias passes int32: ONNX Runtime
+    makes -2^31 of it, and a channel that is always off comes on. Steps as large as this move a sum of K products by less than the bias
+    times K / 8,000,000."""
+    for node in prepared.graph.nodes:
+        if node.op != "call_function" or node.target is not aten.conv2d.default or len(node.args) < 3 or node.args[2] is None:
+            continue
+        source, weight, bias = node.args[:3]
+        if is_observer(source) and is_observer(weight):
+            scale, _ = prepared.get_submodule(source.target).calculate_qparams()
+            observer = prepared.get_submodule(weight.target)
+            observer.eps = torch.maximum(observer.eps, attrgetter(str(bias.target))(prepared).abs() / (LARGEST_BIAS * scale))
 
 
 def fresh(observer: nn.Module) -> nn.Module:

@@ -37,7 +37,8 @@ class WeightRounding(nn.Module):
 
     def __init__(self, observer: nn.Module) -> None:
         super().__init__()
-        self.quant_min, self.quant_max, self.eps, self.on = observer.quant_min, observer.quant_max, float(observer.eps), True
+        self.quant_min, self.quant_max, self.on = observer.quant_min, observer.quant_max, True
+        self.register_buffer("eps", observer.eps.clone())
         self.register_buffer("offset", getattr(observer, "offset", torch.zeros(())))
 
     def scale(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from compress.config import Optimisation, Quantize
 from compress.context import Context
 from compress.stages.quantize.calibrate import Calibrated
-from compress.stages.quantize.observe import is_observer
+from compress.stages.quantize.observe import hold_biases, is_observer
 from compress.stages.quantize.simulate import WeightRounding, simulated, switch
 from compress.training.batches import IGNORED, Captions, image_batches, pack, steps_of
 from compress.training.features import device, grids, normalised, pixels, variance
@@ -78,4 +78,5 @@ def take_weights(calibrated: GraphModule, trained: GraphModule) -> GraphModule:
             observer.register_buffer("offset", rounding.offset.clone())
             observer.reset_min_max_vals()
             observer(calibrated.get_parameter(str(node.args[0].target)))
+    hold_biases(calibrated)
     return calibrated
