@@ -140,6 +140,7 @@ def _check_start(student: LightCapConfig, teacher: LightCapConfig) -> None:
     for what, own, other, fits in (
         ("hidden size", student.hidden, teacher.hidden, student.hidden == teacher.hidden),
         ("feed-forward width", student.ffn, teacher.ffn, student.ffn <= teacher.ffn),  # a narrower one keeps the strongest neurons
+        ("number of attention heads", student.attention_heads, teacher.attention_heads, student.attention_heads == teacher.attention_heads),
         ("number of positions", student.positions, teacher.positions, student.positions == teacher.positions),
     ):
         if not fits:

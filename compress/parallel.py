@@ -39,6 +39,12 @@ class Share:
         images = np.asarray(images)
         return images[self.rank :: self.size] if len(images) >= self.size else images
 
+    def weight(self, images: Sequence[int], count: Callable[[int], int]) -> float:
+        """What the mean over this share's items, `count(image)` of each image, is multiplied by, so that the average over the processes is
+        the mean over those of the whole batch; 0 where the share has none."""
+        counts = [sum(count(int(image)) for image in Share(rank, self.size).of(images)) for rank in range(self.size)]
+        return self.size * counts[self.rank] / max(1, sum(counts))
+
     def agrees(self, what: str) -> bool:
         """Whether the first process says the same. All have to ask; StageError where one of them has stopped before."""
         if self.size == 1:

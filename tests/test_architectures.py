@@ -79,6 +79,7 @@ def test_concepts_are_read_where_a_stage_finds_them(tmp_path):
         ("preset: scenes-student", "hidden size 96 cannot start from a teacher of 32"),
         ("preset: scenes-student, hidden: 32, attention_heads: 2, ffn: 128", "feed-forward width 128 cannot start from a teacher of 64"),
         ("preset: scenes-student, hidden: 32, attention_heads: 2, ffn: 64", ""),
+        ("preset: scenes-student, hidden: 32, attention_heads: 4, ffn: 64", "number of attention heads 4 cannot start from a teacher of 2"),
         ("preset: lightcap, hidden: 32, attention_heads: 2, ffn: 64", "number of positions 512 cannot start from a teacher of 128"),
     ],
 )

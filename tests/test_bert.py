@@ -141,6 +141,16 @@ def test_weights_that_do_not_fit_are_named(checkpoint, change, sizes, message):
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
 
 
+def test_another_number_of_heads_than_the_checkpoints_is_refused(checkpoint, tmp_path):
+    """The shapes would fit."""
+    file = checkpoint()
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    load_bert(fusion(), file)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 8}')
+    with pytest.raises(ValueError, match="has 8 attention heads, this fusion 4; set attention_heads: 8"):
+        load_bert(fusion(), file)
+
+
 class Trap:
     def __init__(self, path):
         self.path = path

@@ -151,6 +151,14 @@ def test_a_loss_that_is_not_finite_ends_the_stage(tmp_path):
     assert raised.value.exit_code == 1
 
 
+def test_a_gradient_that_is_not_finite_ends_the_stage_before_it_reaches_a_weight(tmp_path):
+    weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(StageError, match="student: the gradient is nan at step 5 of 5; lower learning_rate"):
+        fit(nn.ParameterDict({"w": weight}), [Group([weight], 0.1)], 5,
+            lambda step: weight.sum() + ((weight * 0).sum().sqrt() if step == 4 else 0), CONFIG, 1, tmp_path, "student", QUIET)
+    assert weight.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("flags", "half", "chosen"), [(True, 0.4, "bf16"), (True, 0.95, "fp32"), (True, 2.0, "fp32"), (False, 0.4, "fp32")]
 )

@@ -60,6 +60,23 @@ def test_shares_make_the_batch():
     assert share() == ALONE and ALONE.of(images).tolist() == images.tolist()
 
 
+def test_a_mean_over_some_images_of_a_batch_weighs_the_same_however_it_is_shared():
+    items = {3: [1.0, 2.0], 20: [6.0], 9: [5.0]}  # of the others none
+
+    def averaged(images, size):
+        means = []
+        for mine in (Share(rank, size) for rank in range(size)):
+            own = [item for image in mine.of(images) for item in items.get(int(image), [])]
+            weight = mine.weight(images, lambda image: len(items.get(image, [])))
+            assert bool(weight) == bool(own)
+            means.append(weight * np.mean(own) if own else 0.0)
+        return np.mean(means)
+
+    for size in (1, 2, 3, 5, 8):  # by 8, each has all of them
+        assert averaged(np.array([3, 8, 9, 11, 20]), size) == pytest.approx(3.5)
+    assert ALONE.weight([8, 11], lambda image: 0) == 0.0
+
+
 STEPS = """
 import sys, torch
 from torch import nn

@@ -71,12 +71,13 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> Artifact
     rows_of = image_batches(len(data), config.batch_images, seed)
 
     def loss_of(step: int) -> Tensor:
-        rows = context.share.of(rows_of(step))
+        batch = rows_of(step)
+        rows = context.share.of(batch)
         grid = F.dropout(grid_of(model, rows), config.dropout)
         scores = scores_of(model, grid, [boxes.get(int(row)) for row in rows])
         loss = concept_loss(scores, wanted[rows])
-        if any(int(row) in labels for row in rows):
-            loss = loss + config.region_weight * region_loss(model, grid, [labels.get(int(row)) for row in rows])
+        if weight := context.share.weight(batch, lambda row: len(labels[row][1]) if row in labels else 0):
+            loss = loss + config.region_weight * weight * region_loss(model, grid, [labels.get(int(row)) for row in rows])
         return loss
 
     trained = nn.ModuleDict({"alignment": model.alignment.requires_grad_(True)})

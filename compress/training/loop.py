@@ -46,7 +46,7 @@ def fit(
 
     Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS (less often
     where that takes more than SAVE_SHARE of the time, but every MOST_SECONDS) to `work/LABEL.safetensors`, and read back when it is there.
-    StageError where the loss is not finite.
+    StageError where the loss, or a gradient, is not finite.
     """
     keep()
     optimizer = optimizer_of(groups, config)
@@ -70,7 +70,9 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             share.average(parameters)
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=True)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=True)
+            if not torch.isfinite(norm):  # the weights would be lost, and after the last step nothing would tell
+                raise StageError(f"{label}: the gradient is {norm.item()} at step {step + 1} of {steps}; lower learning_rate")
             optimizer.step()
             task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
             if share.rank == 0 and (began := time.monotonic()) - saved > pause:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def bert_file(source: str) -> Path:
 def load_bert(fusion: Fusion, source: str) -> None:
     """Fills embeddings and layers in place; a fusion of fewer layers takes layer ceil((m + 1) N / M) of N, as distillation maps them.
 
-    Raises ValueError where a tensor is absent or of another shape.
+    Raises ValueError where a tensor is absent or of another shape, or where `config.json` beside the file says another number of heads.
     """
     path = bert_file(source)
     state = read_tensors(path)
@@ -46,6 +47,7 @@ def load_bert(fusion: Fusion, source: str) -> None:
     count = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("encoder.layer.")), default=-1)
     if not count:
         raise ValueError(f"{path}: holds no BERT layers (encoder.layer.0...)")
+    _check_heads(fusion, path)
     wanted = {ours: f"embeddings.{theirs}" for ours, theirs in EMBEDDINGS.items()}
     for index, source_index in enumerate(layer_map(len(fusion.layers), count)):
         for ours, theirs in LAYER.items():
@@ -60,6 +62,15 @@ def load_bert(fusion: Fusion, source: str) -> None:
             raise ValueError(f"{path}: '{theirs}' is {tuple(value.shape)}, this fusion needs {tuple(own[ours].shape)}")
         own[ours] = value
     fusion.load_state_dict(own)
+
+
+def _check_heads(fusion: Fusion, path: Path) -> None:
+    """Weights have the same shapes whatever the number of heads, but another number computes something else."""
+    beside = path.with_name("config.json")
+    theirs = json.loads(beside.read_text()).get("num_attention_heads") if beside.is_file() else None
+    layer = fusion.layers[0]
+    if theirs is not None and theirs != (own := len(layer.query.weight) // layer.head_dim):
+        raise ValueError(f"{path}: has {theirs} attention heads, this fusion {own}; set attention_heads: {theirs}")
 
 
 def fit(value: Tensor, own: Tensor, name: str) -> Tensor:
