@@ -103,7 +103,7 @@ def test_flickr8k(tmp_path):
 
 def write_folder(folder, names, rows):
     for name in names:
-        picture(folder, name)
+        picture((folder / name).parent, Path(name).name)
     lines = [json.dumps(dict(row, file_name=name)) for name in names for row in rows(name)]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -132,6 +132,24 @@ def test_image_folder_with_lists_of_captions_and_a_split_column(tmp_path):
     assert "has no captions; its columns are: image, said, split" in fails(
         Data(source="datasets", images=str(tmp_path))
     )
+
+
+def test_names_that_speak_of_splits_are_names(tmp_path):
+    """`datasets` alone would take train_1.png for the whole of a split, and the folder `test` for another."""
+    names = ["train_1.png", "steam train.png", "test/b.png", "c.png"]
+    write_folder(tmp_path, names, lambda name: [{"caption": "a b"}])
+    write_folder(tmp_path / "val", ["own.png"], lambda name: [{"caption": "its own"}])
+    found = load(Data(source="datasets", captions=str(tmp_path / "metadata.jsonl")))
+    assert {example.image_id for example in found.examples} == {*names, "val/own.png"}
+    assert load(Data(source="datasets", captions=str(tmp_path), images=str(tmp_path))).fingerprint == found.fingerprint
+
+
+def test_folders_of_splits_under_one_metadata_file(tmp_path):
+    write_folder(tmp_path, ["train/a.png", "train/b.png", "dev/c.png", "test/d.png"], lambda name: [{"caption": "a b"}])
+    assert load(Data(source="datasets", images=str(tmp_path))).splits() == {"train": 2, "val": 1, "test": 1}
+    one = tmp_path / "one"
+    write_folder(one, [f"train/{number}.png" for number in range(40)], lambda name: [{"caption": "a b"}])
+    assert set(load(Data(source="datasets", images=str(one))).splits()) == {"train", "val", "test"}  # drawn
 
 
 def test_data_set_that_carries_its_images(tmp_path):

@@ -53,6 +53,35 @@ def test_datasets_need_a_folder_or_name(tmp_path):
     assert "datasets cannot load" in fails(Data(source="datasets", images=str(tmp_path / "bare")))
 
 
+def test_metadata_of_other_images_is_refused(tmp_path):
+    for folder in ("photos", "corrected"):
+        picture(tmp_path / folder, "a.png")
+        (tmp_path / folder / "metadata.csv").write_text("file_name,caption\na.png,a dog\n")
+    said = fails(Data(source="datasets", captions=str(tmp_path / "corrected" / "metadata.csv"), images=str(tmp_path / "photos")))
+    assert f"corrected/metadata.csv is not in {tmp_path / 'photos'}; source 'datasets' reads metadata.csv in the folder of" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("a.png", "train"), ("a.png", "val"), ("b.png", "val")], "has a.png in the splits 'train' and 'val'; name one"),
+        ([("a.png", "train"), ("b.png", None)], "says no split of b.png; fill in its column 'split', or remove the column"),
+    ],
+)
+def test_rows_that_leave_the_split_open_are_named(tmp_path, rows, said):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path, name)
+    lines = [json.dumps({"file_name": name, "caption": "a dog", "split": split}) for name, split in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert fails(Data(source="datasets", images=str(tmp_path))) == f"data.images: {tmp_path} {said}"
+
+
+def test_what_datasets_hides_behind_its_own_words_is_said(tmp_path):
+    picture(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": str(tmp_path / "a.png"), "caption": "a dog"}))
+    assert "relative" in fails(Data(source="datasets", images=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [

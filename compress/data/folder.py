@@ -5,8 +5,9 @@ files or of `save_to_disk`, or the name of a data set on the hub. `data.captions
 it the first of CAPTIONS that is there is taken. A caption may be a text or a list of texts; rows of one file are one
 image, and so are rows of a split that carry the same bytes under the same name, or under none.
 
-The split is that of a column `split` where there is one, else the data set's own. If there is one split alone, images
-are divided by a hash of their names: 80 % train, 10 % val, 10 % test.
+The split is that of a column `split` where there is one, else the data set's own, or that in whose folder (`train`,
+`val`, `test`) an image lies, where all lie in such. If there is one split alone, images are divided by a hash of their
+names: 80 % train, 10 % val, 10 % test.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from compress.errors import DataError, nearest
 
 SOURCE = "datasets"
 CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "description")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLES = (".csv", ".jsonl", ".json", ".parquet", ".arrow", ".tar")  # what can hold captions
 
 
@@ -49,7 +51,13 @@ def _place(data) -> tuple[str, str | None]:
             raise DataError(
                 f"data.captions: {captions} is not metadata.csv or metadata.jsonl, which source '{SOURCE}' reads"
             )
-        return data.images or str(captions.parent), None
+        if data.images and captions.parent.resolve() != Path(data.images).expanduser().resolve():
+            raise DataError(
+                f"data.captions: {captions} is not in {data.images}; source '{SOURCE}' reads {captions.name} in the folder of the images"
+            )
+        return str(captions.parent), None
+    if captions and data.images and captions.is_dir() and captions.resolve() == Path(data.images).expanduser().resolve():
+        return data.images, None
     if data.images:
         return data.images, data.captions
     if data.captions:
@@ -76,12 +84,15 @@ def _load(place: Path | str, scratch: str | None) -> dict:
             return dict(datasets.load_from_disk(str(place)))
         if (place / "state.json").exists():
             return {"train": datasets.load_from_disk(str(place))}
-        described = next(place.rglob("metadata.*"), None)
-        if described:
-            return dict(datasets.load_dataset("imagefolder", data_dir=str(place.resolve()), cache_dir=scratch))
-        return dict(datasets.load_dataset(str(place.resolve()), cache_dir=scratch))
-    except Exception as error:  # datasets raises anything at all, from ValueError to pyarrow's own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if any((place / name).is_file() for name in METADATA):  # all files: without, datasets takes those alone whose names say a split
+            every = {"data_files": "**"}
+        elif next(place.rglob("metadata.*"), None):
+            every = {}
+        else:
+            return dict(datasets.load_dataset(str(place.resolve()), cache_dir=scratch))
+        return dict(datasets.load_dataset("imagefolder", data_dir=str(place.resolve()), cache_dir=scratch, **every))
+    except Exception as error:  # datasets raises anything at all, from ValueError to pyarrow's own; its cause, if any, says more
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"data.images: datasets cannot load {place}: {reason[0]}") from None
     finally:
         if bars:
@@ -113,10 +124,22 @@ def _examples(splits: dict, place: str, folder: Path | None, column: str | None)
             found = row[text]
             captions.setdefault(name, []).extend(found if isinstance(found, list) else [found])
             contents.setdefault(name, content)
-            share = row[marked] if marked else hashed_split(name) if single else split
-            shares.setdefault(name, SPLITS.get(str(share), str(share)))
+            share = _share(row[marked] if marked else split, name, place)
+            if shares.setdefault(name, share) != share:
+                raise DataError(f"data.images: {place} has {name} in the splits '{shares[name]}' and '{share}'; name one")
+    drawn = single and not marked
+    if drawn:
+        folders = {name: _share(Path(name).parts[0], name, place) for name, content in contents.items() if isinstance(content, Path)}
+        drawn = len(folders) < len(shares) or len(set(folders.values())) == 1 or not set(folders.values()) <= {"train", "val", "test"}
+        shares = {name: hashed_split(name) for name in shares} if drawn else folders
     examples = [Example(name, shares[name], clean(texts)) for name, texts in captions.items()]
-    return Path(place).name, examples, contents, single and not marked
+    return Path(place).name, examples, contents, drawn
+
+
+def _share(said: object, name: str, place: str) -> str:
+    if said is None or said == "":
+        raise DataError(f"data.images: {place} says no split of {name}; fill in its column 'split', or remove the column")
+    return SPLITS.get(str(said), str(said))
 
 
 def _columns(features: dict, place: str, column: str | None) -> tuple[str, str]:
