@@ -172,8 +172,9 @@ def write_json(path: Path, value) -> None:
 
 
 def json_text(value) -> str:
-    """JSON in letters, or in ASCII where a file's name is no UTF-8: such a name has no other form that can be written."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    """JSON in letters, or in ASCII where a file's name is no UTF-8: such a name has no other form that can be written. ValueError for a
+    number that is not finite, which JSON does not have."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     return json.dumps(value, indent=2) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from compress.artifact import Artifact
-from compress.errors import UsageError, beside, nearest
+from compress.errors import ModelError, UsageError, beside, nearest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -65,4 +66,6 @@ def answers(photos: Sequence[Path], opened: Callable, caption_of: Callable) -> I
         began = time.perf_counter()
         text, logprob = caption_of(image)
         milliseconds = (time.perf_counter() - began) * 1000
+        if not math.isfinite(logprob):
+            raise ModelError(f"what the model says of {photo} has the log-probability {logprob}: its weights are damaged; make it anew")
         yield {"image": str(photo), "caption": text, "logprob": float(logprob), "ms": round(milliseconds, 2)}

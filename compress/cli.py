@@ -6,6 +6,7 @@ failed stage, a missed gate or limit, an unreadable image or a missing package; 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -23,6 +24,7 @@ from compress.errors import DataError, LightcapError, UsageError, expected, near
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
 RECIPE = "RECIPE is the name of a shipped recipe, or a YAML file."
 ARTIFACT = "a run's folder (its last artifact), an artifact's folder"
+OF_ONE = "lightcap: CIDEr of one image is 0 whatever is said: it weighs words by how few of several images have them"
 MODEL = f"MODEL is {ARTIFACT}, or OWNER/NAME on the hub."
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
 
@@ -81,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         goes_on = next((word for word in arguments if not word.startswith("-")), "") in ("run", "sweep", "fit")
         click.echo(f"lightcap: stopped{'; the same command goes on' if goes_on else ''}", err=True)
+        if "--json" in arguments and answers():
+            print_json({"ok": False, "error": "stopped"})
         status = 130
     except click.exceptions.NoArgsIsHelpError as error:  # `lightcap` alone
         error.show()
@@ -108,16 +112,14 @@ def _report_error(error: Exception, json_wanted: bool) -> int:
         known.__cause__ = error
     known.show()
     if json_wanted and answers():
-        print_json({"ok": False, "error": known.message})
+        with contextlib.suppress(OSError):  # standard output is what failed
+            print_json({"ok": False, "error": known.message})
     return known.exit_code
 
 
 def _see_help(error: click.ClickException) -> str:
     ctx = getattr(error, "ctx", None)
     return f" (see {ctx.command_path} --help)" if ctx is not None else ""
-
-
-# ---- recipes
 
 
 @cli.command("recipes")
@@ -310,6 +312,8 @@ def eval_command(
         from compress import evaluate
 
         scores = evaluate.evaluate(chosen, wanted, beam, Progress(), _java if java else None)
+    if scores["images"] == 1:
+        click.echo(OF_ONE, err=True)
     answer(as_json, scores, lambda: show.scores(scores))
 
 
@@ -343,6 +347,8 @@ def score_command(candidates: Path, references: Path, subset: bool, java: bool, 
     written, wanted = results.read(candidates, references, subset)
     with quietly():
         scores = metrics.score(written, wanted).row() | (_java(written, wanted) if java else {})
+    if scores["images"] == 1:
+        click.echo(OF_ONE, err=True)
     answer(as_json, scores, lambda: show.scores(scores))
 
 

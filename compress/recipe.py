@@ -29,9 +29,11 @@ SECTIONS = {"data": Data, "student": Student}
 TOP = ("name", "extends", "after", "seed", "data", "student", "stages")
 NEW = ("concepts", "train")  # kinds that can start a captioner from nothing
 SPOKEN = ("scst", "average", "prune", "quantize", "export")  # kinds that work on a captioner that was taught
+MOST_PARENTS = 16  # that extend one another
 GRAPHS = ("quantize", "export")  # kinds whose artifacts are ONNX graphs, which no later training can change
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+OCTAL = re.compile("[-+]?0[0-7_]+")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -125,6 +127,8 @@ def _extended(path: Path, seen: tuple[Path, ...]) -> Located:
         if not isinstance(parent.value, str):
             raise RecipeError(f"{parent.place}key 'extends' names one recipe: a shipped one or a file")
         base = find(parent.value, path.parent, parent.place)
+        if len(seen) > MOST_PARENTS:
+            raise RecipeError(f"{parent.place}more than {MOST_PARENTS} recipes extend one another; write fewer")
         if base.resolve() in (*seen, real):
             raise RecipeError(f"{parent.place}'extends: {parent.value}' comes back to a recipe that extends this one")
         extended = _extended(base, (*seen, real))
@@ -156,6 +160,12 @@ def _continued(base: Located, after: Located, tree: Located) -> Located:
     return Located([*base.value["stages"].value[: names.index(name) + 1], *own.value], own.place)
 
 
+def unread(text: str) -> str:
+    """What YAML leaves out of `text`: a comment."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return text[node.end_mark.index if node else 0 :].strip()
+
+
 def _with_setting(tree: Located, setting: str) -> Located:
     """The tree with one `--set`: "seed=3", "data.captions=file", "pruned.macs=0.5"."""
     place = f"--set {setting}: "
@@ -164,6 +174,10 @@ def _with_setting(tree: Located, setting: str) -> Located:
     if not equals or not target:
         raise RecipeError(f"{place}write it as NAME.key=value")
     value = Located(parse(text, lambda line: place).value, place)
+    if left := unread(text):
+        raise RecipeError(f"{place}'{left}' would be a comment; put the value in quotes that the shell leaves: '{target}=\"{text}\"'")
+    if OCTAL.fullmatch(text):
+        raise RecipeError(f"{place}YAML reads {text} as {value.value}, in octal; write it without the leading zero")
     name, dot, key = target.partition(".")
     top = dict(tree.value)
     if not dot:

@@ -392,9 +392,9 @@ if __name__ == "__main__":
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads, such as `head`, has read enough
+    except OSError as error:  # of what reads the captions: a full disk, or `head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 0 if isinstance(error, BrokenPipeError) else print(f"caption.py: {error}", file=sys.stderr) or 1
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)

@@ -84,7 +84,7 @@ def test_resolve_an_artifact_and_a_run(tmp_path):
 def test_resolve_names_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "runs" / "photos")
-    with pytest.raises(ModelError, match="no model 'photo': .*did you mean 'photos'"):
+    with pytest.raises(ModelError, match="no model 'photo': .*did you mean 'runs/photos'"):
         resolve("photo")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="neither an artifact .* nor a run"):
@@ -103,9 +103,14 @@ def test_resolve_names_what_is_wrong(tmp_path, monkeypatch):
 
 def test_a_run_whose_artifacts_are_gone_is_one_line(tmp_path):
     (tmp_path / "ledger.jsonl").write_text(json.dumps({"stage": "train", "name": "teacher", "artifact": "../.cache/abc"}) + "\n")
-    with pytest.raises(ModelError, match="abc is not an artifact: it has no config.json") as raised:
+    gone = f"the artifact of 'teacher' is gone \\({tmp_path.parent / '.cache' / 'abc'} is not there\\); run the recipe again, or copy"
+    with pytest.raises(ModelError, match=gone) as raised:
         resolve(tmp_path)
     assert raised.value.exit_code == 2
+    for damaged, said in ((b"\xff\n", "is not UTF-8 text"), (b'{"stage": "train", "name": 3, "artifact": null}\n', "is not a ledger row")):
+        (tmp_path / "ledger.jsonl").write_bytes(damaged)
+        with pytest.raises(ModelError, match=said):
+            resolve(tmp_path)
 
 
 def test_half_downloads_are_named(tmp_path):
@@ -137,6 +142,12 @@ def test_half_downloads_are_named(tmp_path):
 def test_names_that_are_no_utf8_are_written(tmp_path):
     artifact.write_json(tmp_path / "captions.json", [{"image": "caf\udce9.jpg"}, {"image": "é.jpg"}])
     assert json.loads((tmp_path / "captions.json").read_text(encoding="utf-8")) == [{"image": "caf\udce9.jpg"}, {"image": "é.jpg"}]
+
+
+def test_a_number_that_json_does_not_have_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        artifact.write_json(tmp_path / "metrics.json", {"cider": float("nan")})
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_write_text_replaces_in_one_step(tmp_path, monkeypatch):

@@ -498,6 +498,15 @@ def test_a_keyboard_stop(lightcap, monkeypatch):
     monkeypatch.setattr(cli.cli.commands["run"], "callback", stop)
     assert lightcap("recipes") == (130, "", "lightcap: stopped\n")
     assert lightcap("run", "quickstart") == (130, "", "lightcap: stopped; the same command goes on\n")
+    status, output, _ = lightcap("recipes", "--json")
+    assert status == 130 and json.loads(output) == {"ok": False, "error": "stopped"}
+
+
+def test_a_result_that_cannot_be_written_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "compress", "recipes", "--json"], stdout=full, stderr=subprocess.PIPE, text=True,
+                              cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
 
 
 def test_a_bug_is_one_line_too(lightcap, monkeypatch):

@@ -45,6 +45,20 @@ def test_karpathy_joins_tokens_and_finds_coco_folders(karpathy):
     assert found.image(found.examples[0])[0, 0, 1] > 180
 
 
+def test_karpathy_photos_of_one_name_in_two_folders(karpathy):
+    def change(images):
+        images[0] |= {"filepath": "one"}
+        images[1] |= {"filename": images[0]["filename"], "filepath": "two"}
+
+    data = karpathy(change)
+    folder = Path(data.captions).parent / "images"
+    picture(folder / "one", NAMES[0], (250, 0, 0))
+    picture(folder / "two", NAMES[0], (0, 250, 0))
+    found = load(data)
+    assert [example.image_id for example in found.examples[:3]] == [f"one/{NAMES[0]}", f"two/{NAMES[0]}", NAMES[2]]
+    assert [int(found.image(example)[0, 0].argmax()) for example in found.examples[:2]] == [0, 1]
+
+
 def test_coco_splits_by_file_name(tmp_path):
     for name in NAMES[:3]:
         picture(tmp_path / "images", name)

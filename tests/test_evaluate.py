@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny_captioner as tiny
+import torch
 from stage_context import context
 
 from compress import cost, data, evaluate, latency, metrics, profile
@@ -12,6 +13,7 @@ from compress.artifact import Artifact
 from compress.config import Data, Distill, Scst, Stage, Student
 from compress.context import Progress
 from compress.data import CaptionSet, Example
+from compress.errors import StageError
 from compress.ledger import captions_file
 from compress.training.start import new_captioner, write_captioner
 from students.lightcap import preset
@@ -48,6 +50,16 @@ def test_accuracy_is_compared_with_against_and_time_with_the_parent(tmp_path, mo
     row = evaluate.measure(artifacts["mine"], artifacts[accuracy_of], context(tmp_path, captions, stage=stage, artifacts=artifacts))
     assert accuracy_of == "teacher" and row["delta_cider"] == pytest.approx(row["cider"] - 10.0, abs=1e-3)
     assert timed == [artifacts[time_of]] and row["parent_latency_ms"]["runtime"] == "torch"
+
+
+def test_captions_of_weights_that_diverged_are_no_result(tmp_path):
+    captions = data.load(Data(train_images=8, val_images=3))
+    model, tokenizer, settings = new_captioner(Student(preset="tiny"), "tiny", None, captions.image(captions.examples[0]).shape[0], 0.0, 0)
+    with torch.no_grad():
+        model.fusion.norm.weight.fill_(float("nan"))
+    write_captioner(tmp_path, model.eval(), tokenizer, settings)
+    with pytest.raises(StageError, match="the log-probabilities of 3 captions, the first of .*, are not finite; lower learning_rate"):
+        evaluate.measure(Artifact(tmp_path), None, context(tmp_path, captions, name="teacher"))
 
 
 def test_the_baseline_says_what_the_nearest_training_picture_is_called(tmp_path):

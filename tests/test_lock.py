@@ -1,5 +1,6 @@
 """A lock changes with everything that an artifact depends on, and with nothing else."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,23 @@ def test_a_file_that_changed_since(tmp_path):
     (tmp_path / "words.txt").symlink_to(tmp_path / "words.txt")  # what is there and cannot be read
     with pytest.raises(DataError, match="words.txt cannot be read"):
         lock.file_digest(tmp_path / "words.txt")
+
+
+def test_a_folder_that_is_called_as_weights_are_is_not_in_the_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = RECIPE.replace("preset: tiny, heads: 1", "preset: tiny, heads: 1, encoder_weights: imagenet, tokenizer: minilm")
+    before = locks_of(tmp_path, text)
+    for name in ("imagenet", "minilm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.jpg").write_bytes(b"x")
+    assert locks_of(tmp_path, text) == before
+
+
+def test_names_of_files_that_are_no_utf8_are_in_the_lock(tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).write_bytes(b"x")
+    assert lock.digests({"encoder_weights": str(folder)}) and not lock.digests({"encoder_weights": "~nobody-of-that-name/x"})
 
 
 def test_the_version_of_a_package_with_weights_is_in_the_lock(tmp_path, monkeypatch):

@@ -159,6 +159,12 @@ def test_a_gradient_that_is_not_finite_ends_the_stage_before_it_reaches_a_weight
     assert weight.isfinite().all()
 
 
+def test_weights_that_the_last_step_loses_end_the_stage(tmp_path):
+    weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(StageError, match="student: not all weights are finite after its 1 steps; lower learning_rate"):
+        fit(nn.ParameterDict({"w": weight}), [Group([weight], 1e39)], 1, lambda step: weight.sum(), CONFIG, 1, tmp_path, "student", QUIET)
+
+
 @pytest.mark.parametrize(
     ("flags", "half", "chosen"), [(True, 0.4, "bf16"), (True, 0.95, "fp32"), (True, 2.0, "fp32"), (False, 0.4, "fp32")]
 )

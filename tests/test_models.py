@@ -32,7 +32,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub):
 
 def test_a_path_that_is_mistyped_asks_no_hub(hub, tmp_path):
     make(tmp_path / "runs" / "photos")
-    with pytest.raises(ModelError, match="neither an artifact's folder nor a run's folder; did you mean 'photos'"):
+    with pytest.raises(ModelError, match="neither an artifact's folder nor a run's folder; did you mean 'runs/photos'"):
         resolve("runs/photso")
 
 

@@ -46,6 +46,12 @@ def captions() -> CaptionSet:
     return CaptionSet(tuple(examples), "f" * 64, "rings")
 
 
+def test_one_image_to_measure_on_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("student:", "data: {train_images: 8, val_images: 1}\nstudent:"))
+    result = pipeline.run(read_recipe(tmp_path / "r.yaml"), tmp_path / "runs" / "r", Progress(quiet=True))
+    assert isinstance(result.error, DataError) and "split 'val' is one image, of which CIDEr is 0" in result.error.message
+
+
 class Evaluation:
     """Measures an artifact by what its config says; writes down each call."""
 

@@ -240,6 +240,13 @@ def test_extends_in_a_circle(tmp_path):
         read_recipe(tmp_path / "a.yaml")
 
 
+def test_extends_without_an_end(tmp_path):
+    for number in range(40):
+        write(tmp_path, f"extends: {number + 1}.yaml\n", f"{number}.yaml")
+    with pytest.raises(RecipeError, match="more than 16 recipes extend one another"):
+        read_recipe(tmp_path / "0.yaml")
+
+
 def test_extends_what_is_not_there(tmp_path):
     message = error_of(tmp_path, "seed: 1\nextends: photoss\n")
     assert message.startswith("chain.yaml:2: recipe 'photoss' is neither a file nor a shipped recipe")
@@ -272,6 +279,9 @@ def test_set_by_section_stage_name_and_kind(tmp_path):
         ("data.source=!!python/name:os.system", "is not allowed"),
         ("data.seed=[1", "not valid YAML"),
         ("scst.epochs=1", "no section or stage 'scst' here"),
+        ("data.images=photos #2", "'#2' would be a comment; put the value in quotes"),
+        ("data.images=#2", "'#2' would be a comment"),
+        ("train.seed=010", "YAML reads 010 as 8, in octal; write it without the leading zero"),
     ],
 )
 def test_wrong_settings(tmp_path, setting, expected):

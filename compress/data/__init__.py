@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ def _scenes(data, cache: Path | None, only: str | None, or_all: bool, progress) 
 def _suggested(data) -> str:
     from compress.data.layout import guess
 
-    paths = [Path(value.split(",")[0]).expanduser() for value in (data.captions, data.images) if value]
+    paths = [Path(os.path.expanduser(value.split(",")[0])) for value in (data.captions, data.images) if value]
     return next((found for found in map(guess, paths) if found), "karpathy, coco, flickr8k or datasets")
 
 

@@ -63,7 +63,7 @@ def _file(path: Path, split: str | None) -> list[Example]:
             raise layout.mismatch(path, SOURCE, f"JSON whose annotations[{number}] has no 'image_id' and 'caption'")
         if annotation["image_id"] not in captions:
             raise DataError(
-                f"{path}: annotations[{number}] is of image id {annotation['image_id']}, which 'images' does not list"
+                f"{path}: annotations[{number}] is of image id {annotation['image_id']!r}, which 'images' does not list"
             )
         captions[annotation["image_id"]].append(annotation["caption"])
     return [Example(name, split or hashed_split(str(key)), clean(captions[key])) for key, name in names.items()]

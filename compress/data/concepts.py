@@ -16,6 +16,7 @@ Nothing here knows parts of speech: "a man parks his car" mentions a park.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def read_concepts(path: str | Path | None = None) -> tuple[str, ...]:
     more than LONGEST characters or with other characters than letters, digits, spaces, hyphens and apostrophes, and for a concept that
     stands there twice ("t-shirt" and "t shirt" are one).
     """
-    path = SHIPPED if path is None else Path(path).expanduser()
+    path = SHIPPED if path is None else Path(os.path.expanduser(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -13,6 +13,7 @@ names: 80 % train, 10 % val, 10 % test.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def read(data) -> tuple[str, list[Example], dict[str, Path | Callable[[], bytes]
     """Name, examples, per image its file, or a function that gives its bytes where the data set carries them, and whether splits were
     drawn."""
     place, column = _place(data)
-    folder = Path(place).expanduser()
+    folder = Path(os.path.expanduser(place))
     if folder.is_dir():
         # What datasets would keep of a folder is made in a moment and can go stale: a folder of its own each time.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -45,18 +46,18 @@ def read(data) -> tuple[str, list[Example], dict[str, Path | Callable[[], bytes]
 
 def _place(data) -> tuple[str, str | None]:
     """Folder or data set name, and caption column; a metadata file in `data.captions` stands for its folder."""
-    captions = Path(data.captions).expanduser() if data.captions else None
+    captions = Path(os.path.expanduser(data.captions)) if data.captions else None
     if captions and captions.is_file():
         if captions.stem != "metadata":
             raise DataError(
                 f"data.captions: {captions} is not metadata.csv or metadata.jsonl, which source '{SOURCE}' reads"
             )
-        if data.images and captions.parent.resolve() != Path(data.images).expanduser().resolve():
+        if data.images and captions.parent.resolve() != Path(os.path.expanduser(data.images)).resolve():
             raise DataError(
                 f"data.captions: {captions} is not in {data.images}; source '{SOURCE}' reads {captions.name} in the folder of the images"
             )
         return str(captions.parent), None
-    if captions and data.images and captions.is_dir() and captions.resolve() == Path(data.images).expanduser().resolve():
+    if captions and data.images and captions.is_dir() and captions.resolve() == Path(os.path.expanduser(data.images)).resolve():
         return data.images, None
     if data.images:
         return data.images, data.captions

@@ -2,13 +2,14 @@
 
     {"images": [{"filename": "a.jpg", "split": "train", "filepath": "val2014", "sentences": [{"raw": "A dog ."}]}]}
 
-`filepath`, a sub-folder, is COCO's alone. A sentence without `raw` is joined from its `tokens`. Split `restval` joins
-`train`.
+`filepath`, a sub-folder, is COCO's alone; where several have a photo of one name, it is part of their names. A sentence
+without `raw` is joined from its `tokens`. Split `restval` joins `train`.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from compress.data import layout
@@ -27,17 +28,19 @@ def read(data) -> tuple[str, list[Example], dict[str, Path], bool]:
         raise layout.mismatch(path, SOURCE, layout.keys(found))
     folder = layout.pictures(data.images, SOURCE, path)
     examples, files = [], {}
+    times = Counter(image.get("filename") for image in images if isinstance(image, dict) and isinstance(image.get("filename"), str))
     for number, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("sentences"), list):
             raise layout.mismatch(path, SOURCE, f"JSON whose images[{number}] has no 'sentences'")
         for key in ("filename", "split"):
             if not isinstance(image.get(key), str):
                 raise layout.mismatch(path, SOURCE, f"JSON whose images[{number}] has no '{key}'")
-        name = image["filename"]
+        name, under = image["filename"], str(image.get("filepath") or "")
         split = "train" if image["split"] == "restval" else image["split"]
-        examples.append(Example(name, split, clean(text_of(sentence) for sentence in image["sentences"])))
-        nested = folder / str(image.get("filepath") or "") / name
-        files[name] = nested if os.path.exists(nested) else folder / name
+        key = f"{under}/{name}" if under and times[name] > 1 else name
+        examples.append(Example(key, split, clean(text_of(sentence) for sentence in image["sentences"])))
+        nested = folder / under / name
+        files[key] = nested if os.path.exists(nested) else folder / name
     return path.name, examples, files, False
 
 

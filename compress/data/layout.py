@@ -20,7 +20,7 @@ def wanted(value: str | None, key: str, source: str, what: str) -> Path:
     """The path in `data.<key>`. Raises DataError where it is not set or not there."""
     if not value:
         raise DataError(f"data.{key} is not set, and source '{source}' needs it: --set data.{key}=PATH ({what})")
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if not os.path.exists(path):
         near = nearest(path.name, beside(path))
         raise DataError(f"data.{key}: there is no file or folder {path}: --set data.{key}=PATH ({what}){near}")

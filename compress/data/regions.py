@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Regions(dict[str, tuple[Region, ...]]):
 
 def sizes_beside(path: str | Path) -> Path:
     """Where Visual Genome keeps the sizes of the images whose objects `path` lists, if nothing else is said."""
-    return Path(path).expanduser().with_name("image_data.json")
+    return Path(os.path.expanduser(path)).with_name("image_data.json")
 
 
 def read_regions(path: str | Path, concepts: Sequence[str], image_data: str | Path | None = None) -> Regions:
@@ -88,7 +89,7 @@ def read_regions(path: str | Path, concepts: Sequence[str], image_data: str | Pa
     Raises DataError for a file that is absent, no JSON or of another layout, for an entry without what the format asks for, an image
     or category that is not listed, and where no region is left.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     found = _json(path, LABELLED)
     named = functools.cache(Mentions(concepts).named)  # Visual Genome repeats a few ten thousand names millions of times
     if isinstance(found, list) and found and isinstance(found[0], dict) and "objects" in found[0]:
@@ -106,7 +107,7 @@ def read_regions(path: str | Path, concepts: Sequence[str], image_data: str | Pa
 
 def read_sizes(path: str | Path) -> dict[str, tuple[int, int]]:
     """(width, height) in pixels by image key, from Visual Genome's image_data.json or COCO's JSON. Raises DataError as `read_regions`."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     found = _json(path, SIZES)
     if isinstance(found, dict) and isinstance(found.get("images"), list):
         return {name: size for name, size in _coco_images(path, found["images"]).values()}
@@ -129,7 +130,7 @@ def read_boxes(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> Region
     An `image_id` is an image's key, or its name without folder and extension, zeros in front of a number aside: 9 is 000000000009.jpg,
     and also COCO_val2014_000000000009.jpg. Raises DataError as `read_regions`, and for an image that `sizes` does not have.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     found = _json(path, BOXES)
     if not isinstance(found, list) or not found or not isinstance(found[0], dict) or "bbox" not in found[0]:
         raise _mismatch(path, _what(found), BOXES)
@@ -157,7 +158,7 @@ def read_boxes(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> Region
 
 
 def _visual_genome(path: Path, found: list, named: Callable[[str], int | None], image_data: str | Path | None) -> Regions:
-    listed = sizes_beside(path) if image_data is None else Path(image_data).expanduser()
+    listed = sizes_beside(path) if image_data is None else Path(os.path.expanduser(image_data))
     if not listed.exists():
         raise DataError(
             f"{path} is of Visual Genome, which keeps the sizes of its images in image_data.json, and there is no {listed}: "

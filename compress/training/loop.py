@@ -46,7 +46,7 @@ def fit(
 
     Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS (less often
     where that takes more than SAVE_SHARE of the time, but every MOST_SECONDS) to `work/LABEL.safetensors`, and read back when it is there.
-    StageError where the loss, or a gradient, is not finite.
+    StageError where the loss, a gradient, or a weight at the end is not finite.
     """
     keep()
     optimizer = optimizer_of(groups, config)
@@ -79,6 +79,8 @@ def fit(
                 save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()
                 pause = min(max(SAVE_SECONDS, (saved - began) / SAVE_SHARE), MOST_SECONDS)
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise StageError(f"{label}: not all weights are finite after its {steps} steps; lower learning_rate")
     if share.rank == 0:
         save_state(modules, optimizer, state, steps)
 

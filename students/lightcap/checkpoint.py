@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def checkpoint_file(source: str, what: str, key: str, words: Sequence[str] = (),
 
     FileNotFoundError, in one line, says what the setting `key` may be; `words` are those that it knows, `what` says whose weights they are.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return path
     if path.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import string
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -58,7 +59,7 @@ def load_tokenizer(source: str) -> Tokenizer:
         from students.lightcap.bert import minilm_folder
 
         return from_vocabulary(minilm_folder() / "vocab.txt")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         path = next((path / name for name in ("vocab.txt", "tokenizer.json") if (path / name).is_file()), path / "vocab.txt")
     if path.is_file():
