@@ -248,9 +248,6 @@ def fit_command(
         ctx.exit(1)
 
 
-# ---- captioning and measuring
-
-
 @cli.command("caption", epilog=MODEL)
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER...")

@@ -108,6 +108,9 @@ def test_flickr8k(tmp_path):
     (tmp_path / "Flickr_8k.trainImages.txt").write_text("my dog.jpg\r\n")  # names end with lines, and lines with no other sign
     shutil.copy(tmp_path / "Flicker8k_Dataset" / NAMES[0], tmp_path / "Flicker8k_Dataset" / "my dog.jpg")
     assert load(Data(source="flickr8k", captions=str(tmp_path))).split("train").examples[0].captions == found.examples[0].captions
+    (tmp_path / "Flickr_8k.devImages.txt").write_text("my dog.jpg\n")
+    twice = "Flickr_8k.devImages.txt lists my dog.jpg, which Flickr_8k.trainImages.txt has already; list each image once"
+    assert twice in fails(Data(source="flickr8k", captions=str(tmp_path)))
     (tmp_path / "Flickr_8k.devImages.txt").write_text("z.jpg\n")
     assert "Flickr8k.token.txt has no captions of image z.jpg" in fails(Data(source="flickr8k", captions=str(tmp_path)))
     for name in ("train", "dev", "test"):

@@ -38,10 +38,13 @@ def read(data) -> tuple[str, list[Example], dict[str, Path], bool]:
         raise DataError(
             f"data.captions: beside {path} there is none of {', '.join(LISTS.values())}, which hold the splits"
         )
-    examples = []
+    examples, seen = [], {}
     for split, listed in lists.items():
         for name in map(str.strip, layout.read_text(listed, SOURCE).split("\n")):
             if name:
+                if name in seen:
+                    raise DataError(f"{listed} lists {name}, which {seen[name].name} has already; list each image once")
+                seen[name] = listed
                 examples.append(Example(name, split, clean(captions.get(name, ()))))
     files = {example.image_id: folder / example.image_id for example in examples}
     return path.name, examples if captions else [], files, False

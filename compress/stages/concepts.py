@@ -143,7 +143,8 @@ def of_pictures(data: CaptionSet, file: str, what: str, found: Regions) -> dict[
     """The regions that `file` has, by the number of their training picture. DataError where they are of none."""
     rows = {row: regions for row, example in enumerate(data.examples) if (regions := found.of_image(example.image_id))}
     if not rows:
-        raise DataError(f"{file}: its {what} are of no training picture (their keys are {', '.join(sorted(found)[:3])}, ...)")
+        why = f"their keys are {', '.join(sorted(found)[:3])}, ..." if found else "none has an area within its picture and a concept's name"
+        raise DataError(f"{file}: its {what} are of no training picture ({why})")
     return rows
 
 
