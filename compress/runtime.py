@@ -394,7 +394,7 @@ if __name__ == "__main__":
         sys.stdout.flush()
     except OSError as error:  # of what reads the captions: a full disk, or `head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0 if isinstance(error, BrokenPipeError) else print(f"caption.py: {error}", file=sys.stderr) or 1
+        status = 0 if isinstance(error, BrokenPipeError) else f"caption.py: {error}"  # a text is printed, and is status 1
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)

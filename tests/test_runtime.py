@@ -316,6 +316,9 @@ def test_nobody_has_to_read_all_that_the_script_says(folder, tmp_path):
     running.stdout.close()
     with running.stderr as said:
         assert said.read() == b"" and running.wait() == 0
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("caption.py: ") and done.stderr.count("\n") == 1
 
 
 def test_the_script_without_its_files_or_with_wrong_arguments_exits_2(folder, tmp_path):
