@@ -62,6 +62,9 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
         model = parent
         if isinstance(config, Train):
             _check_onward(config, model)
+    for other in getattr(config, "others", ()):
+        if models[other] != parent:
+            raise ValueError(f"'{other}' is not built as '{stage.parent}' is: a mean of their weights would mean nothing")
     if isinstance(config, Prune) and set(config.parts) == {"concepts"} and not model.concepts:
         raise ValueError("parts: only concepts are to be pruned, but the captioner reads none; name encoder, fusion, or both")
     if isinstance(config, Prune) and config.layers:

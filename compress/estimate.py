@@ -88,7 +88,7 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         seen = passes if settings.flip or settings.crop else 1.0  # disturbed pictures are encoded in each pass
         return amount.images * (seen * known + passes * (drawn + 3 * language(config, amount, settings.samples, TOKENS, probes=True)))
     if isinstance(settings, Prune):
-        each = known + 3 * settings.recover_epochs * pack
+        each = known + 3 * settings.recover_epochs * language(config, amount, amount.captions, amount.words, config.heads)
         beside = 3 + bool(settings.flip or settings.crop)  # of disturbed pictures the parent's grids are not stored
         each += beside * settings.recover_encoder_epochs * macs.encoder * cuts_encoder(settings)
         each += 4 * settings.recover_concepts_epochs * macs.concepts * moves_concepts(settings)  # the parent's beside it

@@ -116,7 +116,8 @@ def run(
         if data is None:
             data = _load(wanted, cache, Progress(quiet=True) if share.rank else progress)
         _check_files(wanted)
-        made = [*artifact.make_folders(out), *artifact.make_folders(cache)]
+        made_out = artifact.make_folders(out)
+        made = [*artifact.make_folders(cache), *made_out]
         run_ = making.Run(wanted, out, cache, data, progress, stages, evaluation, share)
         try:
             with bounded(), huge_pages():
@@ -131,7 +132,7 @@ def run(
             if share.size > 1 and share.rank == 0:
                 shutil.rmtree(run_.told, ignore_errors=True)
             if share.rank == 0:
-                artifact.remove_empty([cache, *made])
+                artifact.remove_empty(made)
     except LightcapError as error:
         return Result(out, (), error)
 
@@ -145,6 +146,7 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     if run_.data.left_out:
         run_.progress.log(run_.data.left_out)
     stage = run_.recipe.stages[0]
+    earlier = _earlier(run_, parts)
     (run_.out / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
     try:
         if run_.stages is None:
@@ -161,8 +163,8 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
             if gates:
                 _gate(stage, row, artifacts[stage.name])
             rows.append(row)
-            if built:
-                _save(run_, rows)
+            if built:  # artifacts of later stages stand: a stop while they are measured anew shall not hide them
+                _save(run_, [*rows, *(earlier[later.name] for later in run_.recipe.stages[number:] if later.name in earlier)])
         _save(run_, rows)
     except (LightcapError, OSError) as problem:
         ours = isinstance(problem, LightcapError)
@@ -172,6 +174,15 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
                 _save(run_, rows)
         return Result(run_.out, tuple(rows), _explained(error, artifacts, rows))
     return Result(run_.out, tuple(rows))
+
+
+def _earlier(run_: making.Run, parts: Mapping[str, dict]) -> dict[str, dict]:
+    """The rows of the folder's ledger whose artifacts this recipe has, too, by name."""
+    try:
+        rows = ledger.read(run_.out / "ledger.jsonl")
+    except ModelError:
+        return {}
+    return {row["name"]: row for row in rows if row["name"] in parts and row.get("lock") == lock.digest(parts[row["name"]])}
 
 
 def _trained_with(run_: making.Run) -> Result:
@@ -224,6 +235,9 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
                 built = True
     if not built:
         run_.progress.log(f"{label}: cached")
+        if (work := run_.cache / f"{name}.work").exists():  # of a process that was killed at its end
+            with only_writer(run_.cache / f"{name}.writer", wait):
+                shutil.rmtree(work, ignore_errors=True)
     run_.tell(stage, False)
     measured = Artifact(target).row()
     place = os.path.relpath(os.path.realpath(target), os.path.realpath(run_.out))  # `run_.out` may be a link to a folder elsewhere

@@ -294,7 +294,7 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             label = settings.get("as")
             raise RecipeError(f"{label.place if label else place}a second stage is named '{name}'; give it its own 'as: NAME'")
         config = config_of(STAGES[kind], settings, kind, also=("as", "from", "against"))
-        settings = {key: value for key, value in settings.items() if key != "from" or value.value is not None}  # null: it starts anew
+        settings = {key: value for key, value in settings.items() if key != "from" or value.value is not None}  # as if not written
         before = stages[-1].name if stages else None
         parent = _parent(kind, config, settings, before, place, above)
         if kind == "distill":

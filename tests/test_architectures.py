@@ -116,6 +116,8 @@ def test_a_student_that_cannot_take_its_teachers_layers_is_refused_before_the_te
          "stage 'x': match: attention is over prefixes of 31 tokens here and of 25 in the first teacher"),
         ("  - concepts: {as: e, preset: tiny, pieces: 6}\n  - vocabulary: {}\n  - train: {as: x, preset: tiny, extractor: vocabulary}\n",
          "stage 'x': the word pieces of 'vocabulary' are cut by a 'vocabulary' stage, and its own are not; name a stage on the same side"),
+        ("  - distill: {heads: 1}\n  - average: {as: x, from: teacher, others: distill}\n",
+         "stage 'x': 'distill' is not built as 'teacher' is: a mean of their weights would mean nothing"),
         ("  - vocabulary: {}\n  - distill: {as: x, from: vocabulary, teachers: teacher}\n",
          "stage 'x': the word pieces of 'teacher' are whole, and its own are cut"),
     ],

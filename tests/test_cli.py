@@ -382,6 +382,7 @@ def test_eval_takes_all_images_where_there_is_no_choice(lightcap, exported, phot
     arguments = ("eval", exported, "--captions", photos / name, "--images", photos, "--beam", "1", "--json")
     status, output, error = lightcap(*arguments)
     assert status == 0 and json.loads(output)["images"] == 2, error
+    assert ("squares.json says no splits: all 2 images are measured, also those that a model" in error) == (split == "val")
     status, output, error = lightcap(*arguments, "--split", "train" if split == "val" else "val")
     drawn = [hashed_split(str(image["id"])) for image in images].count("train")
     if split == "train":

@@ -110,7 +110,7 @@ def test_epochs_are_passes(tmp_path, data):
     assert planned(tmp_path, data, "student.teachers=[teacher]")["student"] == pytest.approx(two - 30 * once)
     assert spent["pruned"] - spent["language"] == pytest.approx(30 * 3 * encoder)
     again = planned(tmp_path, data, "pruned.steps=3")["pruned"] - spent["pruned"]  # each step recovers, from features computed anew
-    assert again == pytest.approx(2 * 30 * (encoder + 3 * 2 * once + 3 * encoder))
+    assert again == pytest.approx(2 * 30 * (encoder + 3 * 2 * each + 3 * encoder))
     found = [planned(tmp_path, data, f"smaller.recover_concepts_epochs={epochs}")["smaller"] for epochs in (4, 0)]
     extractor = estimate.count_macs(dataclasses.replace(config, concepts=8, alignment=(32, 384))).concepts
     assert found[0] - found[1] == pytest.approx(30 * 4 * (3 + 1) * extractor)  # the parent finds them beside it

@@ -260,6 +260,33 @@ def test_numbers_of_a_measurement_that_was_stopped_are_nobodys(tmp_path, monkeyp
     assert result.ok and not stages.runs and {row["cider"] for row in result.rows[1:]} == {50.0}
 
 
+def test_a_stop_while_a_run_is_measured_anew_hides_none_of_its_artifacts(tmp_path):
+    class Stopped(Evaluation):
+        def measure(self, artifact, against, context):
+            if context.stage.name == "student":
+                raise KeyboardInterrupt
+            return super().measure(artifact, against, context)
+
+    first, *_ = go(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, read(tmp_path, RECIPE, "data.val_split=train"), evaluation=Stopped())
+    rows = ledger.read(tmp_path / "runs/chain/ledger.jsonl")
+    assert [row["name"] for row in rows] == NAMES and rows[3:] == list(first.rows[3:])
+    assert resolve(tmp_path / "runs/chain").config["name"] == "export"
+    with pytest.raises(KeyboardInterrupt):  # those of another recipe are not its own
+        go(tmp_path, read(tmp_path, RECIPE, "seed=4"), evaluation=Stopped())
+    assert [row["name"] for row in ledger.read(tmp_path / "runs/chain/ledger.jsonl")] == NAMES[:3]
+
+
+def test_what_a_kill_at_the_very_end_left_is_removed(tmp_path):
+    first, *_ = go(tmp_path)
+    left = tmp_path / "runs/.cache" / f"{first.rows[2]['lock']}.work"
+    (left / "state").mkdir(parents=True)
+    (left / "state" / "train.safetensors").write_bytes(b"moments")
+    again, stages, _ = go(tmp_path)
+    assert again.rows == first.rows and not stages.runs and not left.exists()
+
+
 # ---- failures
 
 

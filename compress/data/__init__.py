@@ -44,6 +44,9 @@ def _photos(read, data, cache: Path | None, only: str | None, or_all: bool, prog
     name, examples, contents, drawn = read(data)
     check(examples, name)
     if or_all and (drawn or len({example.split for example in examples}) == 1):
+        if drawn and progress:
+            progress.log(f"{name} says no splits: all {len(examples)} images are measured, also those that a model of these captions was "
+                         f"trained on; name a split, such as {only}, where it was")
         examples = [replace(example, split=only) for example in examples]
     elif only is not None:
         examples = CaptionSet(tuple(examples), "", name).split(only).examples

@@ -63,17 +63,16 @@ def readable(
     """The caption set of those examples whose image decodes; `contents` holds the file of each image name.
 
     What does not decode is listed in `unreadable`; a share above `allowed` raises DataError with the first names. With
-    a `cache` folder the outcome is kept as JSON under the fingerprint, which is over file contents, and under the code that decodes:
-    another Pillow may read what this one cannot. `progress` (`compress.context.Progress`) is told how far it is.
+    a `cache` folder the outcome is kept as JSON under a fingerprint, which is over file contents, and under the code that decodes:
+    another Pillow may read what this one cannot. What could not be read is tried again each time. `progress`
+    (`compress.context.Progress`) is told how far it is.
     """
     digests = _digests(examples, contents, progress)
     mark = fingerprint(source, examples, digests)
     record = cache / f"images-{mark}-{made_by(__name__)[:16]}.json" if cache else None
-    problems = _recorded(record)
-    if problems is None:
-        problems = _problems(examples, contents, progress)
-        if record:
-            _record(record, problems)
+    known = _recorded(record)
+    asked = examples if known is None else [example for example in examples if example.image_id in known]  # they may be back
+    problems = _problems(asked, contents, progress) if asked else {}
     share = len(problems) / len(examples)
     if share > allowed:
         first = "; ".join(list(problems.values())[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
@@ -82,11 +81,15 @@ def readable(
             f"allowed: {first}. Mend them, choose their folder with --set data.images=PATH, or leave them out with "
             f"--set data.max_unreadable={min(1.0, share + 0.001):.3f}"
         )
+    if record and problems != known:
+        _record(record, problems)
     kept = tuple(example for example in examples if example.image_id not in problems)
     if not kept:
         raise DataError(
             f"{name}: not one of {len(examples)} images can be read: choose their folder with --set data.images=PATH"
         )
+    if problems:  # other images may be readable the next time
+        mark = hashlib.sha256(json.dumps([mark, sorted(problems)]).encode()).hexdigest()
     return CaptionSet(
         kept, mark, name, tuple(problems), reader=lambda example: decode(contents[example.image_id], example.image_id)
     )
