@@ -1,9 +1,10 @@
 """The lock of a stage: SHA-256 over everything that its artifact depends on, so that a lock names a finished artifact.
 
-Settings, what the stage reads of the student section, seed, the files that they name, the locks of parent and teachers, the data's
-fingerprint, the project's modules that the stage imports and library versions (sources.py), the number of threads, and that of processes
-where there are several. A stage that itself looks at val (a search, steps that are taken back) depends on the split and on how it is
-measured, too. The name (`as`) of a stage is no part of it, nor is a module that the stage does not import.
+Settings, what the stage reads of the student section, seed, the files that they name, the locks of parent and teachers, the fingerprint of
+the training images and their captions, the project's modules that the stage imports and library versions (sources.py), the number of
+threads, and that of processes where there are several. A stage that itself looks at val (a search, steps that are taken back) depends on
+those images and on how it is measured, too; for the others another val is measured anew, and nothing is trained. The name (`as`) of a
+stage is no part of it, nor is a module that the stage does not import.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from compress.config import Recipe, Stage, Student, references
+from compress.data import CaptionSet
 from compress.data.concepts import SHIPPED, default_text_encoder
 from compress.data.regions import sizes_beside
 from compress.errors import DataError
@@ -30,9 +32,11 @@ FILES = (*READ, "text_encoder", "encoder_weights", "fusion_weights", "tokenizer"
 
 
 def parts(
-    recipe: Recipe, stage: Stage, locks: Mapping[str, str], fingerprint: str, threads: int, root: Path = ROOT, processes: int = 1
+    recipe: Recipe, stage: Stage, locks: Mapping[str, str], fingerprint: str, threads: int, root: Path = ROOT, processes: int = 1,
+    measured: str = "",
 ) -> dict:
-    """What the lock of `stage` is over. `locks` holds those of the earlier stages by name."""
+    """What the lock of `stage` is over. `locks` holds those of the earlier stages by name; `fingerprint` is that of the images that are
+    trained on, `measured` that of those that are measured on."""
     whole = resolved(recipe)
     settings = dict(entry(stage)[stage.kind])
     chooses = settings.get("max_drop_cider") is not None and (settings.get("steps", 1) > 1 or settings.get("trials", 0) > 0)
@@ -43,7 +47,7 @@ def parts(
     several = {"processes": processes} if processes > 1 else {}
     student = {key: value for key, value in whole["student"].items() if key in read_of_student(stage, recipe.student)}
     files = files_of(recipe, stage)
-    looked = {"split": recipe.data.val_split, "against": locks.get(stage.against)} if chooses else {}
+    looked = {"split": recipe.data.val_split, "images": measured, "against": locks.get(stage.against)} if chooses else {}
     return several | looked | ({"files": files} if files else {}) | {
         "kind": stage.kind,
         "settings": settings,
@@ -76,11 +80,12 @@ def changed(recipe: Recipe, stage: Stage, known: Mapping) -> list[str]:
     return changed_code(known["sources"]) + [f"the file of '{key}'" for key in before | now if before.get(key) != now.get(key)]
 
 
-def of_stages(recipe: Recipe, fingerprint: str, threads: int, processes: int = 1) -> dict[str, dict]:
+def of_stages(recipe: Recipe, data: CaptionSet, threads: int, processes: int = 1) -> dict[str, dict]:
     """What the lock of each stage is over, by name: all of it read now, before hours of stages in which files may change."""
     found, locks = {}, {}
+    trained, measured = (data.split(split).fingerprint for split in ("train", recipe.data.val_split))
     for stage in recipe.stages:
-        found[stage.name] = parts(recipe, stage, locks, fingerprint, threads, processes=processes)
+        found[stage.name] = parts(recipe, stage, locks, trained, threads, processes=processes, measured=measured)
         locks[stage.name] = digest(found[stage.name])
     return found
 

@@ -73,7 +73,7 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
     if data is not None:
         _check_files(wanted)
     stages, known, counted = [], durations(cache), None
-    parts = {} if data is None else lock.of_stages(wanted, data.fingerprint, thread_count())
+    parts = {} if data is None else lock.of_stages(wanted, data, thread_count())
     names = {stage: lock.digest(of) for stage, of in parts.items()}
     for stage in wanted.stages:
         name = names.get(stage.name)
@@ -141,7 +141,7 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     rows: list[dict] = []
     artifacts: dict[str, Artifact] = {}
     threads = thread_count()
-    parts = lock.of_stages(run_.recipe, run_.data.fingerprint, threads, run_.share.size)
+    parts = lock.of_stages(run_.recipe, run_.data, threads, run_.share.size)
     run_.share.agrees(lock.digest(parts))
     if run_.data.left_out:
         run_.progress.log(run_.data.left_out)
@@ -188,7 +188,7 @@ def _earlier(run_: making.Run, parts: Mapping[str, dict]) -> dict[str, dict]:
 def _trained_with(run_: making.Run) -> Result:
     """What another process than the first does: it trains in the stages that many train, and waits for each artifact."""
     artifacts: dict[str, Artifact] = {}
-    parts = lock.of_stages(run_.recipe, run_.data.fingerprint, thread_count(), run_.share.size)
+    parts = lock.of_stages(run_.recipe, run_.data, thread_count(), run_.share.size)
     if not run_.share.agrees(lock.digest(parts)):
         raise StageError(f"process {run_.share.rank} would make other artifacts than the first one; all need the same files, package "
                          "versions and OMP_NUM_THREADS")

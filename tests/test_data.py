@@ -210,6 +210,16 @@ def test_carried_images_are_told_apart_by_their_bytes(tmp_path):
     assert again.fingerprint == found.fingerprint
 
 
+def test_other_validation_images_leave_the_training_images_as_they_are(karpathy):
+    found, fewer = load(karpathy()), load(karpathy(val_images=1))
+    assert fewer.fingerprint != found.fingerprint and fewer.split("train").fingerprint == found.split("train").fingerprint
+    assert fewer.split("val").fingerprint != found.split("val").fingerprint
+    assert load(karpathy(train_images=1)).split("train").fingerprint != found.split("train").fingerprint
+    scenes, more = (load(Data(train_images=6, val_images=count)) for count in (3, 4))
+    assert scenes.split("train").fingerprint == more.split("train").fingerprint
+    assert len({scenes.fingerprint, more.fingerprint, scenes.split("val").fingerprint, more.split("val").fingerprint}) == 4
+
+
 def test_split_gives_its_examples_and_a_fingerprint_of_its_own(karpathy):
     found = load(karpathy())
     val = found.split("val")

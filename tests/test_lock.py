@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from compress import lock, sources
+from compress.data import CaptionSet
+from compress.data.captions import Example
 from compress.errors import DataError
 from compress.recipe import read_recipe
 
@@ -18,6 +20,9 @@ stages:
   - distill: {as: student, teachers: [teacher]}
   - vocabulary: {as: small}
 """
+
+
+RINGS = CaptionSet((Example("a.jpg", "train", ("a ring",)), Example("b.jpg", "val", ("a ring",))), "f", "rings")
 
 
 def locks_of(tmp_path: Path, text: str = RECIPE, fingerprint="f", threads=2, root=sources.ROOT) -> dict[str, str]:
@@ -274,7 +279,7 @@ def test_a_file_that_changed_since(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(f"stages:\n  - concepts: {{as: a, vocabulary: {tmp_path / 'words.txt'}}}\n")
     recipe = read_recipe(path)
-    known = lock.of_stages(recipe, "f", 2)["a"]
+    known = lock.of_stages(recipe, RINGS, 2)["a"]
     assert lock.changed(recipe, recipe.stages[0], known) == []
     (tmp_path / "words.txt").write_text("cat\n")
     assert lock.changed(recipe, recipe.stages[0], known) == ["the file of 'vocabulary'"]

@@ -1,5 +1,6 @@
 """The real pipeline over stages small enough to watch: caching, ledger, gates, kills, two writers."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -98,7 +99,7 @@ def go(tmp_path, wanted=None, stages=None, evaluation=None, out="runs/chain", **
     wanted = wanted or read(tmp_path)
     stages, evaluation = stages or Stages(), evaluation or Evaluation()
     result = pipeline.run(
-        wanted, tmp_path / out, Progress(quiet=True), data=captions(), stages=stages, evaluation=evaluation, **more
+        wanted, tmp_path / out, Progress(quiet=True), stages=stages, evaluation=evaluation, **{"data": captions()} | more
     )
     return result, stages, evaluation
 
@@ -258,6 +259,14 @@ def test_numbers_of_a_measurement_that_was_stopped_are_nobodys(tmp_path, monkeyp
             go(tmp_path, read(tmp_path, RECIPE, "data.val_split=train"), evaluation=OfSplit())
     result, stages, _ = go(tmp_path, evaluation=OfSplit())
     assert result.ok and not stages.runs and {row["cider"] for row in result.rows[1:]} == {50.0}
+
+
+def test_other_validation_images_are_measured_and_nothing_is_trained(tmp_path):
+    text = RECIPE.replace("max_drop_cider: 2.0}", "max_drop_cider: 2.0, steps: 2}")  # which itself looks at val
+    for name, runs in (("a", NAMES[1:]), ("b", ["pruned", "export"])):
+        data = dataclasses.replace(captions(), fingerprint=name * 64, marks={"train": "t" * 64, "val": name * 64})
+        result, stages, evaluation = go(tmp_path, read(tmp_path, text), data=data)
+        assert result.ok and stages.runs == runs and len(evaluation.calls) == 6
 
 
 def test_a_stop_while_a_run_is_measured_anew_hides_none_of_its_artifacts(tmp_path):

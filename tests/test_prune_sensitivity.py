@@ -79,7 +79,7 @@ def test_what_is_measured_is_how_far_captions_move(pruning):
     halved = {unit: saving / 2 for unit, saving in savings.items()}  # another target in the same measure
     assert sensitivity.sensitivities(narrow, never, scores, 8, halved, mend, ("parent", 17), here) == (moves, factors)
     reversed_ = {unit: -score for unit, score in scores.items()}  # other halves leave
-    elsewhere = dataclasses.replace(here, data=dataclasses.replace(here.data, fingerprint="other pictures"))
+    elsewhere = dataclasses.replace(here, data=dataclasses.replace(here.data, marks={"train": "other pictures"}))
     for key, ranking, where in ((("parent", 18), scores, here), (("parent", 17), reversed_, here), (("parent", 17), scores, elsewhere)):
         with pytest.raises(AssertionError, match="measured again"):
             sensitivity.sensitivities(narrow, never, ranking, 8, savings, mend, key, where)

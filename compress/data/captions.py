@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,7 +31,8 @@ class Example:
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """Images with captions. `fingerprint` (SHA-256, hex) stands for names, splits, captions and image contents.
+    """Images with captions. `fingerprint` (SHA-256, hex) stands for names, splits, captions and image contents, `marks` for those of each
+    split alone: what is trained depends on no other images than its own.
 
     `unreadable` names the images that were left out since they are missing or cannot be decoded.
     """
@@ -41,6 +42,7 @@ class CaptionSet:
     name: str
     unreadable: tuple[str, ...] = ()
     reader: Callable[[Example], np.ndarray] | None = field(default=None, repr=False, compare=False)
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -65,7 +67,7 @@ class CaptionSet:
             raise DataError(
                 f"{self.name}: there is no split '{name}'; there are: {there}{nearest(name, self.splits())}"
             )
-        mark = hashlib.sha256(f"{self.fingerprint} {name}".encode()).hexdigest()
+        mark = self.marks.get(name) or hashlib.sha256(f"{self.fingerprint} {name}".encode()).hexdigest()
         return replace(self, examples=chosen, fingerprint=mark)
 
     def image(self, example: Example) -> np.ndarray:

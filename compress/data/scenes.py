@@ -311,12 +311,17 @@ def load(data) -> CaptionSet:
         for number in range(FIRST_NUMBER[split], FIRST_NUMBER[split] + count):
             captions = describe(compose(data.seed, number), data.seed)
             examples.append(Example(f"scene-{number:06d}", split, captions))
-    digest = hashlib.sha256(json.dumps(["scenes", data.seed, size]).encode())
-    for example in examples:
-        digest.update(json.dumps([example.image_id, example.split, example.captions]).encode())
-    for example in examples[:: max(1, len(examples) // 24)]:
-        digest.update(draw(compose(data.seed, int(example.image_id[6:])), data.seed, size).tobytes())
-    return CaptionSet(tuple(examples), digest.hexdigest(), "scenes", reader=partial(_image, seed=data.seed, size=size))
+    marks = {}
+    for split in counts:
+        its = [example for example in examples if example.split == split]
+        digest = hashlib.sha256(json.dumps(["scenes", data.seed, size]).encode())
+        for example in its:
+            digest.update(json.dumps([example.image_id, example.split, example.captions]).encode())
+        for example in its[:: max(1, len(its) // 8)]:
+            digest.update(draw(compose(data.seed, int(example.image_id[6:])), data.seed, size).tobytes())
+        marks[split] = digest.hexdigest()
+    mark = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+    return CaptionSet(tuple(examples), mark, "scenes", reader=partial(_image, seed=data.seed, size=size), marks=marks)
 
 
 def _image(example: Example, seed: int, size: int):

@@ -50,9 +50,9 @@ def teach(
     context: Context,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each teacher's ids and probabilities over the training captions."""
-    chosen = settled(precision, device(), context.work, context.share)
+    chosen, mark = settled(precision, device(), context.work, context.share), context.data.split("train").fingerprint
     return [
-        targets(teacher, source.digest(), data, context.data.fingerprint, top_k, temperature, chosen, context.cache, name, context.progress)
+        targets(teacher, source.digest(), data, mark, top_k, temperature, chosen, context.cache, name, context.progress)
         for teacher, source, name in zip(teachers, sources, names, strict=True)
     ]
 

@@ -79,7 +79,7 @@ def sensitivities(
             halves[unit] = order[: max(1, len(order) // 2)]
     gone = {unit: sorted(channel for block in half for channel in block.channels) for unit, half in halves.items()}
     halved = [[unit.kind, unit.name, gone[unit]] for unit in halves]
-    named = digest(FOLDER, made_by(__name__), key, LOOKS, IMAGES, context.data.fingerprint, halved)
+    named = digest(FOLDER, made_by(__name__), key, LOOKS, IMAGES, context.data.split("train").fingerprint, halved)
     moves = found(context.cache / FOLDER, named)
     if moves is None:
         units, carried = list(halves), repair.carried(narrow)
