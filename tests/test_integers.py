@@ -96,7 +96,9 @@ def calibrated_encoder(name: str) -> tuple[LightCap, torch.fx.GraphModule, np.nd
     return model, encoder.calibrated(model, [pixels]), pixels
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("efficientnet-lite0", (49, 9)), ("resnet-small", (11 + 3, 3))])
+@pytest.mark.parametrize(("name", "kinds"), [
+    pytest.param("efficientnet-lite0", (49, 9), marks=pytest.mark.slow), ("resnet-small", (11 + 3, 3))
+])
 def test_the_encoder_gives_the_grids_of_onnx_runtime(name, kinds, tmp_path):
     """Strided convolutions with pads, ReLU6 and sums; of a ResNet pools and ReLUs behind sums. On processors without FMA some sums that
     end in a half are rounded to the other side."""

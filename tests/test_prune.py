@@ -73,7 +73,7 @@ def test_layers_can_be_all_that_leaves(pruning):
     assert sorted(path.name for path in here.output.iterdir()) == sorted(MODEL_FILES)
 
 
-@pytest.mark.parametrize("importance_of", ["caption", "magnitude"])
+@pytest.mark.parametrize("importance_of", ["caption", pytest.param("magnitude", marks=pytest.mark.slow)])
 def test_the_stage_narrows_the_concept_extractor(pruning, tmp_path, monkeypatch, importance_of):
     """Exactly as much as counted, and what stays says of training pictures what the whole said; the export finds the same concepts."""
     from compress import runtime
