@@ -160,7 +160,7 @@ def _continued(base: Located, after: Located, tree: Located) -> Located:
     return Located([*base.value["stages"].value[: names.index(name) + 1], *own.value], own.place)
 
 
-def unread(text: str) -> str:
+def _comment(text: str) -> str:
     """What YAML leaves out of `text`: a comment."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     return text[node.end_mark.index if node else 0 :].strip()
@@ -174,7 +174,7 @@ def _with_setting(tree: Located, setting: str) -> Located:
     if not equals or not target:
         raise RecipeError(f"{place}write it as NAME.key=value")
     value = Located(parse(text, lambda line: place).value, place)
-    if left := unread(text):
+    if left := _comment(text):
         raise RecipeError(f"{place}'{left}' would be a comment; put the value in quotes that the shell leaves: '{target}=\"{text}\"'")
     if OCTAL.fullmatch(text):
         raise RecipeError(f"{place}YAML reads {text} as {value.value}, in octal; write it without the leading zero")

@@ -149,6 +149,9 @@ def test_another_number_of_heads_than_the_checkpoints_is_refused(checkpoint, tmp
     (tmp_path / "config.json").write_text('{"num_attention_heads": 8}')
     with pytest.raises(ValueError, match="has 8 attention heads, this fusion 4; set attention_heads: 8"):
         load_bert(fusion(), file)
+    (tmp_path / "config.json").write_text("{half")
+    with pytest.raises(ValueError, match="config.json: is not JSON; fetch it again"):
+        load_bert(fusion(), file)
 
 
 class Trap:

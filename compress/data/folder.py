@@ -128,13 +128,19 @@ def _examples(splits: dict, place: str, folder: Path | None, column: str | None)
             share = _share(row[marked] if marked else split, name, place)
             if shares.setdefault(name, share) != share:
                 raise DataError(f"data.images: {place} has {name} in the splits '{shares[name]}' and '{share}'; name one")
-    drawn = single and not marked
-    if drawn:
-        folders = {name: _share(Path(name).parts[0], name, place) for name, content in contents.items() if isinstance(content, Path)}
-        drawn = len(folders) < len(shares) or len(set(folders.values())) == 1 or not set(folders.values()) <= {"train", "val", "test"}
-        shares = {name: hashed_split(name) for name in shares} if drawn else folders
+    folders = _folders(contents) if single and not marked else None
+    drawn = single and not marked and folders is None
+    shares = {name: hashed_split(name) for name in shares} if drawn else folders or shares
     examples = [Example(name, shares[name], clean(texts)) for name, texts in captions.items()]
     return Path(place).name, examples, contents, drawn
+
+
+def _folders(contents: dict) -> dict[str, str] | None:
+    """The split in whose folder each image lies; None where not all lie in such, or all in one."""
+    tops = {name: Path(name).parts[0] for name, content in contents.items() if isinstance(content, Path)}
+    found = {name: SPLITS.get(top, top) for name, top in tops.items()}
+    splits = set(found.values())
+    return found if len(found) == len(contents) and 1 < len(splits) and splits <= {"train", "val", "test"} else None
 
 
 def _share(said: object, name: str, place: str) -> str:

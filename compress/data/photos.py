@@ -90,10 +90,8 @@ def readable(
         )
     if problems:  # other images may be readable the next time
         mark = hashlib.sha256(json.dumps([mark, sorted(problems)]).encode()).hexdigest()
-    splits = {example.split: [] for example in kept}
-    for example in kept:
-        splits[example.split].append(example)
-    marks = {split: fingerprint(source, its, digests) for split, its in splits.items()}
+    splits = {example.split for example in kept}
+    marks = {split: fingerprint(source, [example for example in kept if example.split == split], digests) for split in splits}
     return CaptionSet(
         kept, mark, name, tuple(problems), lambda example: decode(contents[example.image_id], example.image_id), marks
     )

@@ -50,7 +50,8 @@ def teach(
     context: Context,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each teacher's ids and probabilities over the training captions."""
-    chosen, mark = settled(precision, device(), context.work, context.share), context.data.split("train").fingerprint
+    chosen = settled(precision, device(), context.work, context.share)
+    mark = context.data.split("train").fingerprint
     return [
         targets(teacher, source.digest(), data, mark, top_k, temperature, chosen, context.cache, name, context.progress)
         for teacher, source, name in zip(teachers, sources, names, strict=True)

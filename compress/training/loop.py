@@ -46,7 +46,7 @@ def fit(
 
     Randomness is a function of seed and step, so the only state is weights, buffers and moments: saved every SAVE_SECONDS (less often
     where that takes more than SAVE_SHARE of the time, but every MOST_SECONDS) to `work/LABEL.safetensors`, and read back when it is there.
-    StageError where the loss, a gradient, or a weight at the end is not finite.
+    StageError where the loss, or a weight that would be saved, is not finite.
     """
     keep()
     optimizer = optimizer_of(groups, config)
@@ -70,19 +70,24 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             share.average(parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=True)
-            if not torch.isfinite(norm):  # the weights would be lost, and after the last step nothing would tell
-                raise StageError(f"{label}: the gradient is {norm.item()} at step {step + 1} of {steps}; lower learning_rate")
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=True)
             optimizer.step()
             task.advance(1, f"loss {loss.item():.3f}" if step % NOTE_STEPS == 0 else "")
             if share.rank == 0 and (began := time.monotonic()) - saved > pause:
+                check_finite(parameters, label, step + 1, steps)
                 save_state(modules, optimizer, state, step + 1)
                 saved = time.monotonic()
                 pause = min(max(SAVE_SECONDS, (saved - began) / SAVE_SHARE), MOST_SECONDS)
-    if not all(parameter.isfinite().all() for parameter in parameters):
-        raise StageError(f"{label}: not all weights are finite after its {steps} steps; lower learning_rate")
+    check_finite(parameters, label, steps, steps)
     if share.rank == 0:
         save_state(modules, optimizer, state, steps)
+
+
+def check_finite(parameters: Sequence[nn.Parameter], label: str, step: int, steps: int) -> None:
+    """StageError where a gradient, or a step, has lost the weights: a run that goes on from them, or ends with them, would be lost too.
+    Not asked after each step, where a GPU would be waited for: the next loss tells."""
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise StageError(f"{label}: not all weights are finite after step {step} of {steps}; lower learning_rate")
 
 
 def optimizer_of(groups: Sequence[Group], config: Optimisation) -> torch.optim.AdamW:

@@ -67,7 +67,11 @@ def load_bert(fusion: Fusion, source: str) -> None:
 def _check_heads(fusion: Fusion, path: Path) -> None:
     """Weights have the same shapes whatever the number of heads, but another number computes something else."""
     beside = path.with_name("config.json")
-    theirs = json.loads(beside.read_text()).get("num_attention_heads") if beside.is_file() else None
+    try:
+        said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError:
+        raise ValueError(f"{beside}: is not JSON; fetch it again") from None
+    theirs = said.get("num_attention_heads") if isinstance(said, dict) else None
     layer = fusion.layers[0]
     if theirs is not None and theirs != (own := len(layer.query.weight) // layer.head_dim):
         raise ValueError(f"{path}: has {theirs} attention heads, this fusion {own}; set attention_heads: {theirs}")
