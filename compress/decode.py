@@ -53,52 +53,47 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
     past = model.prefill(grid)
     scores = torch.full((b, beam), -torch.inf, device=where)
     scores[:, 0] = 0.0
-    tokens = torch.full((b * beam, 1), special.start, device=where)
+    last = torch.full((b * beam, 1), special.start, device=where)
+    said: list[tuple[int, ...]] = [()] * (b * beam)  # by each row of `last`
     finished: list[list[Hypothesis]] = [[] for _ in range(b)]
     live = list(range(b))  # the images still searched, in the order of the rows of `scores`
     for position in range(max_tokens):
-        logits, past = model.step(tokens[:, -1:], position, past)
+        logits, past = model.step(last, position, past)
         logs = logits.float().log_softmax(-1)
         logs[:, list(special.never)] = -torch.inf
         total = scores.unsqueeze(-1) + logs.view(len(live), beam, -1)
         best, index = total.flatten(1).topk(min(2 * beam, total[0].numel()), dim=1)
-        source, piece = index // logs.shape[-1], index % logs.shape[-1]
-        keep_rows, chosen, chosen_scores, chosen_pieces = [], [], [], []
-        ends = (piece == special.end).tolist()
-        values = best.tolist()
-        for row, image in enumerate(live):
-            slots = []
-            for rank, end in enumerate(ends[row]):
-                if values[row][rank] == -torch.inf:
+        kept, going = [], []  # (score, row of `last`, next piece)
+        found = zip(live, best.tolist(), index.tolist(), strict=True)  # a GPU is waited for here alone
+        for row, (image, values, places) in enumerate(found):
+            further = []
+            for rank, (value, place) in enumerate(zip(values, places, strict=True)):
+                source, piece = divmod(place, logs.shape[-1])
+                source += row * beam
+                if value == -torch.inf:
                     continue
-                if not end:
-                    slots.append(rank)
+                if piece != special.end:
+                    further.append((value, source, piece))
                 elif rank < beam:
-                    history = tokens[row * beam + int(source[row, rank]), 1:].tolist()
-                    finished[image].append(Hypothesis(values[row][rank] / (len(history) + 1), values[row][rank], tuple(history)))
-            if len(finished[image]) >= beam or not slots:
+                    finished[image].append(Hypothesis(value / (len(said[source]) + 1), value, said[source]))
+            if len(finished[image]) >= beam or not further:
                 continue
-            real = min(len(slots), beam)
-            slots = (slots + slots[-1:] * beam)[:beam]
-            keep_rows.append(row)
-            chosen.append(row * beam + source[row, slots])
-            chosen_scores.append(best[row, slots].index_fill(0, torch.arange(real, beam, device=where), -torch.inf))
-            chosen_pieces.append(piece[row, slots])
-        images = None if len(keep_rows) == len(live) else torch.tensor(keep_rows, device=where)
-        live = [live[row] for row in keep_rows]
+            kept.append(row)
+            going += (further + [(-torch.inf, *further[-1][1:])] * beam)[:beam]
+        images = None if len(kept) == len(live) else torch.tensor(kept, device=where)
+        live = [live[row] for row in kept]
         if not live:
             break
-        rows = torch.cat(chosen)
-        scores = torch.stack(chosen_scores)
-        tokens = torch.cat([tokens[rows], torch.cat(chosen_pieces).unsqueeze(1)], 1)
+        values, sources, pieces = zip(*going, strict=True)
+        said = [(*said[source], piece) for source, piece in zip(sources, pieces, strict=True)]
+        scores = torch.tensor(values, device=where).view(-1, beam)
+        rows = torch.tensor(sources, device=where)
+        last = torch.tensor(pieces, device=where).unsqueeze(1)
         past = [seen.rows(rows, images) for seen in past]
     for row, image in enumerate(live):
-        for slot in range(beam):
-            value = float(scores[row, slot])
-            if value == -torch.inf:
-                continue
-            history = tuple(tokens[row * beam + slot, 1:].tolist())
-            finished[image].append(Hypothesis(value / max(1, len(history)), value, history))
+        for value, history in zip(scores[row].tolist(), said[row * beam : (row + 1) * beam], strict=True):
+            if value > -torch.inf:
+                finished[image].append(Hypothesis(value / max(1, len(history)), value, history))
     return finished
 
 
