@@ -15,7 +15,7 @@ from PIL import Image
 from compress import graphs, runtime
 from compress.errors import ModelError
 from compress.stages import export
-from compress.stages.export import modules, tracing
+from compress.stages.export import modules, writer
 
 # Runs a script as a machine without these packages would.
 ALONE = (
@@ -107,7 +107,7 @@ def test_what_graphs_share_is_written_once_and_reads_back(tmp_path):
         outputs = [helper.make_tensor_value_info(f"{key}_out", onnx.TensorProto.DOUBLE, value.shape) for key, value in tensors.items()]
         weights = [numpy_helper.from_array(value, key) for key, value in tensors.items()]
         graph = helper.make_graph(nodes, "graph", [], outputs, weights)
-        protos[name] = helper.make_model(graph, opset_imports=[helper.make_opsetid("", tracing.OPSET)], ir_version=10)
+        protos[name] = helper.make_model(graph, opset_imports=[helper.make_opsetid("", writer.OPSET)], ir_version=10)
     graphs.write_sharing(protos, tmp_path, "ab.data")
     assert (tmp_path / "ab.data").stat().st_size == large.nbytes + other.nbytes
     assert sum(graphs.size_of(tensor) for _, tensor in graphs.named_weights(tmp_path)) == large.nbytes + other.nbytes + small.nbytes

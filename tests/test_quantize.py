@@ -309,13 +309,13 @@ def test_weights_that_do_not_shrink_fail_by_name(parent, made, tmp_path):
         quantize.write(where.output, parent, found, Quantize(calibration_images=12, max_weight_ratio=0.1), (), 0.0, where.progress)
     assert re.fullmatch(r"quantized weights take 0\.\d\d of the parent's bytes, more than 0\.1; still fp32: decoder: places \(\d+, 32\)",
                         caught.value.message)
-    named = graphs.float_weights(dict(zip(("prefix", "decoder"), found.traced, strict=True)), 6000)
+    named = graphs.float_weights({"prefix": export.prefix_graph(found.model), "decoder": export.step_graph(found.model)}, 6000)
     assert named[:2] == ["prefix: grid.weight (128, 32)", "decoder: vocabulary (32, 123)"]
     assert "prefix: layers.0.up.weight (32, 48)" in named and "decoder: layers.0.up.weight (32, 48)" not in named
 
 
 def test_what_was_calibrated_is_written_the_same_again(parent, made, tmp_path):
-    """As a search does with other parts in float; what was traced stays as it was."""
+    """As a search does with other parts in float; what was calibrated stays as it was."""
     folder, found = made
     quantize.write(tmp_path, parent, found, Quantize(calibration_images=12, max_weight_ratio=1.0), ("heads",), 0.0, Progress(quiet=True))
     assert (tmp_path / "decoder.onnx").read_bytes() != (folder / "decoder.onnx").read_bytes()

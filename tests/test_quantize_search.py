@@ -19,7 +19,6 @@ from compress.decode import Special
 from compress.errors import StageError
 from compress.ledger import captions_file
 from compress.stages import export, quantize
-from compress.stages.export.tracing import prefix_graph, step_graph
 from compress.stages.quantize import calibrate, decoder, encoder, gptq, observe, search, sensitivity, simulate, smoothquant, tune
 from students.lightcap.tokenizer import decode_caption, encode_captions
 
@@ -76,14 +75,9 @@ def calibrated(request):
 
 
 @pytest.fixture(scope="module")
-def traced(calibrated):
-    return prefix_graph(calibrated[0]), step_graph(calibrated[0])
-
-
-@pytest.fixture(scope="module")
-def folder(calibrated, traced, tmp_path_factory):
+def folder(calibrated, tmp_path_factory):
     """All in INT8."""
-    return written(calibrated, traced, tmp_path_factory.mktemp("int8"))
+    return written(calibrated, tmp_path_factory.mktemp("int8"))
 
 
 def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, folder):
@@ -130,12 +124,12 @@ def test_pytorchs_quantized_graph_and_onnx_runtime_say_the_same(calibrated, fold
         assert logprob == pytest.approx(float(chosen[: len(pieces) + 1].sum()), abs=0.02)
 
 
-def written(calibrated, traced, folder, floating=()):
+def written(calibrated, folder, floating=()):
     model, encoding, decoding, *_ = calibrated
     parent = tiny.artifact(model, folder / "float")
     quantize.describe(folder, parent, model, {})
     graphs.write(graphs.clean(encoder.quantized_encoder(model, encoding, floating)), folder / "encoder.onnx")
-    export.write_decoder(*decoder.quantized_decoder(model, decoding, traced, floating), folder)
+    export.write_decoder(*decoder.quantized_decoder(model, decoding, floating), folder)
     return folder
 
 
@@ -169,8 +163,8 @@ def test_the_part_that_loses_most_is_named_first(calibrated):
     assert first == WORST and most > 3 * second
 
 
-def test_parts_left_in_float_are_float_kernels_and_all_others_integer_ones(calibrated, traced, folder, tmp_path):
-    mixed = written(calibrated, traced, tmp_path, ("encoder.blocks.2", "fusion.layers.0.attention", WORST, "heads", "vocabulary"))
+def test_parts_left_in_float_are_float_kernels_and_all_others_integer_ones(calibrated, folder, tmp_path):
+    mixed = written(calibrated, tmp_path, ("encoder.blocks.2", "fusion.layers.0.attention", WORST, "heads", "vocabulary"))
     encoding, before, decoding = (graphs.kernels(mixed / name) for name in ("encoder.onnx", "prefix.onnx", "decoder.onnx"))
     assert (encoding["QLinearConv"], encoding["Conv"] + encoding["FusedConv"]) == (11 - 3 + 3, 3)  # the poolings are convolutions
     assert encoding["QLinearAdd"] == 1  # the block before hands on floats, and so adds them

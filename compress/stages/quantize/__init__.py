@@ -15,7 +15,7 @@ from compress.config import Quantize
 from compress.context import Context, Progress
 from compress.errors import ModelError, StageError
 from compress.runtime import SETTINGS
-from compress.stages.export.tracing import write_decoder
+from compress.stages.export.decoder import write_decoder
 from compress.stages.quantize import calibrate, concepts, decoder, encoder, search, sensitivity, tune
 from compress.stages.quantize.calibrate import Calibrated
 from compress.training.start import read_captioner
@@ -76,7 +76,7 @@ def write(
     alone = {"encoder": encoder.quantized_encoder(model, found.encoder, floating)}
     if found.concepts is not None:
         alone["concepts"] = concepts.quantized_concepts(model, found.concepts, floating)
-    prefix, step = decoder.quantized_decoder(model, found.decoder, found.traced, floating)
+    prefix, step = decoder.quantized_decoder(model, found.decoder, floating)
     large = graphs.float_weights(alone | {"prefix": prefix, "decoder": step})  # before their names are cleaned away
     for name, proto in alone.items():
         graphs.write(graphs.clean(proto), folder / f"{name}.onnx")

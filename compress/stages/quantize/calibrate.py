@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from onnx import ModelProto
 from tokenizers import Tokenizer
 from torch.fx import GraphModule
 
@@ -17,7 +15,6 @@ from compress import runtime
 from compress.config import Quantize
 from compress.context import Progress
 from compress.data import CaptionSet, Example
-from compress.stages.export.tracing import prefix_graph, step_graph
 from compress.stages.quantize import concepts, decoder, encoder
 from compress.stages.quantize.gptq import IMAGES, gptq
 from compress.stages.quantize.smoothquant import smoothed
@@ -37,11 +34,6 @@ class Calibrated:
     concepts: GraphModule | None
     examples: list[Example]
     captions: list[list[list[int]]]
-
-    @functools.cached_property
-    def traced(self) -> tuple[ModelProto, ModelProto]:
-        """The float prefix and step: each trial of a search makes other parts of them integer."""
-        return prefix_graph(self.model), step_graph(self.model)
 
 
 def calibrate(

@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 
 from compress.config import Quantize
 from compress.context import Progress
+from compress.stages.export.extractor import concepts_graph
 from compress.stages.export.modules import ConceptScores
-from compress.stages.export.tracing import concepts_graph
 from compress.stages.quantize import observe
 from compress.stages.quantize.decoder import make_integer
 from compress.stages.quantize.gptq import IMAGES, gptq
@@ -49,7 +49,7 @@ def quantized_concepts(model: LightCap, prepared: GraphModule, floating: Collect
     """grid -> word pieces of the concepts. `prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float
     weights."""
     found = observe.linear_scales(prepared)
-    names = {name: name.replace("concepts.", "scores.", 1) for name in found}  # in `export.modules.Extractor`
+    names = {name: name.removeprefix("concepts.") for name in found}  # in the graph
     float_weights = {names[name] for name in found if part_named(name.removesuffix(".weight")) in floating}
     proto = concepts_graph(model)
     make_integer(proto.graph, {names[name]: scale for name, scale in found.items()}, float_weights)

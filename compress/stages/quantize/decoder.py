@@ -8,7 +8,6 @@ word, for lookup and for logits. Norms, softmax, the products of attention, GELU
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.fx import GraphModule
 
 from compress import graphs
 from compress.errors import StageError
-from compress.stages.export.modules import stacks
+from compress.stages.export.decoder import prefix_graph, stacks, step_graph
 from compress.stages.quantize import observe
 from compress.stages.quantize.observe import Scales
 from compress.stages.quantize.simulate import part_named
@@ -30,11 +29,9 @@ from students.lightcap import LightCap
 LONGEST = 4096  # tokens of all captions of one calibration image
 
 
-def quantized_decoder(
-    model: LightCap, prepared: GraphModule, traced: Sequence[ModelProto], floating: Collection[str] = ()
-) -> tuple[ModelProto, ModelProto]:
-    """Prefix and step, made of the float ones `traced`. `prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep
-    their float weights. StageError where a weight got no scales."""
+def quantized_decoder(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> tuple[ModelProto, ModelProto]:
+    """Prefix and step. `prepared`: what `calibrated` gives; `floating`: parts (`simulate.parts`) that keep their float weights. StageError
+    where a weight got no scales."""
     found = observe.linear_scales(prepared)
     float_weights = {graph_name(name) for name in found if part_named(name.removesuffix(".weight")) in floating}
     scales = {graph_name(name): scale for name, scale in found.items()}
@@ -44,7 +41,7 @@ def quantized_decoder(
             float_weights.add(name)
         elif scales.keys() >= set(parts):
             scales[name] = stacked(name, [scales[part] for part in parts])
-    prefix, step = map(copy.deepcopy, traced)
+    prefix, step = prefix_graph(model), step_graph(model)
     for proto in (prefix, step):
         make_integer(proto.graph, scales, float_weights)
     return prefix, step
@@ -83,7 +80,7 @@ def teacher_forced(model: LightCap, grid: Tensor, captions: list[list[int]]) -> 
 
 
 def graph_name(name: str) -> str:
-    """A weight's name in LightCap -> its name in `export.modules.Decoder`."""
+    """A weight's name in LightCap -> its name in `export.decoder.weights`."""
     name = name.removeprefix("model.").removeprefix("fusion.").removeprefix("heads.")
     return "vocabulary" if name == "word.weight" else name
 
