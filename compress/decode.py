@@ -92,7 +92,7 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
         past = [seen.rows(rows, images) for seen in past]
     for row, image in enumerate(live):
         for value, history in zip(scores[row].tolist(), said[row * beam : (row + 1) * beam], strict=True):
-            if value > -torch.inf:
+            if value != -torch.inf:
                 finished[image].append(Hypothesis(value / max(1, len(history)), value, history))
     return finished
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from compress import artifact, card, ledger, lock, sources
+from compress import artifact, card, ledger, lock, recipe, sources
 from compress.artifact import Artifact
 from compress.cache import finished, noted
 from compress.config import Recipe, Stage
@@ -51,6 +51,11 @@ class Run:
     @functools.cached_property
     def tmacs(self) -> Mapping[str, float]:
         return (self.evaluation or importlib.import_module("compress.estimate")).tmacs(self.recipe, self.data)
+
+    @functools.cached_property
+    def written(self) -> str:
+        """The resolved recipe as a file has it."""
+        return recipe.as_yaml(self.recipe)
 
     @property
     def told(self) -> Path:

@@ -212,7 +212,7 @@ def _read(told: Path) -> str:
 
 
 def _save(run_: making.Run, rows: list[dict]) -> None:
-    artifact.write_text(run_.out / "recipe.yaml", recipe.as_yaml(run_.recipe))
+    artifact.write_text(run_.out / "recipe.yaml", run_.written)
     ledger.write(run_.out / "ledger.jsonl", rows)
 
 

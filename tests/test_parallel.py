@@ -133,8 +133,9 @@ def test_a_run_of_two_processes(tmp_path):
     assert [status for status, *_ in again] == [0, 0] and json.loads(again[0][1])["ledger"] == result["ledger"]
     (status, *_), (other, _, said) = start(command, tmp_path, 2, threads="12")  # the first finds all of its own
     assert (status, other) == (0, 1) and "process 1 would make other artifacts" in said
-    (alone, out, _), = start(command, tmp_path, 1)
-    assert alone == 0 and {row["lock"] for row in json.loads(out)["ledger"]}.isdisjoint(kept)  # another number of processes: another lock
+    (alone, out, _), = start(["-m", "compress", "plan", "many.yaml", "--json"], tmp_path, 1)
+    planned = json.loads(out)["stages"]  # another number of processes: other locks
+    assert alone == 0 and {stage["lock"] for stage in planned}.isdisjoint(kept) and not any(stage["cached"] for stage in planned)
 
 
 def test_processes_that_would_make_different_things_stop(tmp_path):

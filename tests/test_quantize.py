@@ -38,14 +38,18 @@ def parent(model, tmp_path_factory):
     return tiny.artifact(model, tmp_path_factory.mktemp("quantize") / "float")
 
 
-@pytest.fixture(scope="module")
-def made(parent):
+def run(parent):
     """The quantized artifact, and what was calibrated for it."""
     where, found, real = context(parent.path.parent / "int8"), [], calibrate.calibrate
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(calibrate, "calibrate", lambda *given: found.append(real(*given)) or found[0])
         quantize.run(parent, Quantize(calibration_images=12), where)
     return where.output, found[0]
+
+
+@pytest.fixture(scope="module")
+def made(parent):
+    return run(parent)
 
 
 @pytest.fixture(scope="module")
@@ -376,13 +380,11 @@ def test_concepts_are_quantized_too(tmp_path):
     model.start_concepts(torch.nn.functional.normalize(torch.randn(count, text), dim=1), pieces, torch.zeros(count), 32, 6)
     with torch.no_grad():
         model.alignment.second.weight.mul_(8)
-    parent = tiny.artifact(model.eval(), tmp_path / "float")
-    where = context(tmp_path / "int8")
-    quantize.run(parent, Quantize(calibration_images=12), where)
-    kernels = graphs.kernels(where.output / "concepts.onnx")
+    folder, calibrated = run(tiny.artifact(model.eval(), tmp_path / "float"))
+    kernels = graphs.kernels(folder / "concepts.onnx")
     assert kernels["MatMulInteger"] + kernels["MatMulIntegerToFloat"] == 2
-    assert graphs.weight_bytes(where.output)["integer"] > 0.8 * sum(graphs.weight_bytes(where.output).values())
-    captioner = runtime.Captioner(where.output, threads=1)
+    assert graphs.weight_bytes(folder)["integer"] > 0.8 * sum(graphs.weight_bytes(folder).values())
+    captioner = runtime.Captioner(folder, threads=1)
     grid = captioner.encode(np.stack([runtime.pixels(picture, captioner.settings) for picture in tiny.pictures(16)]))
     found = captioner.extractor.run(None, {"grid": grid})[0]
     scores = model.concept_scores(torch.from_numpy(grid))
@@ -391,12 +393,11 @@ def test_concepts_are_quantized_too(tmp_path):
         worst = row[torch.from_numpy(ids) - 10].min()
         assert worst > row.topk(6).values[-1] - 0.1 * row.std()
     assert all(text for text, _ in captioner.decode(grid, beam=2))
-    again = calibrate.calibrate(*read_captioner(parent.path), Quantize(calibration_images=12), where.data, where.seed, where.progress)
-    finding = simulate.simulated(again.concepts)
+    finding = simulate.simulated(calibrated.concepts)
     with torch.no_grad():
         assert torch.equal(model.concepts.choose(finding(torch.from_numpy(grid)), 6), torch.from_numpy(found))
-        special, decoding = Special.of(tiny.tokenizer()), simulate.simulated(again.decoder)
-        said, _ = greedy(decoding, again.model, torch.from_numpy(grid), special, finding)
+        special, decoding = Special.of(tiny.tokenizer()), simulate.simulated(calibrated.decoder)
+        said, _ = greedy(decoding, calibrated.model, torch.from_numpy(grid), special, finding)
     assert said == [pieces for pieces, _ in captioner.search(grid, 1, model.config.max_tokens)]
 
 

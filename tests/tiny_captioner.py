@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -60,9 +61,15 @@ def pixels(images: list[np.ndarray]) -> np.ndarray:
 
 def build(shapes: dict | None = None, steps: int = 0, seed: int = 0) -> LightCap:
     """A tiny LightCap whose batch norms have seen the pictures and whose weights are large enough to matter; `steps` of training."""
+    return copy.deepcopy(built(tuple((shapes or {}).items()), steps, seed))
+
+
+@functools.cache
+def built(shapes: tuple, steps: int, seed: int) -> LightCap:
+    """Made once for all tests of a process."""
     torch.manual_seed(seed)
     words = tokenizer()
-    config = dataclasses.replace(preset("tiny", vocabulary=words.get_vocab_size()), shapes=shapes or {}, dropout=0.0)
+    config = dataclasses.replace(preset("tiny", vocabulary=words.get_vocab_size()), shapes=dict(shapes), dropout=0.0)
     model = LightCap(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
