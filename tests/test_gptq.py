@@ -130,6 +130,21 @@ def forced(model, pixels):
         return [decoder.teacher_forced(model, *sample) for sample in zip(model.encode(pixels).split(1), captions, strict=True)]
 
 
+@pytest.fixture(scope="module")
+def calibrated(model, pixels, forced):
+    return encoder.calibrated(model, [pixels.numpy()]), decoder.calibrated(model, forced)
+
+
+@pytest.fixture
+def encoding(calibrated):
+    return copy.deepcopy(calibrated[0])
+
+
+@pytest.fixture
+def decoding(calibrated):
+    return copy.deepcopy(calibrated[1])
+
+
 def distance(graph, samples, expected, activations=False):
     rounded = simulate.simulated(graph)
     for module in rounded.modules():
@@ -139,14 +154,14 @@ def distance(graph, samples, expected, activations=False):
         return sum(float((rounded(*sample) - goal).square().sum()) for sample, goal in zip(samples, expected, strict=True))
 
 
-def test_gptq_brings_both_graphs_nearer_to_float(model, pixels, forced):
+def test_gptq_brings_both_graphs_nearer_to_float(model, pixels, forced, encoding, decoding):
     """On inputs that it did not see."""
     others = torch.from_numpy(tiny.pixels(tiny.pictures(16, seed=5)))
     with torch.no_grad():
         decode = observe.TeacherForced(model)
         for graph, samples, asked, expected in (
-            (encoder.calibrated(model, [pixels.numpy()]), [(pixels,)], [(others,)], [model.encode(others)]),
-            (decoder.calibrated(model, forced), forced[:10], forced[10:], [decode(*sample) for sample in forced[10:]]),
+            (encoding, [(pixels,)], [(others,)], [model.encode(others)]),
+            (decoding, forced[:10], forced[10:], [decode(*sample) for sample in forced[10:]]),
         ):
             before, weights = copy.deepcopy(graph), {name: value.clone() for name, value in graph.named_parameters()}
             gptq(graph, samples, QUIET)
@@ -157,8 +172,7 @@ def test_gptq_brings_both_graphs_nearer_to_float(model, pixels, forced):
             assert all(torch.equal(value, dict(again.named_buffers())[name]) for name, value in graph.named_buffers())
 
 
-def test_a_part_in_float_has_its_own_weights(model, pixels):
-    encoding = encoder.calibrated(model, [pixels.numpy()])
+def test_a_part_in_float_has_its_own_weights(pixels, encoding):
     gptq(encoding, [(pixels,)], QUIET)
     simulation = simulate.simulated(encoding)
     simulate.switch([simulation], [part for part in simulate.parts(encoding) if part != "encoder.blocks.2"])
@@ -167,8 +181,7 @@ def test_a_part_in_float_has_its_own_weights(model, pixels):
         torch.testing.assert_close(folded, simulation(pixels), atol=1e-5, rtol=0)
 
 
-def test_the_integers_of_both_graphs_are_those_of_the_simulation(model, pixels, forced):
-    encoding, decoding = encoder.calibrated(model, [pixels.numpy()]), decoder.calibrated(model, forced)
+def test_the_integers_of_both_graphs_are_those_of_the_simulation(pixels, forced, encoding, decoding):
     gptq(encoding, [(pixels,)], QUIET)
     gptq(decoding, forced, QUIET)
     with torch.no_grad():
