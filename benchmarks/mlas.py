@@ -93,7 +93,7 @@ def softmax(x: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: int) -> Tensor:
-    """aten::scaled_dot_product_attention as `export.DecoderLayer` spells it: what `prefix` gives, and what the caption."""
+    """aten::scaled_dot_product_attention as `export.decoder.step_graph` spells it: what `prefix` gives, and what the caption."""
     scores = query @ key.transpose(2, 3) * torch.tensor(query.shape[-1] ** -0.5)
     weights = softmax(scores.masked_fill(~mask, -torch.inf))
     return weights[..., :prefix] @ value[:, :, :prefix] + weights[..., prefix:] @ value[:, :, prefix:]

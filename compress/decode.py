@@ -53,14 +53,14 @@ def beams(model: LightCap, grid: Tensor, special: Special, beam: int, max_tokens
     past = model.prefill(grid)
     scores = torch.full((b, beam), -torch.inf, device=where)
     scores[:, 0] = 0.0
+    never = torch.tensor(special.never, dtype=torch.long, device=where)
     last = torch.full((b * beam, 1), special.start, device=where)
     said: list[tuple[int, ...]] = [()] * (b * beam)  # by each row of `last`
     finished: list[list[Hypothesis]] = [[] for _ in range(b)]
     live = list(range(b))  # the images still searched, in the order of the rows of `scores`
     for position in range(max_tokens):
         logits, past = model.step(last, position, past)
-        logs = logits.float().log_softmax(-1)
-        logs[:, list(special.never)] = -torch.inf
+        logs = logits.float().log_softmax(-1).index_fill_(1, never, -torch.inf)
         total = scores.unsqueeze(-1) + logs.view(len(live), beam, -1)
         best, index = total.flatten(1).topk(min(2 * beam, total[0].numel()), dim=1)
         kept, going = [], []  # (score, row of `last`, next piece)
@@ -109,10 +109,10 @@ def sample(
     tokens = torch.full((b * count, 1), special.start, device=grid.device)
     logprob = torch.zeros(b * count, device=grid.device)
     done = torch.zeros(b * count, dtype=torch.bool, device=grid.device)
+    never = torch.tensor(special.never, dtype=torch.long, device=grid.device)
     for position in range(max_tokens):
         logits, past = model.step(tokens[:, -1:], position, past)
-        logits[:, list(special.never)] = -torch.inf
-        logs = (logits.float() / temperature).log_softmax(-1)
+        logs = (logits.float().index_fill_(1, never, -torch.inf) / temperature).log_softmax(-1)
         piece = torch.multinomial(logs.exp(), 1, generator=generator)
         logprob += torch.where(done, 0.0, logs.gather(1, piece).squeeze(1))
         tokens = torch.cat([tokens, torch.where(done.unsqueeze(1), special.end, piece)], 1)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -48,24 +49,39 @@ def test_prefix_and_steps_give_pytorchs_keys_and_logits_with_a_pruned_layer(mode
             np.testing.assert_allclose(got, logits.numpy(), atol=1e-4)
 
 
-def test_a_model_of_one_layer_and_one_head_and_another_image_size_exports_too(tmp_path):
+@pytest.mark.parametrize("sizes", [
+    {"image_size": 48, "layers": 1, "heads": 1},
+    {"layers": 3, "heads": 3, "shapes": {name.replace("layers.0", "layers.2"): shape for name, shape in tiny.PRUNED.items()}},
+    {"layers": 2, "hidden": 24, "attention_heads": 3, "mask_piece": 4},
+    {"layers": 2, "modulator": 8, "heads": 3},
+], ids=["one layer and one head", "a pruned last layer", "masked pieces", "a modulator that has nothing to read"])
+def test_any_decoder_gives_pytorchs_keys_and_logits(sizes, tmp_path):
     torch.manual_seed(1)
-    sizes = {"vocabulary": tiny.tokenizer().get_vocab_size(), "image_size": 48, "layers": 1, "heads": 1}
-    model = tiny.LightCap(tiny.preset("tiny", **sizes)).eval()
-    prefix = export.prefix_graph(model)
-    assert {tensor.name: list(tensor.dims) for tensor in prefix.graph.initializer}["prefix_places"] == [9, 32]
-    export.write_decoder(prefix, export.step_graph(model), tmp_path)
-    prefix, step = (runtime.open_session(tmp_path / name, runtime.session_options(1)) for name in ("prefix.onnx", "decoder.onnx"))
-    grid, token = np.random.default_rng(0).normal(size=(1, 9, 128)).astype(np.float32), np.array([[7]])
-    names = [item.name for item in step.get_inputs()]
-    assert names == ["tokens", "positions", "prefix_key_0", "prefix_value_0", "past_key_0", "past_value_0"]
-    seen = prefix.run(None, {"grid": grid})
-    nothing = [np.zeros((1, 2, 0, 16), np.float32)] * 2
-    logits = step.run(None, dict(zip(names, [token, np.zeros_like(token), *seen, *nothing], strict=True)))[0][:, -1]
+    shapes, mask = sizes.pop("shapes", {}), sizes.pop("mask_piece", None)
+    config = tiny.preset("tiny", vocabulary=tiny.tokenizer().get_vocab_size(), **sizes)
+    model = tiny.LightCap(dataclasses.replace(config, shapes=shapes, mask_piece=mask)).eval()
     with torch.no_grad():
-        past = model.prefill(torch.from_numpy(grid))
-        np.testing.assert_allclose(seen[0], past[0].keys.numpy(), atol=1e-4)
-        np.testing.assert_allclose(logits, model.step(torch.from_numpy(token), 0, past)[0].numpy(), atol=1e-4)
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    export.write_decoder(export.prefix_graph(model), export.step_graph(model), tmp_path)
+    prefix, step = (runtime.open_session(tmp_path / name, runtime.session_options(1)) for name in ("prefix.onnx", "decoder.onnx"))
+    grid = torch.randn(3, model.config.grid**2, 128)
+    seen = prefix.run(None, {"grid": grid.numpy()})
+    own = [np.zeros((3, value.shape[1], 0, value.shape[3]), np.float32) for value in seen]
+    with torch.no_grad():
+        past = model.prefill(grid)
+        for mine, wanted in zip(seen, [tensor for layer in past for tensor in (layer.keys, layer.values)], strict=True):
+            np.testing.assert_allclose(mine, wanted.numpy(), atol=1e-5)
+        for position in range(4):
+            tokens = torch.randint(5, 100, (3, 1))
+            wanted, past = model.step(tokens, position, past)
+            read, places = (tokens, [position]) if mask is None else (torch.cat([tokens, torch.full_like(tokens, mask)], 1),
+                                                                     [position, position + 1])
+            fed = [read.numpy(), np.tile(places, (3, 1)), *seen, *own]
+            logits, *own = step.run(None, dict(zip([item.name for item in step.get_inputs()], fed, strict=True)))
+            own = [value[:, :, : position + 1] for value in own]  # nothing is kept of [MASK]
+            np.testing.assert_allclose(logits[:, 0], wanted.numpy(), atol=1e-5)
+            assert wanted.std() > 0.1
 
 
 @pytest.mark.parametrize(("text", "products"), [(16, 1), (8, 2)])

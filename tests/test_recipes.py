@@ -237,6 +237,7 @@ def test_ablation(tmp_path):
         assert by_name[name]["delta_cider"] == pytest.approx(mean[name] - mean[against], abs=1e-3), name
         low, high = by_name[name]["delta_ci95"]
         assert low <= by_name[name]["delta_cider"] <= high and by_name[name]["p_value"] is not None
+    assert any(by_name[name]["delta_cider"] for name in pairs)
     more = by_name["heads"]["params_by_part"]["heads"] - by_name["tokens"]["params_by_part"]["heads"]
     assert more == 2 * (32 * 32 + 32 + 2 * 32)  # two Linears and their LayerNorms; one bias of the vocabulary serves all
     macs = {name: row["gmacs_caption"] for name, row in by_name.items() if row["gmacs_caption"]}

@@ -206,7 +206,7 @@ def test_it_refuses_what_does_not_fit(tokenizer, reward):
 
 def test_agreement_is_the_metric_against_the_others(references, tokenizer):
     """Leave one out, with the document frequencies of all; one caption alone counts as the mean does."""
-    references = references[::4]
+    references = references[:200:4] + WRITTEN
     whole = metrics.CiderD(references)
     known = {"document_frequencies": whole.document_frequencies, "num_documents": len(references)}
     wanted = []

@@ -60,7 +60,9 @@ def pixels(images: list[np.ndarray]) -> np.ndarray:
 
 
 def build(shapes: dict | None = None, steps: int = 0, seed: int = 0) -> LightCap:
-    """A tiny LightCap whose batch norms have seen the pictures and whose weights are large enough to matter; `steps` of training."""
+    """A tiny LightCap whose batch norms have seen the pictures and whose weights are large enough to matter; `steps` of training. Seeds
+    what is drawn behind it, too."""
+    torch.manual_seed(seed)
     return copy.deepcopy(built(tuple((shapes or {}).items()), steps, seed))
 
 

@@ -22,7 +22,7 @@ UNSEEN = -1e9  # added to the score of a piece that is not to be seen
 
 def prefix_graph(model: LightCap) -> ModelProto:
     """grid (N, G, C), and concepts (N, K) word pieces, for a model that reads them -> keys and values layer by layer, each
-    (N, heads, K + G, head width): every position of a prefix sees every other. Its initializers have the names of `weights`."""
+    (N, heads, K + G, head width): every position of a prefix sees every other. Its weights have the names of `weights`."""
     write, config = Writer(weights(model)), model.config
     inputs = {"grid": (TensorProto.FLOAT, ("n", config.grid**2, config.channels))}
     grid, length = "grid", config.prefix
@@ -49,7 +49,7 @@ def prefix_graph(model: LightCap) -> ModelProto:
 def step_graph(model: LightCap) -> ModelProto:
     """tokens, positions (N, T): a token, and for a model of masked pieces [MASK] behind it, which it does not see; keys and values of the
     prefix, and of the caption so far, layer by layer, each (N, heads, length, width) -> logits (N, 1, V) of the last, then the keys and
-    values of past and of what was read here. Its initializers have the names of `weights`."""
+    values of past and of what was read here. Its weights have the names of `weights`."""
     write, count = Writer(weights(model)), 1 if model.config.mask_piece is None else 2
     layers = list(model.fusion.layers)
     inputs = {name: (TensorProto.INT64, ("n", count)) for name in ("tokens", "positions")}
@@ -95,6 +95,7 @@ def by_heads(write: Writer, x: str, layer: nn.Module, names: list[str], length: 
 
 
 def scores(write: Writer, query: str, key: str, layer: nn.Module) -> str:
+    """Queries (N, heads, T, width) and keys (N, heads, S, width) -> (N, heads, T, S)."""
     matched = write("MatMul", query, write("Transpose", key, perm=[0, 1, 3, 2]))
     return write("Mul", matched, np.array(layer.head_dim**-0.5, np.float32))
 
@@ -112,7 +113,8 @@ def rest(write: Writer, x: str, mixed: str, layer: nn.Module, index: int, length
 
 
 def branches(write: Writer, x: str, model: LightCap) -> str:
-    """The mean of all heads' states. Their transforms are one product; a norm's scale and shift are taken behind it, head by head."""
+    """x (N, 1, hidden) -> the mean of all heads' states, (N, 1, hidden). Their transforms are one product; a norm's scale and shift are
+    taken behind it, head by head."""
     count, width = write.weights["branches.scale"].shape
     states = write("Reshape", write("Gelu", write.product(x, "branches.transform")), ints(-1, 1, count, width))
     eps = model.heads.branches[0].norm.eps
@@ -140,7 +142,8 @@ def lookup(write: Writer, tokens: str, count: int) -> str:
 
 
 def weights(model: LightCap) -> dict[str, Tensor]:
-    """The word embedding is held once, as (hidden, V): looked up by column, and multiplied by as it stands for the logits."""
+    """What both graphs read, by name. The word embedding is held once, as (hidden, V): looked up by column, and multiplied by as it stands
+    for the logits."""
     fusion, heads = model.fusion, list(model.heads.branches)
     position, segment = fusion.position.weight, fusion.segment.weight
     found = {"vocabulary": model.word.T, "bias": model.heads.bias, "places": position[:PREFIX_POSITION] + segment[0],
@@ -178,6 +181,7 @@ def attention_names(model: LightCap, index: int) -> Sequence[str]:
 
 
 def heads_of(layer: nn.Module) -> int:
+    """Attention heads, of a pruned layer those that are left."""
     return layer.query.out_features // layer.head_dim
 
 

@@ -12,7 +12,7 @@ from students.lightcap.concepts import NONE
 
 
 def concepts_graph(model: LightCap) -> ModelProto:
-    """grid (N, G, C) -> concepts (N, K) word pieces. Its initializers have the names of the parameters of `ConceptScores`."""
+    """grid (N, G, C) -> concepts (N, K) word pieces. Its layers' weights have the names that they have in `ConceptScores`."""
     known, config = ConceptScores(model), model.config
     weights = {"windows": known.windows, "prior": known.prior, "pieces": model.concepts.pieces} | products("first", known.first)
     matching = [f"matching.{index}" for index in range(len(known.matching))]

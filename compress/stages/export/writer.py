@@ -19,6 +19,7 @@ class Writer:
         self.weights = {name: tensor.detach().cpu().numpy() for name, tensor in weights.items()}
         self.nodes: list[NodeProto] = []
         self.read: dict[str, np.ndarray] = {}
+        self.constants: dict[tuple, str] = {}  # by type, shape and bytes: equal ones are one
 
     def __call__(self, operator: str, *inputs: str | np.ndarray, out: str | Sequence[str] = "", **attributes) -> str:
         """Adds a node. `inputs`: names of tensors or weights, or constants. Returns the name of its (first) output: `out`, or a new one."""
@@ -31,7 +32,7 @@ class Writer:
             if value in self.weights:
                 self.read[value] = self.weights[value]
             return value
-        name = f"{value.dtype}{list(value.shape)}{value.ravel().tolist()}"  # equal ones are one
+        name = self.constants.setdefault((value.dtype, value.shape, value.tobytes()), f"c{len(self.constants)}")
         self.read[name] = value
         return name
 
@@ -51,9 +52,9 @@ class Writer:
 
 def products(name: str, *linears: nn.Module) -> dict[str, Tensor]:
     """Linears that read the same as one that gives what they give one after the other. Its matrix is (in, out), the layout of MatMul and
-    MatMulInteger, so that nothing is copied. `inverse`: of one that smooths what it reads (`quantize.smoothquant`)."""
+    MatMulInteger, so that nothing is copied. `inverse` (in,): of one, alone, that smooths what it reads (`quantize.smoothquant`)."""
     found = {f"{name}.weight": torch.cat([one.weight for one in linears]).T, f"{name}.bias": torch.cat([one.bias for one in linears])}
-    smoothing = getattr(linears[0], "inverse", None)
+    smoothing = getattr(linears[0], "inverse", None) if len(linears) == 1 else None
     return found if smoothing is None else found | {f"{name}.inverse": smoothing}
 
 
