@@ -1,27 +1,20 @@
 """PyTorch's integer graph against what ONNX Runtime makes of the same calibration, and its float functions against closed forms."""
 
-import dataclasses
+import functools
 
 import integers
 import mlas
 import numpy as np
 import onnxruntime
 import pytest
-import tiny_captioner as tiny
 import torch
 import torch.nn.functional as F
-from integers import greedy, integer
+from integers import integer
 from onnx import TensorProto, helper, numpy_helper
 
 from compress import graphs, runtime
-from compress.config import Quantize
-from compress.context import Progress
-from compress.decode import Special
-from compress.stages import quantize
-from compress.stages.quantize import calibrate, concepts, decoder, encoder, gptq, observe, simulate, smoothquant
+from compress.stages.quantize import encoder, observe, simulate
 from students.lightcap import LightCap, preset
-from students.lightcap.modulator import Modulator
-from students.lightcap.tokenizer import encode_captions
 
 aten = torch.ops.aten
 UNIT = 2.0**-24  # half of a last bit, relative
@@ -85,6 +78,7 @@ def test_attention_is_pytorchs():
     torch.testing.assert_close(mlas.attention(query, key, value, mask, 4), F.scaled_dot_product_attention(query, key, value, mask))
 
 
+@functools.cache
 def calibrated_encoder(name: str) -> tuple[LightCap, torch.fx.GraphModule, np.ndarray]:
     torch.manual_seed(3)
     model = LightCap(preset("tiny", encoder=name, vocabulary=40)).eval()
@@ -119,59 +113,9 @@ def test_the_encoder_gives_the_grids_of_onnx_runtime(name, kinds, tmp_path):
     assert wrong < 0.02 and wrong <= float((near != theirs).mean())
 
 
-def with_concepts() -> LightCap:
-    """An untrained captioner with random concepts and a modulator."""
-    model = tiny.build()
-    count, text = 24, 16
-    generator = torch.Generator().manual_seed(5)
-    embeddings = F.normalize(torch.randn(count, text, generator=generator), dim=1)
-    model.start_concepts(embeddings, torch.arange(10, 10 + count).unsqueeze(1), torch.zeros(count), 32, 6)
-    model.config = dataclasses.replace(model.config, modulator=8)
-    torch.manual_seed(6)
-    model.modulator = Modulator(model.config.hidden, 8, model.config.channels)
-    with torch.no_grad():
-        model.alignment.second.weight.mul_(8)
-        model.modulator.down.weight.mul_(20)
-        model.fusion.word.weight.mul_(4)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def captioner():
-    """A captioner, its graphs calibrated with SmoothQuant and GPTQ, and pixels of other pictures."""
-    model = with_concepts()
-    pixels = torch.from_numpy(tiny.pixels(tiny.pictures(16)))
-    captions = [encode_captions(tiny.tokenizer(), [tiny.caption(i)], 20) for i in range(16)]
-    with torch.no_grad():
-        grids = model.encode(pixels).split(1)
-        forced = [decoder.teacher_forced(model, *sample) for sample in zip(grids, captions, strict=True)]
-    model = smoothquant.smoothed(model, forced, 0.8)
-    encoding, decoding = encoder.calibrated(model, [pixels.numpy()]), decoder.calibrated(model, forced)
-    gptq.gptq(encoding, [(pixels,)], Progress(quiet=True))
-    gptq.gptq(decoding, forced, Progress(quiet=True))
-    finding = concepts.calibrated(model, grids, Quantize(), Progress(quiet=True))
-    return calibrate.Calibrated(model, encoding, decoding, finding, [], captions), tiny.pixels(tiny.pictures(16, seed=5))
-
-
-def test_with_concepts_and_a_modulator_captions_are_those_of_onnx_runtime(captioner, tmp_path):
-    found, pixels = captioner
-    quantize.write(tmp_path, tiny.artifact(found.model, tmp_path / "float"), found, Quantize(max_weight_ratio=1.0), (), 0.0,
-                   Progress(quiet=True))
-    theirs = runtime.Captioner(tmp_path, threads=1)
-    grid = theirs.encode(pixels)
-    computed = [simulate.simulated(graph) for graph in (found.encoder, found.decoder, found.concepts)]
-    encoding, decoding, scores = (integer(graph, found.model.config.prefix) for graph in computed)
-    for made in (decoding, scores):
-        assert not {node.target for node in made.graph.nodes} & {*integers.FLOAT, *integers.PRODUCTS}
-    with torch.no_grad():
-        assert float((encoding(torch.from_numpy(pixels)).numpy() != grid).mean()) < 0.02
-        said, _ = greedy(decoding, found.model, torch.from_numpy(grid), Special.of(tiny.tokenizer()), scores)
-    assert said == [pieces for pieces, _ in theirs.search(grid, 1, found.model.config.max_tokens)]
-
-
-def test_what_is_rounded_on_one_side_alone_stays_float(captioner):
+def test_what_is_rounded_on_one_side_alone_stays_float():
     """A part that is left in float keeps its products, and the rest its integers."""
-    encoding, pixels = captioner[0].encoder, captioner[1]
+    _, encoding, pixels = calibrated_encoder("resnet-small")
     graph = integer(simulate.simulated(simulate.leave_float(encoding, ("encoder.blocks.1",))))
     left = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert left.count(aten.conv2d.default) > 0 and any(isinstance(module, integers.Product) for module in graph.modules())

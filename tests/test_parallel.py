@@ -138,6 +138,7 @@ def test_a_run_of_two_processes(tmp_path):
     assert alone == 0 and {stage["lock"] for stage in planned}.isdisjoint({*kept, None}) and not any(stage["cached"] for stage in planned)
 
 
+@pytest.mark.slow  # beside what is tested above, of a run that begins
 def test_processes_that_would_make_different_things_stop(tmp_path):
     """The second would wait for an artifact that nobody makes, and average its gradients with those of another training."""
     (tmp_path / "many.yaml").write_text(RECIPE[: RECIPE.index("  - distill")])

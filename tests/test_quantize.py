@@ -4,6 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import integers
 import numpy as np
 import onnx
 import onnxruntime
@@ -22,6 +23,8 @@ from compress.errors import ModelError, StageError
 from compress.stages import export, quantize
 from compress.stages.quantize import calibrate, decoder, encoder, observe, sensitivity, simulate, tune
 from compress.training.start import read_captioner
+from students.lightcap import LightCap
+from students.lightcap.modulator import Modulator
 
 
 def context(folder):
@@ -269,7 +272,7 @@ def test_an_export_of_the_quantized_artifact_holds_its_graphs(folder, tmp_path):
     assert (tmp_path / "out" / "caption.py").is_file()
 
 
-def integers(folder) -> dict[str, np.ndarray]:
+def int8_weights(folder) -> dict[str, np.ndarray]:
     """The INT8 weights of all graphs, without zero points."""
     return {f"{name}: {tensor.name}": numpy_helper.to_array(tensor, base_dir=str(folder)).astype(int)
             for name, tensor in graphs.named_weights(folder) if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1}
@@ -279,7 +282,7 @@ def test_a_reduced_range_holds_no_weight_whose_sums_saturate_and_captions_alike(
     """7-bit weights: 255 x 64 + 255 x 64 is below 2^15, where a full range has pairs above."""
     where = context(parent.path.parent / "reduced")
     quantize.run(parent, Quantize(calibration_images=12, reduce_range=True), where)
-    reduced, whole = ({name: weight for name, weight in integers(made).items() if not (weight == 1).all()}  # poolings
+    reduced, whole = ({name: weight for name, weight in int8_weights(made).items() if not (weight == 1).all()}  # poolings
                       for made in (where.output, folder))
     assert reduced.keys() == whole.keys() and len(reduced) == 11 + 12
     for name, weight in reduced.items():
@@ -301,7 +304,7 @@ def test_a_reduced_range_rounds_to_half_as_many_steps(parent):
     for name, settings in {"plain": {}, "nearest": {"reduce_range": True}}.items():
         where = context(parent.path.parent / name)
         quantize.run(parent, Quantize(calibration_images=12, rounding="nearest", **settings), where)
-        made[name] = integers(where.output)
+        made[name] = int8_weights(where.output)
     for name, weight in made["nearest"].items():
         np.testing.assert_allclose(2 * weight, made["plain"][name], atol=2)
 
@@ -371,34 +374,51 @@ def test_a_pad_before_a_quantized_convolution_becomes_the_convolutions_own():
     np.testing.assert_allclose(onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0], before, atol=1e-5)
 
 
-def test_concepts_are_quantized_too(tmp_path):
-    """A model with concepts: two integer products find the same concepts as the float extractor, but for near ties."""
-    model = tiny.build(steps=0)
+def with_concepts() -> LightCap:
+    """An untrained captioner with random concepts and a modulator."""
+    model = tiny.build()
     count, text = 24, 16
-    torch.manual_seed(5)
-    pieces = torch.arange(10, 10 + count).unsqueeze(1)
-    model.start_concepts(torch.nn.functional.normalize(torch.randn(count, text), dim=1), pieces, torch.zeros(count), 32, 6)
+    generator = torch.Generator().manual_seed(5)
+    embeddings = torch.nn.functional.normalize(torch.randn(count, text, generator=generator), dim=1)
+    model.start_concepts(embeddings, torch.arange(10, 10 + count).unsqueeze(1), torch.zeros(count), 32, 6)
+    model.config = dataclasses.replace(model.config, modulator=8)
+    torch.manual_seed(6)
+    model.modulator = Modulator(model.config.hidden, 8, model.config.channels)
     with torch.no_grad():
         model.alignment.second.weight.mul_(8)
-    folder, calibrated = run(tiny.artifact(model.eval(), tmp_path / "float"))
+        model.modulator.down.weight.mul_(20)
+        model.fusion.word.weight.mul_(4)
+    return model.eval()
+
+
+def test_concepts_are_quantized_too(tmp_path):
+    """A model with concepts and a modulator: two integer products find the same concepts as the float extractor, but for near ties, and
+    ONNX Runtime says what PyTorch's graphs say, by rounded floats and by integers."""
+    model = with_concepts()
+    folder, found = run(tiny.artifact(model, tmp_path / "float"))
     kernels = graphs.kernels(folder / "concepts.onnx")
     assert kernels["MatMulInteger"] + kernels["MatMulIntegerToFloat"] == 2
     assert graphs.weight_bytes(folder)["integer"] > 0.8 * sum(graphs.weight_bytes(folder).values())
     captioner = runtime.Captioner(folder, threads=1)
-    grid = captioner.encode(np.stack([runtime.pixels(picture, captioner.settings) for picture in tiny.pictures(16)]))
-    found = captioner.extractor.run(None, {"grid": grid})[0]
+    pixels = tiny.pixels(tiny.pictures(16, seed=5))
+    grid = captioner.encode(pixels)
+    pieces = torch.from_numpy(captioner.extractor.run(None, {"grid": grid})[0])
     scores = model.concept_scores(torch.from_numpy(grid))
-    for row, ids in zip(scores.detach(), found, strict=True):
+    for row, ids in zip(scores.detach(), pieces, strict=True):
         assert len(set(ids.tolist())) == 6
-        worst = row[torch.from_numpy(ids) - 10].min()
-        assert worst > row.topk(6).values[-1] - 0.1 * row.std()
+        assert row[ids - 10].min() > row.topk(6).values[-1] - 0.1 * row.std()
     assert all(text for text, _ in captioner.decode(grid, beam=2))
-    finding = simulate.simulated(calibrated.concepts)
+    said = [ids for ids, _ in captioner.search(grid, 1, model.config.max_tokens)]
+    rounded = [simulate.simulated(graph) for graph in (found.encoder, found.decoder, found.concepts)]
+    exact = [integer(graph, model.config.prefix) for graph in rounded]
+    for graph in exact[1:]:
+        assert not {node.target for node in graph.graph.nodes} & {*integers.FLOAT, *integers.PRODUCTS}
+    special = Special.of(tiny.tokenizer())
     with torch.no_grad():
-        assert torch.equal(model.concepts.choose(finding(torch.from_numpy(grid)), 6), torch.from_numpy(found))
-        special, decoding = Special.of(tiny.tokenizer()), simulate.simulated(calibrated.decoder)
-        said, _ = greedy(decoding, calibrated.model, torch.from_numpy(grid), special, finding)
-    assert said == [pieces for pieces, _ in captioner.search(grid, 1, model.config.max_tokens)]
+        assert float((exact[0](torch.from_numpy(pixels)).numpy() != grid).mean()) < 0.02
+        for _, decoding, finding in (rounded, exact):
+            assert torch.equal(model.concepts.choose(finding(torch.from_numpy(grid)), 6), pieces)
+            assert greedy(decoding, found.model, torch.from_numpy(grid), special, finding)[0] == said
 
 
 def test_the_extractors_layers_are_parts_that_can_stay_in_float(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import string
@@ -115,11 +116,15 @@ def english() -> list[str]:
     """Special tokens, characters, and the whole words that CLIP's byte-pair merges reach first: the most frequent English ones."""
     spec = importlib.util.find_spec("open_clip")
     table = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    words: dict[str, None] = {}
     with gzip.open(table, "rt", encoding="utf-8") as file:
-        merges = file.read().split("\n")[1:]
-    words = ("".join(merge.split()).removesuffix("</w>") for merge in merges if merge.endswith("</w>"))
-    words = [word for word in dict.fromkeys(words) if len(word) > 1 and word.isascii() and word.isalpha()]
-    return [*SPECIAL, *characters(), *words[:ENGLISH_WORDS]]
+        for merge in itertools.islice(file, 1, None):
+            word = "".join(merge.split())
+            if word.endswith("</w>") and len(word := word.removesuffix("</w>")) > 1 and word.isascii() and word.isalpha():
+                words[word] = None
+                if len(words) == ENGLISH_WORDS:
+                    break
+    return [*SPECIAL, *characters(), *words]
 
 
 def encode_captions(tokenizer: Tokenizer, captions: Iterable[str], max_tokens: int) -> list[list[int]]:
