@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --no-compile --editable
-# All processors compile what was installed; pip would with one. What is left out is half of it, and hardly any of that is imported here.
+# All processors compile what was installed; pip would with one. What is left out is large, and hardly any of it is imported here.
 # Some packages carry files that are no Python: those are left.
 UNUSED := /tests/|/transformers/models/(?!auto/|bert/)|/torch/(_inductor|testing)/|/(pip|setuptools|sklearn|sentence_transformers)/
 COMPILE := $(BIN)/python -W ignore -m compileall -q -j 0 -x '$(UNUSED)' .venv/lib > /dev/null 2>&1 || true

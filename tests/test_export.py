@@ -49,22 +49,27 @@ def test_prefix_and_steps_give_pytorchs_keys_and_logits_with_a_pruned_layer(mode
             np.testing.assert_allclose(got, logits.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [
-    {"image_size": 48, "layers": 1, "heads": 1},
-    {"layers": 3, "heads": 3, "shapes": {name.replace("layers.0", "layers.2"): shape for name, shape in tiny.PRUNED.items()}},
-    {"layers": 2, "hidden": 24, "attention_heads": 3, "mask_piece": 4},
-    {"layers": 2, "modulator": 8, "heads": 3},
+@pytest.mark.parametrize(("sizes", "shapes", "mask"), [
+    ({"image_size": 48, "layers": 1, "heads": 1}, {}, None),
+    ({"layers": 3, "heads": 3}, {name.replace("layers.0", "layers.2"): shape for name, shape in tiny.PRUNED.items()}, None),
+    ({"layers": 2, "hidden": 24, "attention_heads": 3}, {}, 4),
+    ({"layers": 2, "modulator": 8, "heads": 3}, {}, None),
 ], ids=["one layer and one head", "a pruned last layer", "masked pieces", "a modulator that has nothing to read"])
-def test_any_decoder_gives_pytorchs_keys_and_logits(sizes, tmp_path):
+def test_any_decoder_gives_pytorchs_keys_and_logits(sizes, shapes, mask, tmp_path):
     torch.manual_seed(1)
-    shapes, mask = sizes.pop("shapes", {}), sizes.pop("mask_piece", None)
     config = tiny.preset("tiny", vocabulary=tiny.tokenizer().get_vocab_size(), **sizes)
     model = tiny.LightCap(dataclasses.replace(config, shapes=shapes, mask_piece=mask)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    export.write_decoder(export.prefix_graph(model), export.step_graph(model), tmp_path)
+    prefix = export.prefix_graph(model)
+    sizes_of = {tensor.name: list(tensor.dims) for tensor in prefix.graph.initializer}
+    assert sizes_of["prefix_places"] == [model.config.prefix, model.config.hidden]
+    export.write_decoder(prefix, export.step_graph(model), tmp_path)
     prefix, step = (runtime.open_session(tmp_path / name, runtime.session_options(1)) for name in ("prefix.onnx", "decoder.onnx"))
+    names = [item.name for item in step.get_inputs()]
+    assert names == ["tokens", "positions", *(f"{kind}_{part}_{layer}" for kind in ("prefix", "past")
+                                              for layer in range(model.config.layers) for part in ("key", "value"))]
     grid = torch.randn(3, model.config.grid**2, 128)
     seen = prefix.run(None, {"grid": grid.numpy()})
     own = [np.zeros((3, value.shape[1], 0, value.shape[3]), np.float32) for value in seen]
@@ -78,7 +83,7 @@ def test_any_decoder_gives_pytorchs_keys_and_logits(sizes, tmp_path):
             read, places = (tokens, [position]) if mask is None else (torch.cat([tokens, torch.full_like(tokens, mask)], 1),
                                                                      [position, position + 1])
             fed = [read.numpy(), np.tile(places, (3, 1)), *seen, *own]
-            logits, *own = step.run(None, dict(zip([item.name for item in step.get_inputs()], fed, strict=True)))
+            logits, *own = step.run(None, dict(zip(names, fed, strict=True)))
             own = [value[:, :, : position + 1] for value in own]  # nothing is kept of [MASK]
             np.testing.assert_allclose(logits[:, 0], wanted.numpy(), atol=1e-5)
             assert wanted.std() > 0.1

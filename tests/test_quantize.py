@@ -12,6 +12,7 @@ import pytest
 import stage_context
 import tiny_captioner as tiny
 import torch
+from equality import first_gap
 from integers import greedy, integer
 from onnx import TensorProto, helper, numpy_helper
 
@@ -393,7 +394,7 @@ def with_concepts() -> LightCap:
 
 def test_concepts_are_quantized_too(tmp_path):
     """A model with concepts and a modulator: two integer products find the same concepts as the float extractor, but for near ties, and
-    ONNX Runtime says what PyTorch's graphs of integers say. (Rounded floats fall otherwise at an untrained captioner's near ties.)"""
+    ONNX Runtime says what PyTorch's graphs of integers say, and those of rounded floats, but for near ties: it is untrained."""
     model = with_concepts()
     folder, found = run(tiny.artifact(model, tmp_path / "float"))
     kernels = graphs.kernels(folder / "concepts.onnx")
@@ -419,6 +420,10 @@ def test_concepts_are_quantized_too(tmp_path):
         for finding in (rounded[2], exact[2]):
             assert torch.equal(model.concepts.choose(finding(torch.from_numpy(grid)), 6), pieces)
         assert greedy(exact[1], found.model, torch.from_numpy(grid), special, exact[2])[0] == said
+        near, logits = greedy(rounded[1], found.model, torch.from_numpy(grid), special, rounded[2])
+    gaps = [first_gap([*mine, special.end], [*other, special.end], logs)
+            for mine, other, logs in zip(near, said, logits.log_softmax(-1), strict=True) if mine != other]
+    assert len(gaps) <= 1 and max(gaps, default=0.0) < 0.05  # a near tie, as benchmarks/equality.py is held to
 
 
 def test_the_extractors_layers_are_parts_that_can_stay_in_float(tmp_path):

@@ -105,7 +105,7 @@ def rest(write: Writer, x: str, mixed: str, layer: nn.Module, index: int, length
     place = f"layers.{index}"
     if length > 1:
         mixed = write("Transpose", mixed, perm=[0, 2, 1, 3])
-    # -1, where 0 would say the same: of sizes that it can infer ONNX Runtime makes SkipLayerNormalization, a tenth slower over a prefix.
+    # -1, where 0 would say the same: of sizes that it can infer ONNX Runtime makes SkipLayerNormalization, slower over a prefix.
     mixed = write("Reshape", mixed, ints(-1, length, heads_of(layer) * layer.head_dim))
     x = norm(write, write("Add", x, write.product(mixed, f"{place}.output")), f"{place}.norm1", layer.norm1)
     inner = write("Gelu", write.product(x, f"{place}.up"))

@@ -1,4 +1,4 @@
-"""ONNX graphs written operator by operator, where torch.onnx would trace the same ones for ten seconds."""
+"""ONNX graphs written operator by operator, where torch.onnx would trace the same ones for seconds."""
 
 from __future__ import annotations
 
