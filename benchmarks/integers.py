@@ -156,7 +156,7 @@ def in_integers(graph: GraphModule, node: Node, chain: list[Node]) -> tuple[nn.M
 
 
 def pool(node: Node, source: ActivationRounding | Rounding, rounding: Rounding) -> Product | None:
-    """An average pool as `encoder.integer_pools` writes it, a depthwise convolution with ones; None where it pads, or does more."""
+    """An average pool as `encoder.integer_pool` writes it, a depthwise convolution with ones; None where it pads, or does more."""
     if len(node.args) != 3 or len(set(node.args[1])) > 1:
         return None
     count, side = node.meta["val"].shape[1], node.args[1][0]
@@ -165,7 +165,7 @@ def pool(node: Node, source: ActivationRounding | Rounding, rounding: Rounding) 
 
 
 def unpadded(graph: GraphModule, rounding: Node) -> Node:
-    """What a product reads: not the rounding of zeros around what is rounded, which `encoder.fold_pads` leaves out."""
+    """What a product reads: not the rounding of zeros around what is rounded, which `encoder.observed` leaves out."""
     below = rounding.args[0] if isinstance(module_of(graph, rounding), ActivationRounding) else rounding
     return below if pads_zeros(below) and rounding_of(graph, below) is not None else rounding
 

@@ -76,19 +76,6 @@ def write_sharing(models: Mapping[str, ModelProto], folder: Path, data: str) -> 
         onnx.checker.check_model(folder / name)
 
 
-def own_zero_points(graph: GraphProto) -> None:
-    """Gives each DequantizeLinear of a weight a zero point that nothing else reads, in place. Where a processor needs unsigned weights
-    (`runtime.session_options`), ONNX Runtime replaces both, and does not open a graph in which one is to be replaced twice."""
-    weights = initializers(graph)
-    taken: set[str] = set()
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and len(node.input) == 3 and node.input[0] in weights:
-            name = node.input[2]
-            if name in taken:
-                node.input[2] = add_initializer(graph, f"{node.output[0]}_point", numpy_helper.to_array(weights[name]))
-            taken.add(name)
-
-
 def prune_unused(graph: GraphProto) -> None:
     """Removes nodes and initializers that no output needs, in place."""
     needed = {value.name for value in graph.output}
@@ -111,20 +98,6 @@ def replace_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
 
 def initializers(graph: GraphProto) -> dict[str, TensorProto]:
     return {tensor.name: tensor for tensor in graph.initializer}
-
-
-def consumers(graph: GraphProto) -> dict[str, list[NodeProto]]:
-    """Each tensor's name -> the nodes that read it."""
-    found: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            found.setdefault(name, []).append(node)
-    return found
-
-
-def producers(graph: GraphProto) -> dict[str, NodeProto]:
-    """Each tensor's name -> the node that makes it."""
-    return {name: node for node in graph.node for name in node.output}
 
 
 def add_initializer(graph: GraphProto, name: str, value: np.ndarray) -> str:

@@ -25,7 +25,6 @@ LIBRARIES = {  # top-level import name: distribution
     "torchao": "torchao",
     "onnx": "onnx",
     "onnxruntime": "onnxruntime",
-    "onnxscript": "onnxscript",
     "tokenizers": "tokenizers",
     "safetensors": "safetensors",
     "PIL": "pillow",

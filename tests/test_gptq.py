@@ -8,6 +8,7 @@ import pytest
 import tiny_captioner as tiny
 import torch
 import torch.nn.functional as F
+from torchao_reference import converted
 
 from compress.context import Progress
 from compress.stages.quantize import decoder, encoder, observe, simulate
@@ -177,7 +178,7 @@ def test_a_part_in_float_has_its_own_weights(pixels, encoding):
     simulation = simulate.simulated(encoding)
     simulate.switch([simulation], [part for part in simulate.parts(encoding) if part != "encoder.blocks.2"])
     with torch.no_grad():
-        folded = encoder.fold(simulate.leave_float(encoding, ("encoder.blocks.2",)))(pixels)
+        folded = converted(encoding, ("encoder.blocks.2",))(pixels)
         torch.testing.assert_close(folded, simulation(pixels), atol=1e-5, rtol=0)
 
 
@@ -185,7 +186,7 @@ def test_the_integers_of_both_graphs_are_those_of_the_simulation(pixels, forced,
     gptq(encoding, [(pixels,)], QUIET)
     gptq(decoding, forced, QUIET)
     with torch.no_grad():
-        folded = encoder.fold(simulate.leave_float(encoding, ()))(pixels)
+        folded = converted(encoding)(pixels)
         torch.testing.assert_close(folded, simulate.simulated(encoding)(pixels), atol=1e-5, rtol=0)
     simulation = simulate.simulated(decoding)
     moved = 0

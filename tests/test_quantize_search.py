@@ -10,6 +10,7 @@ import stage_context
 import tiny_captioner as tiny
 import torch
 from integers import greedy, integer
+from torchao_reference import converted
 
 from compress import evaluate, graphs, runtime
 from compress.artifact import Artifact
@@ -86,7 +87,7 @@ def test_the_simulation_rounds_as_the_integer_graphs_do(calibrated, folder):
     with torch.no_grad():
         simulation = simulate.simulated(encoding)
         grid = simulation(batch)
-        torch.testing.assert_close(grid, encoder.fold(simulate.leave_float(encoding, ()))(batch), atol=1e-5, rtol=0)
+        torch.testing.assert_close(grid, converted(encoding)(batch), atol=1e-5, rtol=0)
         simulate.switch([simulation], [])
         torch.testing.assert_close(simulation(batch), model.encode(batch), atol=1e-4, rtol=1e-4)
 

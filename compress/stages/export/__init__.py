@@ -16,8 +16,8 @@ from compress.config import Export
 from compress.context import Context
 from compress.runtime import SETTINGS
 from compress.stages.export.decoder import prefix_graph, step_graph, write_decoder
+from compress.stages.export.encoder import encoder_graph
 from compress.stages.export.extractor import concepts_graph
-from compress.stages.export.tracing import encoder_graph
 from compress.training.start import read_captioner
 
 REQUIREMENTS = "numpy>=2\nonnxruntime>=1.22\npillow>=11.3\ntokenizers>=0.21\n"

@@ -10,9 +10,9 @@ from students.lightcap import LightCap
 
 
 class Encoder(nn.Module):
-    def __init__(self, model: LightCap) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = model.encoder
+        self.encoder = encoder
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, S, S) -> grid (B, G, C)."""

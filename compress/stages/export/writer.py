@@ -1,4 +1,4 @@
-"""ONNX graphs written operator by operator, where torch.onnx would trace the same ones for seconds."""
+"""ONNX graphs written operator by operator, where torch.onnx takes seconds for the same ones."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class Writer:
                 self.read[value] = self.weights[value]
             return value
         name = self.constants.setdefault((value.dtype, value.shape, value.tobytes()), f"c{len(self.constants)}")
+        self.read[name] = value
+        return name
+
+    def weight(self, name: str, value: np.ndarray) -> str:
+        """Adds a weight, even where an equal one is there already."""
         self.read[name] = value
         return name
 
