@@ -187,10 +187,8 @@ def limits(activations: Sequence[Node]) -> tuple[float, float]:
     (node,) = activations
     if node.target in RELU:
         return 0.0, math.inf
-    if node.target is aten.relu6.default:
-        return 0.0, 6.0
-    low, high = (*node.args[1:], None, None)[:2]
-    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    low, high = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
+    return float(low), float(high)
 
 
 def module_of(graph: GraphModule, node: Node) -> nn.Module | None:

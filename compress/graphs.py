@@ -22,29 +22,17 @@ FLOAT = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
 
 
 def clean(model: ModelProto) -> ModelProto:
-    """The same graph, in place, without doc strings, metadata (stack traces, module paths) and value infos, its nodes renamed in order.
-
-    Its bytes then depend on weights and structure alone: two exports of one model are equal.
-    """
-    model.producer_name, model.producer_version, model.doc_string, model.domain = "lightcap", "", "", ""
+    """The same graph, in place, its nodes, weights and tensors named in order: its bytes depend on weights and structure alone."""
+    model.producer_name = "lightcap"
     graph = model.graph
-    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:], graph.quantization_annotation[:]
-    graph.name, graph.doc_string = "graph", ""
-    keep = {value.name for value in [*graph.input, *graph.output]}
-    names: dict[str, str] = {name: name for name in keep} | {"": ""}
+    names: dict[str, str] = {value.name: value.name for value in [*graph.input, *graph.output]} | {"": ""}
     for index, tensor in enumerate(graph.initializer):
-        names.setdefault(tensor.name, f"w{index}")
-        tensor.name, tensor.doc_string = names[tensor.name], ""
-        del tensor.metadata_props[:]
+        tensor.name = names.setdefault(tensor.name, f"w{index}")
     for index, node in enumerate(graph.node):
-        node.name, node.doc_string = f"{node.op_type}_{index}", ""
-        del node.metadata_props[:]
+        node.name = f"{node.op_type}_{index}"
         for names_in in (node.input, node.output):
             for place, name in enumerate(names_in):
                 names_in[place] = names.setdefault(name, f"t{len(names)}")
-    for value in [*graph.input, *graph.output]:
-        value.doc_string = ""
-        del value.metadata_props[:]
     return model
 
 
@@ -134,12 +122,12 @@ def weight_bytes(folder: str | Path) -> dict[str, int]:
 
 
 def float_weights(models: Mapping[str, ModelProto], at_least: int = 4096) -> list[str]:
-    """`graph: tensor (shape)` of each float initializer of `at_least` bytes, largest first; one that several graphs share once. Of graphs
-    as they were exported: `clean` takes the names away."""
+    """`graph: tensor (shape)` of each float initializer of `at_least` bytes and two axes or more (biases and scales have one),
+    largest first; one that several graphs share once. Of graphs as they were exported: `clean` takes the names away."""
     found: dict[str, tuple[int, str]] = {}
     for graph, model in models.items():
         for tensor in model.graph.initializer:
-            if tensor.data_type in FLOAT and size_of(tensor) >= at_least:
+            if tensor.data_type in FLOAT and len(tensor.dims) > 1 and size_of(tensor) >= at_least:
                 found.setdefault(f"{tensor.name} {tuple(tensor.dims)}", (size_of(tensor), graph))
     return [f"{graph}: {name}" for name, (_, graph) in sorted(found.items(), key=lambda item: (-item[1][0], item[0]))]
 

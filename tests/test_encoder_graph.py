@@ -101,6 +101,12 @@ def test_a_pool_that_is_no_plain_mean_stays(more):
     np.testing.assert_allclose(found, wanted, atol=0.101)
 
 
+def test_the_windows_of_a_pool_that_names_no_stride_lie_side_by_side():
+    made, found, wanted = written(uniform(0, 12, 1, 3, 12, 12), 0.1, (aten.avg_pool2d.default, [2, 2]), 0.1)
+    assert made.count("Conv") == 1
+    np.testing.assert_allclose(found, wanted, atol=0.101)
+
+
 def test_a_pool_of_what_is_not_rounded_stays():
     made, found, wanted = written(uniform(-2, 2, 1, 3, 12, 12), (aten.avg_pool2d.default, [2, 2]))
     assert made[0] == "AveragePool" and "Conv" not in made
@@ -109,13 +115,15 @@ def test_a_pool_of_what_is_not_rounded_stays():
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_convolution_pads_by_itself_what_was_padded_before_it(before):
-    """More on one side than on the other; zeros are exact, and what was rounded is not rounded anew for them."""
+    """Other widths on each side, twice; zeros are exact, so that what was rounded is not rounded anew for them, by whichever scale."""
     kernel = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    rounded = [0.03] if before else []
-    made, found, wanted = written(
-        uniform(-0.1, 5, 2, 3, 8, 8), *rounded, (aten.pad.default, [0, 2, 0, 1]), 0.03, (aten.conv2d.default, kernel, None, [2, 2], [1, 1])
-    )
+    pads = [(aten.pad.default, [1, 2, 3, 0]), (aten.pad.default, [0, 1, 2, 4])]
+    convolution = (aten.conv2d.default, kernel, None, [1, 1], [1, 1])
+    x = uniform(-0.1, 5, 2, 3, 8, 14)[..., :8]
+    made, found, wanted = written(x, *([0.03, *pads, 0.05] if before else [*pads, 0.03]), convolution)
     assert made[:3] == ["QuantizeLinear", "DequantizeLinear", "Conv"] and "Pad" not in made and made.count("QuantizeLinear") == 1
+    if before:
+        _, _, wanted = written(x, 0.03, *pads, convolution)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
@@ -123,6 +131,8 @@ def test_a_convolution_pads_by_itself_what_was_padded_before_it(before):
     ([(aten.pad.default, [0, 1, 0, 1]), (aten.relu.default,)], r"relu.* has no form in ONNX here"),
     ([(aten.pad.default, [0, 1, 0, 1], "reflect")], "pads otherwise than with zeros"),
     ([(aten.pad.default, [0, 1, 0, 1], "constant", 1.0)], "pads otherwise than with zeros"),
+    ([(aten.pad.default, [0, 1])], "pads otherwise than with zeros"),
+    ([(aten.pad.default, [0, -1, 0, -1])], "pads otherwise than with zeros"),
     ([(aten.avg_pool2d.default, [3, 3], [3, 3], [0, 0], True)], "rounds sizes up"),
     ([(aten.sigmoid.default,)], r"sigmoid.* has no form in ONNX here"),
 ])
@@ -132,35 +142,58 @@ def test_what_has_no_form_in_onnx_is_named(steps, said):
 
 
 class Network(nn.Module):
-    """What encoders are made of: a norm behind a convolution with a bias and one without, activations in place, and a sum of what they
-    changed."""
+    """What encoders are made of: a norm behind a convolution with a bias and one without, an activation, maybe in place, and a sum."""
 
-    def __init__(self, activation):
+    def __init__(self, activation=None):
         super().__init__()
         self.first, self.norm1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=True), nn.BatchNorm2d(8)
-        self.second, self.norm2 = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2, bias=False), nn.BatchNorm2d(8)
+        self.second, self.norm2 = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2, bias=False), nn.BatchNorm2d(8, eps=0.1, affine=False)
         self.activation = activation
         for norm in (self.norm1, self.norm2):
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
-            nn.init.normal_(norm.weight)
-            nn.init.normal_(norm.bias)
+        nn.init.normal_(self.norm1.weight)
+        nn.init.normal_(self.norm1.bias)
 
     def forward(self, x):
         x = self.norm1(self.first(x))
-        y = self.activation(x)  # in place, x is it from here on
+        y = self.activation(x)
         return self.norm2(self.second(y)) + x
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.ReLU(), nn.ReLU6(inplace=True), nn.Hardtanh(), nn.Hardtanh(-0.5, 0.1)])
-def test_a_float_encoder_is_pytorchs(activation):
-    torch.manual_seed(0)
-    network = Network(activation).eval()
+class Shared(Network):
+    """Its second convolution is run twice, the first time with a norm behind it."""
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(self.norm2(self.second(x)))
+
+
+class NotAlone(Network):
+    def forward(self, x):
+        x = self.first(x)
+        return self.norm1(x) + x
+
+
+def float_graph(network):
+    return encoder_graph(SimpleNamespace(encoder=network.eval(), config=SimpleNamespace(image_size=16, grid=8, channels=8)))
+
+
+@pytest.mark.parametrize("network", [
+    Network(nn.ReLU(inplace=True)), Network(nn.ReLU()), Network(nn.ReLU6(inplace=True)), Network(nn.Hardtanh()),
+    Network(nn.Hardtanh(-0.5, 0.1)), Network(nn.ReLU()).to(memory_format=torch.channels_last), Shared(),
+])
+def test_a_float_encoder_is_pytorchs(network):
     weights = {name: value.clone() for name, value in network.state_dict().items()}
-    x = torch.randn(4, 3, 16, 16)
-    proto = encoder_graph(SimpleNamespace(encoder=network, config=SimpleNamespace(image_size=16, grid=8, channels=8)))
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    proto = float_graph(network)
     assert [node.op_type for node in proto.graph.node if "Norm" in node.op_type] == []
     with torch.no_grad():
         wanted = network(x).flatten(2).transpose(1, 2).numpy()
-    np.testing.assert_allclose(computed(proto, x), wanted, atol=1e-5)
+    np.testing.assert_allclose(computed(proto, x), wanted, atol=1e-5, rtol=1e-5)
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+
+
+def test_a_norm_that_does_not_read_a_convolution_alone_is_named():
+    with pytest.raises(StageError, match="batch_norm.* has no form in ONNX here"):
+        float_graph(NotAlone())

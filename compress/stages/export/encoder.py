@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from onnx import ModelProto, TensorProto
-from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -19,7 +18,6 @@ from compress.stages.export.modules import Encoder
 from compress.stages.export.writer import Writer, ints
 from students.lightcap import LightCap
 from students.lightcap.config import LightCapConfig
-from students.lightcap.norms import read_by_norms
 
 aten = torch.ops.aten
 
@@ -38,44 +36,52 @@ Operator = Callable[..., Value]  # of the writer, the node, and the node's argum
 def encoder_graph(model: LightCap) -> ModelProto:
     """pixels (n, 3, S, S) -> grid (n, G, C)."""
     size = model.config.image_size
-    encoder = Encoder(without_norms(model.encoder, size)).eval()
     with torch.no_grad():
-        traced = torch.export.export(encoder, (torch.zeros(2, 3, size, size),), strict=False).module()
-    return written(traced, model.config, OPERATORS)
+        traced = torch.export.export(Encoder(model.encoder).eval(), (torch.zeros(2, 3, size, size),), strict=False)
+    graph = traced.module(check_guards=False)
+    fold_norms(graph)
+    return graph_of(graph, model.config, OPERATORS)
 
 
 @torch.no_grad()
-def without_norms(encoder: nn.Module, image_size: int) -> nn.Module:
-    """A copy whose batch norms are part of the convolutions before them."""
-    encoder = copy.deepcopy(encoder)
-    for conv, norm in read_by_norms(encoder, image_size):
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+def fold_norms(graph: GraphModule) -> None:
+    """Makes each batch norm that alone reads a convolution part of it, in place."""
+    for norm in [node for node in graph.graph.nodes if node.target is aten.batch_norm.default]:
+        conv = norm.args[0]
+        if conv.target is not aten.conv2d.default or len(conv.users) > 1:
+            continue
+        weight, bias, scale, shift, mean, variance = (
+            None if node is None else attrgetter(str(node.target))(graph) for node in (*(*conv.args, None)[1:3], *norm.args[1:5])
         )
-        norm.forward = nn.Identity().forward
-    return encoder
+        folded = fuse_conv_bn_weights(weight, bias, mean, variance, norm.args[7], scale, shift)
+        names = [f"{conv.name}_{part}" for part in ("weight", "bias")]
+        with graph.graph.inserting_before(conv):
+            for name, tensor in zip(names, folded, strict=True):
+                graph.register_buffer(name, tensor)
+            conv.args = (conv.args[0], *map(graph.graph.get_attr, names), *conv.args[3:])
+        norm.replace_all_uses_with(conv)
+        graph.graph.erase_node(norm)
 
 
-def written(graph: GraphModule, config: LightCapConfig, operators: Mapping, observed: Operator | None = None) -> ModelProto:
-    """The ONNX graph of an encoder's. `operators`: what writes each operator; `observed`: what writes the observers of a calibrated one.
-    StageError naming an operator that has no form in ONNX here."""
-    write, values = Writer(dict(graph.named_parameters()) | dict(graph.named_buffers())), {}
+def graph_of(graph: GraphModule, config: LightCapConfig, operators: Mapping, observer: Operator | None = None) -> ModelProto:
+    """The ONNX graph of an encoder's. `operators`: what writes each operator; `observer`: what writes an observer of a calibrated graph.
+    StageError naming an operator that is none of them."""
+    tensors = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+    write, values = Writer(dict(tensors)), {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             values[node] = Value("pixels")
         elif node.op == "get_attr":
             values[node] = Value(str(node.target))
         elif node.op == "output":
-            write("Identity", values[node.all_input_nodes[0]].name, out="grid")
-        elif node.op == "call_module" and node.users:  # what nothing reads asks of the inputs' sizes
-            values[node] = observed(write, node, values[node.args[0]])
-        elif node.op == "call_function":
+            write.rename(values[node.all_input_nodes[0]].name, "grid")
+        elif node.op == "call_module":
+            values[node] = observer(write, node, values[node.args[0]])
+        else:
             operator = operators.get(node.target)
             if operator is None or (node.target not in READ_PADS and any(any(values[source].pads) for source in node.all_input_nodes)):
                 raise StageError(f"the encoder's {node.target} ({node.name}) has no form in ONNX here")
             values[node] = operator(write, node, *map_arg(node.args, values.get), **node.kwargs)
-            if node.target._schema.is_mutable:
-                values[node.args[0]] = values[node]
     pixels, grid = ("n", 3, config.image_size, config.image_size), ("n", config.grid**2, config.channels)
     return write.model({"pixels": (TensorProto.FLOAT, pixels)}, {"grid": (TensorProto.FLOAT, grid)})
 
@@ -92,7 +98,7 @@ def convolution(
 def pad(write: Writer, node: Node, x: Value, widths: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
     """Zeros that the convolutions behind it add themselves. (EfficientNet's strided ones have more on one side than on the other, which
     PyTorch spells as a pad.) `widths`: left, right, top, bottom."""
-    if mode != "constant" or value or len(widths) != 4:
+    if mode != "constant" or value or len(widths) != 4 or min(widths) < 0:
         raise StageError(f"the encoder's {node.name} pads otherwise than with zeros around a picture")
     left, right, top, bottom = widths
     return x._replace(pads=tuple(own + more for own, more in zip(x.pads, (top, left, bottom, right), strict=True)))
@@ -102,7 +108,7 @@ def pool(
     write: Writer, node: Node, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
     ceil: bool = False, counts_pads: bool = True,
 ) -> Value:
-    """A mean of every pixel by itself (CLIP's ResNet-50 has one) is none."""
+    """Windows of one pixel, one apart, change nothing and are left out (CLIP's ResNet-50 has such a pool)."""
     if ceil:
         raise StageError(f"the encoder's {node.name} rounds sizes up, where PyTorch and ONNX Runtime divide by other counts")
     if is_identity(kernel, stride):
@@ -115,16 +121,11 @@ def is_identity(kernel: Sequence[int], stride: Sequence[int]) -> bool:
     return {*kernel, *stride} == {1}
 
 
-def clip(write: Writer, node: Node, x: Value, least: float | None = None, most: float | None = None) -> Value:
-    limits = ["" if limit is None else np.array(limit, np.float32) for limit in (least, most)]
-    return Value(write("Clip", x.name, *limits))
+def clip(write: Writer, node: Node, x: Value, least: float = -1.0, most: float = 1.0) -> Value:
+    return Value(write("Clip", x.name, np.array(least, np.float32), np.array(most, np.float32)))
 
 
-def hardtanh(write: Writer, node: Node, x: Value, least: float = -1.0, most: float = 1.0) -> Value:
-    return clip(write, node, x, least, most)
-
-
-def flatten(write: Writer, node: Node, x: Value, start: int = 0, end: int = -1) -> Value:
+def flatten(write: Writer, node: Node, x: Value, start: int) -> Value:
     return Value(write("Reshape", x.name, ints(*[0] * start, -1)))
 
 
@@ -144,8 +145,7 @@ def add(write: Writer, node: Node, x: Value, y: Value) -> Value:
 
 READ_PADS = {aten.pad.default, aten.conv2d.default}
 OPERATORS: dict = {
-    aten.conv2d.default: convolution, aten.pad.default: pad, aten.avg_pool2d.default: pool,
-    aten.relu.default: relu, aten.relu_.default: relu, aten.clamp.default: clip, aten.clamp_.default: clip,
-    aten.hardtanh.default: hardtanh, aten.hardtanh_.default: hardtanh, aten.add.Tensor: add, aten.add_.Tensor: add,
+    aten.conv2d.default: convolution, aten.pad.default: pad, aten.avg_pool2d.default: pool, aten.add.Tensor: add, aten.add_.Tensor: add,
+    aten.relu.default: relu, aten.relu_.default: relu, aten.hardtanh.default: clip, aten.hardtanh_.default: clip,
     aten.flatten.using_ints: flatten, aten.transpose.int: transpose,
 }

@@ -41,6 +41,11 @@ class Writer:
         self.read[name] = value
         return name
 
+    def rename(self, name: str, to: str) -> None:
+        """The output `name` of the last node."""
+        assert list(self.nodes[-1].output) == [name], name
+        self.nodes[-1].output[0] = to
+
     def product(self, x: str, linear: str) -> str:
         """What `products` are; one that smooths what it reads does so here."""
         if f"{linear}.inverse" in self.weights:

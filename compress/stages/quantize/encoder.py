@@ -12,11 +12,11 @@ from torch import nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
-from compress.stages.export.encoder import OPERATORS, Value, aten, convolution, is_identity, pool, written
+from compress.stages.export.encoder import OPERATORS, Value, convolution, graph_of, is_identity, pool
 from compress.stages.export.modules import Encoder
 from compress.stages.export.writer import Writer
 from compress.stages.quantize import observe
-from compress.stages.quantize.observe import is_observer
+from compress.stages.quantize.observe import aten, is_observer
 from compress.stages.quantize.simulate import leave_float
 from students.lightcap import LightCap
 
@@ -35,7 +35,7 @@ def calibrated(model: LightCap, batches: Iterable[np.ndarray], reduce_range: boo
 def quantized_encoder(model: LightCap, prepared: GraphModule, floating: Collection[str] = ()) -> ModelProto:
     """pixels -> grid with one set of scales, those that `prepared` saw; `floating`: parts (`simulate.parts`) that stay in float."""
     graph = leave_float(prepared, floating)
-    return written(graph, model.config, OPERATORS | {aten.avg_pool2d.default: partial(integer_pool, graph)}, partial(observed, graph))
+    return graph_of(graph, model.config, OPERATORS | {aten.avg_pool2d.default: partial(integer_pool, graph)}, partial(observed, graph))
 
 
 def observed(graph: GraphModule, write: Writer, node: Node, x: Value) -> Value:
