@@ -26,7 +26,8 @@ RECIPE = "RECIPE is the name of a shipped recipe, or a YAML file."
 ARTIFACT = "a run's folder (its last artifact), an artifact's folder"
 OF_ONE = "lightcap: CIDEr of one image is 0 whatever is said: it weighs words by how few of several images have them"
 MODEL = f"MODEL is {ARTIFACT}, or OWNER/NAME on the hub."
-settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE", help="Change one value of the recipe; repeatable.")
+settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE",
+                        help="Change one value of a section or stage of the recipe, or seed=N; repeatable.")
 
 
 def out_option(default: str = "runs/NAME", what: str = "The run's folder"):
@@ -205,7 +206,7 @@ def compare_command(runs: tuple[str, ...], html: Path | None, as_json: bool) -> 
 @cli.command("sweep", epilog=RECIPE)
 @click.argument("recipe")
 @click.option("--vary", multiple=True, required=True, metavar="NAME.KEY=A,B,...",
-              help="Values to try, each in a run; of several such lists, every combination.")
+              help="Values to try, each in a run (seed=17,18 too); of several such lists, every combination.")
 @settings
 @out_option(what="What the runs' folders begin with: each has its settings behind it")
 @as_json
@@ -226,9 +227,9 @@ def sweep_command(
 
 @cli.command("fit", epilog=RECIPE)
 @click.argument("recipe")
-@click.option("--max-mb", type=Limit(min=0, min_open=True), help="Megabytes on disk of the last artifact.")
-@click.option("--max-ms", type=Limit(min=0, min_open=True), help="Milliseconds a caption of the last artifact, on one thread.")
-@click.option("--max-drop-cider", type=Limit(min=0), help="CIDEr that may be lost against the model that is pruned.")
+@click.option("--max-mb", type=Limit(min=0, min_open=True), help="10^6 bytes of the last artifact; this, --max-ms or both.")
+@click.option("--max-ms", type=Limit(min=0, min_open=True), help="Milliseconds of 12 word pieces, beam 1, one thread.")
+@click.option("--max-drop-cider", type=Limit(min=0), help="CIDEr x100 that may be lost on val (default: any).")
 @settings
 @out_option("runs/NAME-fit")
 @as_json
@@ -279,17 +280,19 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 
 @cli.command("eval", epilog=MODEL)
 @click.argument("model")
-@click.option("--captions", required=True, help="Karpathy or COCO JSON, Flickr8k's text, or a folder's metadata.csv.")
-@click.option("--images", required=True, help="The folder that holds the images.")
+@click.option("--captions", required=True, help="Karpathy or COCO JSON, Flickr8k's text, metadata.csv, or a column's name.")
+@click.option("--images", required=True, help="The folder that holds the images, or a data set's name.")
+@click.option("--source", type=click.Choice(("karpathy", "coco", "flickr8k", "datasets")), help="Their layout (default: by the file).")
 @click.option("--split", help="Which split to measure (default: val; of captions without splits, or with one alone, all).")
 @click.option(
-    "--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="The share of images that may be left out."
+    "--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of images that may be left out."
 )
 @beam_width
 @java_metrics
 @as_json
 def eval_command(
-    model: str, captions: str, images: str, split: str | None, max_unreadable: float, beam: int, java: bool, as_json: bool
+    model: str, captions: str, images: str, source: str | None, split: str | None, max_unreadable: float, beam: int, java: bool,
+    as_json: bool,
 ) -> None:
     """Measure a model on captioned images. Example: lightcap eval runs/photos --captions dataset.json --images images --split test"""
     from compress import config, data, models, show
@@ -297,13 +300,14 @@ def eval_command(
     from compress.data.layout import guess
 
     chosen = models.resolve(model)
-    source = guess(Path(captions)) or "karpathy"  # whose reader says what is wrong with the file
+    source = source or guess(Path(captions))
     with quietly():
-        asked = config.Data(source=source, captions=captions, images=images, val_split=split or "val", max_unreadable=max_unreadable)
+        asked = config.Data(source=source or "karpathy", captions=captions, images=images, val_split=split or "val",
+                            max_unreadable=max_unreadable)
         try:
             wanted = data.load(asked, only=asked.val_split, or_all=split is None, progress=Progress())
         except DataError as error:
-            raise DataError(_as_options(error.message)) from None
+            raise DataError(_as_options(error.message) + ("" if source else "; another layout: --source datasets")) from None
         if wanted.left_out:
             click.echo(f"lightcap: {wanted.left_out}", err=True)
         from compress import evaluate
@@ -319,7 +323,7 @@ def _as_options(message: str) -> str:
     for key in ("captions", "images", "max_unreadable"):
         option = f"--{key.replace('_', '-')}"
         message = message.replace(f"--set data.{key}=", f"{option} ").replace(f"data.{key}", option)
-    return message
+    return message.replace("--set data.source=", "--source ")
 
 
 def _java(written: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:

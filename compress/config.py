@@ -1,7 +1,8 @@
 """What a recipe may say: one frozen dataclass per section and per stage key. Units stand in the names.
 
-A field's type is what YAML must hold there; its default is what is used when the recipe is silent. `as`, `from` and `against` belong
-to every stage and are handled by `compress.recipe`. No torch is imported here: `lightcap plan` answers at once.
+A field's type is what YAML must hold there; its default is what is used when the recipe is silent. `as` and `from` belong to
+every stage, `against` to those that make captioners: `compress.recipe` handles them. No torch is imported here: wrong recipes are refused
+at once.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ class Vocabulary:
 class Prune(Optimisation):
     """Structured pruning to a target: a share of the parent's MACs per caption or of its parameters, megabytes on disk, or milliseconds a
     caption (of the model alone, in PyTorch on one thread); of several, all are met; or to fewer `layers` alone. Of several `steps`, one
-    that loses more than `max_drop_cider` on val is taken back, and the last good one is the stage's artifact."""
+    that loses more than `max_drop_cider` on val is taken back, and the last good one is the stage's artifact; of the first, the gate is
+    missed."""
 
     macs: float | None = None
     params: float | None = None

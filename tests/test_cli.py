@@ -391,6 +391,22 @@ def test_eval_takes_all_images_where_there_is_no_choice(lightcap, exported, phot
         assert drawn == 2 and json.loads(output)["images"] == drawn
 
 
+def test_eval_reads_the_data_set_and_the_column_that_are_named(lightcap, exported, photos, tmp_path):
+    """What their looks do not tell: photos that a Parquet file carries, captions in a column of any name."""
+    import datasets
+
+    rows = [{"image": {"bytes": (photos / name).read_bytes(), "path": name}, "said": "a grey square"} for name in ("a.png", "b.png")]
+    kinds = datasets.Features({"image": datasets.Image(), "said": datasets.Value("string")})
+    (tmp_path / "squares").mkdir()
+    datasets.Dataset.from_list(rows, features=kinds).to_parquet(str(tmp_path / "squares" / "val.parquet"))
+    arguments = ("eval", exported, "--images", "squares", "--captions", "said", "--beam", "1", "--json")
+    status, output, error = lightcap(*arguments, "--source", "datasets")
+    assert status == 0 and json.loads(output)["images"] == 2, error
+    status, _, error = lightcap(*arguments)
+    assert status == 2 and "--captions: there is no file or folder said" in error and "--source datasets" in error
+    assert error.count("\n") == 1 and "--set" not in error
+
+
 def test_eval_says_what_it_leaves_out_and_speaks_of_its_own_options(lightcap, exported, photos, tmp_path):
     names = ("a.png", "b.png", "broken.jpg")
     images = [{"filename": name, "split": "val", "sentences": [{"raw": "a grey square"}]} for name in names]
