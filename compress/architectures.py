@@ -44,10 +44,9 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
     config = stage.config
     parent = models.get(stage.parent)
     if isinstance(config, Distill):
-        teacher = models[config.teachers[0]]
-        model = _student(recipe, config, parent, teacher, vocabulary)
+        model = _student(recipe, config, parent, models, vocabulary)
         _check_heads(config, model.heads)
-        _check_states(config, model, teacher)
+        _check_states(config, model, models[config.teachers[0]])
     elif parent is None:
         like = models.get(getattr(config, "extractor", None))
         name = getattr(config, "preset", None) or recipe.student.preset
@@ -115,8 +114,11 @@ def _narrowed(stage: Stage, models: Mapping[str, LightCapConfig], narrowed: Mapp
     return own
 
 
-def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, teacher: LightCapConfig, vocabulary: int) -> LightCapConfig:
+def _student(
+    recipe: Recipe, config: Distill, parent: LightCapConfig | None, models: Mapping[str, LightCapConfig], vocabulary: int
+) -> LightCapConfig:
     if parent is None:
+        teacher = models[config.teachers[0]]
         ffn = feed_forward(recipe.student.ffn, config.ffn_share, teacher.ffn)
         student = dataclasses.replace(recipe.student, heads=config.heads or recipe.student.heads, ffn=ffn)
         sizes = recipe.data.image_size, 0.0, vocabulary
@@ -126,6 +128,10 @@ def _student(recipe: Recipe, config: Distill, parent: LightCapConfig | None, tea
         made = captioner_config(student, student.preset, *sizes, teacher, modulator)
         if config.init == "teacher":
             _check_start(made, teacher)
+            for name in config.teachers[: made.heads]:
+                if models[name].hidden != made.hidden:
+                    raise ValueError(f"a head of hidden size {made.hidden} cannot start from that of '{name}', of {models[name].hidden}; "
+                                     "set init: weights")
         return dataclasses.replace(made, mask_piece=teacher.mask_piece)
     if config.heads in (None, parent.heads):
         return parent

@@ -293,7 +293,7 @@ RANGES = {
     "modulator": NOT_NEGATIVE,
     "learning_rate": ABOVE_ZERO,
     "new_learning_rate": ABOVE_ZERO,
-    "encoder_learning_rate": NOT_NEGATIVE,
+    "encoder_learning_rate": ABOVE_ZERO,
     "concepts_learning_rate": ABOVE_ZERO,
     "warmup": PART,
     "final_learning_rate": WHOLE,

@@ -60,11 +60,10 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     write_json(captions_file(artifact.path, split), spoken)
     row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
-        earlier = {item["image"]: item for item in read_json(captions_file(against.path, split), list)}
+        earlier = [item["caption"] for item in read_json(captions_file(against.path, split), list)]
         if (mend := MENDS.get("quantize" if artifact.quantized else context.stage.kind)) is not None and recovered(context):
-            check_variety([item["caption"] for item in spoken], [item["caption"] for item in earlier.values()], mend)
-        before = [earlier[item["image"]]["cider"] for item in spoken]
-        pair = paired(np.array([item["cider"] for item in spoken]), np.array(before))
+            check_variety([item["caption"] for item in spoken], earlier, mend)
+        pair = paired(np.array([item["cider"] for item in spoken]), ciders(against, data, context.cache, context.progress))
         row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
     pictures = pixels(data, settings_of(artifact), context.cache, context.progress)[:TIMED_IMAGES]
     return row | latency(artifact, parent, pictures)
@@ -100,12 +99,14 @@ def scored(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress
 
 
 def ciders(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress) -> np.ndarray:
-    """CIDEr-D x100 of each image of `data` at beam 5: as it was measured, if `artifact` was."""
+    """CIDEr-D x100 of each image of `data` at beam 5, rounded as in its file: as it was measured, if `artifact` was, and on these images
+    (another run may have measured it on others since)."""
     file = captions_file(artifact.path, data.examples[0].split)
     if file.is_file():
         known = {item["image"]: item["cider"] for item in read_json(file, list)}
-        return np.array([known[example.image_id] for example in data.examples])
-    return scored(artifact, data, cache, progress)[1].per_image
+        if all(example.image_id in known for example in data.examples):
+            return np.array([known[example.image_id] for example in data.examples])
+    return scored(artifact, data, cache, progress)[1].per_image.round(4)
 
 
 def accuracy(scores: metrics.Scores) -> dict:

@@ -18,6 +18,7 @@ from compress.artifact import remove_left
 from compress.config import UNRECOVERED, Recipe, Stage, references
 from compress.context import Progress
 from compress.errors import GateError, TargetError, UsageError
+from compress.parallel import refuse_several
 from compress.recipe import read_recipe
 
 LEAST, MOST, STEP = 0.2, 0.98, 0.02  # shares of the parent's MACs that are looked at
@@ -45,6 +46,7 @@ class Limits:
 def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progress: Progress) -> dict:
     """What `lightcap fit` says. UsageError for a recipe without exactly one `prune`; GateError where the limits cannot be held; what a run
     raises. Models that are not recovered stand in a run beside `out`, which is removed."""
+    refuse_several("fit")
     if limits.mb is None and limits.ms is None:
         raise UsageError("give --max-mb, --max-ms or both")
     wanted = read_recipe(name, sets)

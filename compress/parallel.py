@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.errors import StageError
+from compress.errors import StageError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,6 +87,12 @@ def until(done: Callable[[], bool]) -> None:
 def on_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
+def refuse_several(command: str) -> None:
+    """UsageError where a launcher started several processes for a command that is not divided among them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"'{command}' runs in one process: start it without a launcher, or launch 'run' for each recipe")
 
 
 def share() -> Share:

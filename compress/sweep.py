@@ -11,6 +11,7 @@ from compress import comparison, pipeline
 from compress.config import Recipe
 from compress.context import Progress
 from compress.errors import UsageError
+from compress.parallel import refuse_several
 from compress.recipe import read_recipe
 
 COMMA = re.compile(r",(?![^\[]*\])")  # one that stands in no list
@@ -35,6 +36,7 @@ def combinations(vary: Sequence[str]) -> list[tuple[str, ...]]:
 def run(wanted: Sequence[tuple[Path, tuple[str, ...], Recipe]], progress: Progress) -> dict:
     """Runs each of `wanted`, one after the other, and compares them: what `lightcap sweep` says. One that fails stops no other; input that
     the first cannot use does, before anything is made."""
+    refuse_several("sweep")
     done, failed = [], []
     for number, (folder, chosen, recipe) in enumerate(wanted, start=1):
         progress.log(f"run {number} of {len(wanted)}: {' '.join(chosen)}")

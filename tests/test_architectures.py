@@ -93,6 +93,15 @@ def test_a_student_that_cannot_take_its_teachers_layers_is_refused_before_the_te
         assert models(tmp_path, text % "")
 
 
+def test_a_head_that_cannot_take_its_teachers_is_refused_before_the_teachers_are_trained(tmp_path):
+    text = ("student: {preset: tiny, heads: 2}\nstages:\n  - train: {as: one, preset: tiny}\n"
+            "  - train: {as: two, preset: scenes-student, extractor: one}\n"
+            "  - distill: {as: student, teachers: [one, two]%s}\n")
+    assert models(tmp_path, text % ", init: weights")
+    with pytest.raises(RecipeError, match=r"a head of hidden size 32 cannot start from that of 'two', of 96; set"):
+        models(tmp_path, text % "")
+
+
 @pytest.mark.parametrize(
     ("stages", "what"),
     [

@@ -54,6 +54,13 @@ def test_version_and_help(lightcap, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"lightcap {compress.__version__}\n")
 
 
+@pytest.mark.parametrize("arguments", [("fit", "quickstart", "--max-mb", "2"), ("sweep", "quickstart", "--vary", "pruned.macs=0.8,0.5")])
+def test_what_is_not_divided_among_processes_is_refused_to_several(lightcap, monkeypatch, arguments, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, error = lightcap(*arguments)
+    assert status == 2 and f"'{arguments[0]}' runs in one process" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_recipes(lightcap):
     status, output, _ = lightcap("recipes", "--json")
     assert status == 0

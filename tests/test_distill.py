@@ -218,14 +218,14 @@ def rewritten(teachers, folder, change) -> dict[str, Artifact]:
 @pytest.mark.parametrize("change", [lambda ids: [*ids[:200], ids[201], ids[200], *ids[202:]], lambda ids: ids[:500]], ids=["order", "size"])
 def test_another_vocabulary_is_refused_by_its_content(run, teachers, tmp_path, change):
     sources = rewritten(teachers, tmp_path, change)
-    assert "teacher 'teacher-2': its vocabulary is not the student's" in refused(run, Distill(), sources=sources)
+    assert "teacher 'teacher-2': its word pieces are not the student's" in refused(run, Distill(), sources=sources)
 
 
 @pytest.mark.parametrize("init", ["teacher", "weights"])
 def test_a_teacher_of_fewer_pieces_is_refused_before_the_student_is_built(run, teachers, tmp_path, init):
     """All teachers agree, but not with the recipe's tokenizer: the student would hold rows that no piece names."""
     other = rewritten(teachers, tmp_path, lambda ids: ids[:500])["teacher-2"]
-    assert "its vocabulary is not the student's" in refused(run, Distill(teachers=("one",), init=init), sources={"one": other})
+    assert "its word pieces are not the student's" in refused(run, Distill(teachers=("one",), init=init), sources={"one": other})
 
 
 # ---- vocabulary

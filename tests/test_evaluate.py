@@ -99,6 +99,18 @@ def test_times_are_told_apart(monkeypatch, tmp_path):
     assert latency.latency(mine, None, np.zeros((3, 8, 8, 3), np.uint8))["parent_latency_ms"] is None
 
 
+def test_ciders_are_those_of_its_file_or_are_measured_where_that_is_of_other_images(tmp_path):
+    """Another run of a shared artifact may have measured it on fewer. Either way they are rounded alike: equal captions lose nothing."""
+    made, val = tiny.artifact(tiny.build(steps=120), tmp_path / "made"), tiny.captioned("val")
+    measured = evaluate.ciders(made, val, tmp_path, Progress(quiet=True))
+    assert measured.max() > 1 and (measured == measured.round(4)).all()
+    written = [{"image": example.image_id, "caption": "", "cider": 7.0 + number} for number, example in enumerate(val.examples)]
+    captions_file(made.path, "val").write_text(json.dumps(written))
+    assert evaluate.ciders(made, val, tmp_path, Progress(quiet=True)).tolist() == [item["cider"] for item in written]
+    captions_file(made.path, "val").write_text(json.dumps(written[1:]))
+    assert evaluate.ciders(made, val, tmp_path, Progress(quiet=True)).tolist() == measured.tolist()
+
+
 def test_bit_operations_are_those_of_the_precision(tmp_path):
     """8 x 8 bits a product in INT8, 32 x 32 in float; of a model with parts in float they are not known."""
     made, found = tiny.artifact(tiny.build(), tmp_path / "float"), {}

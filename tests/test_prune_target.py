@@ -86,9 +86,11 @@ def test_macs_of_a_model_are_those_of_its_config():
     assert prices.macs(model) == cost.count_macs(model.config).caption > prices.macs(smaller)
 
 
-def test_savings_are_what_a_channel_costs():
-    """One channel of each unit removed: the exact counts fall by what `savings` says."""
+@pytest.mark.parametrize("mask_piece", [None, 4])
+def test_savings_are_what_a_channel_costs(mask_piece):
+    """One channel of each unit removed: the exact counts fall by what `savings` says, also where a step reads [MASK] beside its token."""
     model = with_concepts(build())
+    model.config = dataclasses.replace(model.config, mask_piece=mask_piece)
 
     for name, measure in prices.COUNTS.items():
         said, whole = prices.savings(model, prices.PRICES[name]), measure(model)
@@ -98,10 +100,24 @@ def test_savings_are_what_a_channel_costs():
             assert fell == pytest.approx(said[unit.kind, unit.name], rel=0.05), (name, unit)
 
 
+def test_a_model_is_timed_as_its_artifact_will_be():
+    """Importance and repair leave the encoder's weights in channels-last memory, which is faster."""
+    model = build()
+    model.encoder.to(memory_format=torch.channels_last)
+    timed, before = prices.plain(model), dict(model.named_parameters())
+    strided = [name for name, weight in timed.named_parameters() if not before[name].is_contiguous()]
+    assert strided and all(weight.is_contiguous() and torch.equal(weight, before[name]) for name, weight in timed.named_parameters())
+
+
+def test_steps_have_a_price_where_a_noisy_clock_leaves_them_none(monkeypatch):
+    monkeypatch.setattr(prices, "times_by_part", lambda model: (6.0, 5.0, 10.0))
+    assert prices.Clock.beside(build()).price.step > 0
+
+
 def test_impossible_targets_are_one_line(monkeypatch):
     model = build()
     goal = target.Target.of(Prune(params=0.9, macs=0.01), model)
-    with pytest.raises(StageError, match="prune: macs .* cannot be reached; with every removable block gone it is") as raised:
+    with pytest.raises(StageError, match="prune: macs .* cannot be reached; with every .* gone it is .* smaller round_to") as raised:
         target.choose(model, ranked(model), goal)
     assert "\n" not in str(raised.value) and raised.value.exit_code == 1
     with pytest.raises(StageError, match="prune to mb: 99 is not below the parent's"):

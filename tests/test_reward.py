@@ -189,12 +189,13 @@ def test_no_images_and_no_captions_are_no_rewards(reward):
 
 
 def test_it_refuses_what_does_not_fit(tokenizer, reward):
-    with pytest.raises(DataError, match="no training captions"):
-        CiderReward.of([], tokenizer)
+    for few in ([], [["a dog", "a cat"]]):  # of one image all words weigh nothing
+        with pytest.raises(DataError, match=f"there are {len(few)} training images to reward captions by"):
+            CiderReward.of(few, tokenizer)
     with pytest.raises(DataError, match="training image 1 has no captions"):
         CiderReward.of([["a dog"], []], tokenizer)
     with pytest.raises(DataError, match="training image 0 are one text"):
-        CiderReward.of(["a dog"], tokenizer)
+        CiderReward.of(["a dog", "a cat"], tokenizer)
     with pytest.raises(ValueError, match="2 images cannot have the sampled captions of 1"):
         reward([0, 1], [[[7]]])
     with pytest.raises(ValueError, match=r"not \[1, 2\]"):

@@ -48,7 +48,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     teachers = [load(source.path) for source in sources]
     for name, teacher in zip(config.teachers, teachers, strict=True):
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
-            raise RecipeError(f"teacher '{name}': its vocabulary is not the student's; tokens cannot be distilled between them")
+            raise RecipeError(f"teacher '{name}': its word pieces are not the student's; name one that was trained with the same "
+                              "student.tokenizer, on the same side of a 'vocabulary' stage")
     if parent is None and config.init == "teacher":
         others = (None if source in sources[:index] else read_captioner(source.path)[0] for index, source in enumerate(sources) if index)
         start_from(model, [first, *others])  # None of a teacher that is named again
@@ -58,12 +59,14 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     taught = None
     if config.asks_tokens:
         taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
+    guide = teachers[0]
+    del first, teacher, teachers  # of several, large ones, only one is asked while the student is trained
     full = model.word.detach().clone()
     model.narrow(data.keep)
     weights = config.token_weight, config.hidden_weight, config.attention_weight
     goal = Goal(config.match, config.match_epochs, config.temperature, *weights, config.ensemble)
     steps = data.steps(config.epochs, config.batch_images)
-    distil(model, data, taught, teachers[0], goal, config, steps, seed, context.stage.name, context)
+    distil(model, data, taught, guide, goal, config, steps, seed, context.stage.name, context)
     model.widen(data.keep, full, UNSEEN_BIAS)
     if context.share.rank == 0:
         write_captioner(context.output, model, tokenizer, settings)
@@ -87,11 +90,12 @@ def start_from(model: LightCap, teachers: Sequence[LightCap | None]) -> None:
     first = teachers[0]
     try:
         copy_layers(model.fusion, first.fusion)
+        for branch, teacher in zip(model.heads.branches, teachers, strict=False):
+            if teacher is not None:
+                branch.load_state_dict(teacher.heads.branches[0].state_dict())
     except (ValueError, RuntimeError) as error:
-        raise RecipeError(f"the student cannot start from its first teacher: {str(error).splitlines()[-1].strip()}") from None
-    for branch, teacher in zip(model.heads.branches, teachers, strict=False):
-        if teacher is not None:
-            branch.load_state_dict(teacher.heads.branches[0].state_dict())
+        what = str(error).splitlines()[-1].strip()
+        raise RecipeError(f"the student cannot start from its teachers: {what}; set init: weights") from None
     model.heads.bias.data.copy_(first.heads.bias)
     if model.modulator is not None and model.config.modulator == first.config.modulator:
         model.modulator.load_state_dict(first.modulator.state_dict())

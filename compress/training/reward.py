@@ -58,10 +58,11 @@ class CiderReward:
 
     @staticmethod
     def of(references: Sequence[Sequence[str]], tokenizer: Tokenizer, progress: Progress | None = None) -> CiderReward:
-        """`references[i]` are training image i's captions, raw texts; each image is one document. Raises DataError for no images, or an
-        image without references."""
-        if not len(references):
-            raise DataError("there are no training captions to reward captions by")
+        """`references[i]` are training image i's captions, raw texts; each image is one document. Raises DataError for fewer than two
+        images, or an image without references."""
+        if len(references) < 2:
+            raise DataError(f"there are {len(references)} training images to reward captions by; CIDEr weighs words by how few of several "
+                            "images have them")
         numbers: dict[str, int] = {}
         tokens, lengths = array("i"), array("i")
         with (progress or Progress(quiet=True)).task("references", len(references)) as task:

@@ -18,6 +18,7 @@ from students.lightcap import LightCap
 from students.lightcap.shapes import shapes_of
 
 TIMED = 15  # captions that a time is the median of
+LEAST_STEPS = 0.01  # of a caption's time: a noisy clock may leave them none
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class Clock:
     def beside(parent: LightCap) -> Clock:
         """Prices are the parent's times by part over its MACs there: a step reads every weight for one token, so that its MACs take many
         times as long as the encoder's."""
-        parent = copy.deepcopy(parent).eval()
+        parent = plain(parent)
         encoder, prefix, caption = times_by_part(parent)
-        counted, steps = counted_macs(parent), max(caption - encoder - prefix, 0.0)
+        counted, steps = counted_macs(parent), max(caption - encoder - prefix, LEAST_STEPS * caption)
         price = Price(encoder / counted.encoder, prefix / (counted.concepts + counted.prefix), steps / counted.steps)
         return Clock(parent, caption, price)
 
     def times(self, model: LightCap) -> tuple[float, float]:
         """Milliseconds of `model` and of the parent."""
         pixels = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
-        works = [lambda turn, timed=timed: cost.generate(timed, pixels, 0) for timed in (model.eval(), self.parent)]
+        works = [lambda turn, timed=timed: cost.generate(timed, pixels, 0) for timed in (plain(model), self.parent)]
         with cost.one_thread():
             mine, theirs = (cost.quantiles(times)["p50"] for times in cost.interleaved(works, TIMED))
         return mine, theirs
@@ -61,6 +62,11 @@ class Clock:
     def __call__(self, model: LightCap) -> float:
         mine, theirs = self.times(model)
         return mine * self.reference / theirs
+
+
+def plain(model: LightCap) -> LightCap:
+    """A copy in the row-major memory that an artifact is read into: training's channels-last is faster, and not what will be timed."""
+    return copy.deepcopy(model).eval().contiguous_()
 
 
 @torch.inference_mode()
@@ -104,7 +110,7 @@ PRICES = {"macs": Price(1.0, 1.0, 1.0), "params": Price(weight=1.0), "mb": Price
 def savings(model: LightCap, price: Price) -> dict[tuple[str, str], float]:
     """What one channel of each unit costs where it is written, transformed and read: its weights, and their products at all places that
     they are computed at: pixels of the map, or the tokens of prefix and caption (in the last layer the prefix has keys and values alone);
-    a head's include its attention's own products."""
+    a head's include its attention's own products. A step of masked pieces reads [MASK] beside its token, and says one piece."""
     found: dict[tuple[str, str], float] = {}
     places: dict[nn.Module, float] = {}
     hooks = [
@@ -132,9 +138,10 @@ def savings(model: LightCap, price: Price) -> dict[tuple[str, str], float]:
         grid, text = model.alignment.first.in_features, model.alignment.second.out_features
         found["concept", "alignment"] = price.prefix * (cells * grid + regions * (cells + text)) + price.weight * (grid + 1 + text)
     hidden, prefix = model.word.shape[1], model.config.prefix
-    steps = price.step * cost.TOKENS + price.weight
-    found["hidden", "fusion"] = outside_layers(model, price, steps)
-    pairs = price.step * sum(prefix + t for t in range(1, cost.TOKENS + 1))
+    found["hidden", "fusion"] = outside_layers(model, price, price.step * cost.TOKENS + price.weight)
+    read = 1 if model.config.mask_piece is None else 2
+    steps = price.step * read * cost.TOKENS + price.weight
+    pairs = price.step * read * sum(prefix + t + read for t in range(cost.TOKENS))
     for index, layer in enumerate(model.fusion.layers):
         last = index + 1 == len(model.fusion.layers)
         before = price.prefix * prefix

@@ -117,7 +117,7 @@ def choose(model: LightCap, order: Sequence[Block], target: Target, share: float
     TargetError where the whole way is too far, whatever share is asked for."""
     for aim, left in target.missed(remove(model, order), 1.0).items():
         raise TargetError(f"prune: {aim.name} {aim.wanted:.4g} cannot be reached; with every removable block gone it is {left:.4g}; "
-                          "ask for less, or allow more parts")
+                          "ask for less, or allow more parts or a smaller round_to")
     return least(len(order), lambda count: not target.missed(remove(model, order[:count]), share))
 
 
