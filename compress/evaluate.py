@@ -65,8 +65,19 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
             check_variety([item["caption"] for item in spoken], earlier, mend)
         pair = paired(np.array([item["cider"] for item in spoken]), ciders(against, data, context.cache, context.progress))
         row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
+    return row | timed(artifact, parent, context)
+
+
+def sizes(artifact: Artifact, context: Context) -> dict:
+    """Of `measure` what weights have no part in, for a model that nothing has trained since it was cut."""
+    parent = context.artifacts.get(context.stage.parent)
+    return {"split": context.recipe.data.val_split} | costs(artifact) | timed(artifact, parent, context)
+
+
+def timed(artifact: Artifact, parent: Artifact | None, context: Context) -> dict:
+    data = context.data.split(context.recipe.data.val_split)
     pictures = pixels(data, settings_of(artifact), context.cache, context.progress)[:TIMED_IMAGES]
-    return row | latency(artifact, parent, pictures)
+    return latency(artifact, parent, pictures)
 
 
 def recovered(context: Context) -> bool:

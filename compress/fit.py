@@ -61,7 +61,8 @@ def fit(name: str, sets: Sequence[str], limits: Limits, out: Path | None, progre
 
     def holds(share: float) -> bool | None:
         bare, name = untrained(pruned_to(wanted, stage, share), stage)
-        result = pipeline.run(bare, beside, progress, gates=False)
+        cut = [other.name for other in bare.stages].index(stage.name)
+        result = pipeline.run(bare, beside, progress, gates=False, sizes_only=[other.name for other in bare.stages[cut:]])
         if isinstance(result.error, TargetError):
             return None
         last = next(row for row in result.check().rows if row["name"] == name)

@@ -47,6 +47,7 @@ class Run:
     stages: Mapping[str, Callable] | None
     evaluation: object
     share: Share
+    sizes_only: frozenset[str] = frozenset()  # stages whose captions nobody asks for
 
     @functools.cached_property
     def tmacs(self) -> Mapping[str, float]:
@@ -102,9 +103,10 @@ def context_of(run: Run, stage: Stage, artifacts: Mapping, output: Path, work: P
     )
 
 
-def measuring(recipe: Recipe, against: Sequence[str], fingerprint: str) -> str:
+def measuring(recipe: Recipe, against: Sequence[str], fingerprint: str, sizes_only: bool = False) -> str:
     """The digest of how a stage's row is measured, and against which artifact, by its lock."""
-    return lock.digest(lock.measure_parts(recipe, against, fingerprint, thread_count()))
+    parts = lock.measure_parts(recipe, against, fingerprint, thread_count())
+    return lock.digest(parts | {"sizes_only": True} if sizes_only else parts)
 
 
 def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Mapping, how: str) -> None:
@@ -137,6 +139,8 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
         _refuse(sources.changed_code(sources.imported(("compress.evaluate",))[0]))
         if stage.kind == "baseline":
             measured = run.evaluator().baseline(parent, context)
+        elif stage.name in run.sizes_only:
+            measured = run.evaluator().sizes(Artifact(model), context)
         else:
             against = artifacts[stage.against] if stage.against else None
             measured = run.evaluator().measure(Artifact(model), against, context)

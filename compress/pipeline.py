@@ -14,7 +14,7 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,14 +101,15 @@ def run(
     evaluation=None,
     share: Share = ALONE,
     gates: bool = True,
+    sizes_only: Collection[str] = (),
 ) -> Result:
     """Makes every artifact of the recipe that the cache beside `out` does not hold, and writes the ledger into `out`.
 
     Of several processes with a `share` each, the first does so, and the others train with it; their result has no rows. Without `gates` a
-    stage that loses more than its `max_drop_cider` does not stop the run.
+    stage that loses more than its `max_drop_cider` does not stop the run. Rows of the stages `sizes_only` have no captions and no CIDEr.
 
-    `stages` (kind to function) and `evaluation` (with `measure`, `baseline`, `ciders` and `tmacs`) default to `compress.stages`, and to
-    `compress.evaluate` and `compress.estimate`, which are imported only when something is not cached.
+    `stages` (kind to function) and `evaluation` (with `measure`, `sizes`, `baseline`, `ciders` and `tmacs`) default to `compress.stages`,
+    and to `compress.evaluate` and `compress.estimate`, which are imported only when something is not cached.
     """
     progress = progress or Progress()
     try:
@@ -118,7 +119,7 @@ def run(
         _check_files(wanted)
         made_out = artifact.make_folders(out)
         made = [*artifact.make_folders(cache), *made_out]
-        run_ = making.Run(wanted, out, cache, data, progress, stages, evaluation, share)
+        run_ = making.Run(wanted, out, cache, data, progress, stages, evaluation, share, frozenset(sizes_only))
         try:
             with bounded(), huge_pages():
                 if share.rank:
@@ -226,7 +227,7 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
 
     built = False
     against = [artifacts[stage.against].path.name] if stage.against else []
-    wanted = making.measuring(run_.recipe, against, run_.data.fingerprint)
+    wanted = making.measuring(run_.recipe, against, run_.data.fingerprint, stage.name in run_.sizes_only)
     if not finished(target, wanted):
         with only_writer(run_.cache / f"{name}.writer", wait):
             if not finished(target, wanted):

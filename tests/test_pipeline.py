@@ -63,6 +63,10 @@ class Evaluation:
         self.calls.append((context.stage.name, against and against.config["name"]))
         return {"cider": 50.0, "delta_cider": self.deltas.get(context.stage.name, 0.0 if against else None), "params": 1}
 
+    def sizes(self, artifact, context):
+        self.calls.append((context.stage.name, "sizes"))
+        return {"params": 1}
+
     def tmacs(self, recipe, data):
         return {stage.name: TMACS for stage in recipe.stages}
 
@@ -285,6 +289,15 @@ def test_a_stop_while_a_run_is_measured_anew_hides_none_of_its_artifacts(tmp_pat
     with pytest.raises(KeyboardInterrupt):  # those of another recipe are not its own
         go(tmp_path, read(tmp_path, RECIPE, "seed=4"), evaluation=Stopped())
     assert [row["name"] for row in ledger.read(tmp_path / "runs/chain/ledger.jsonl")] == NAMES[:3]
+
+
+def test_rows_of_size_and_time_alone_are_none_of_a_run_that_asks_for_captions(tmp_path):
+    result, stages, evaluation = go(tmp_path, sizes_only=["pruned", "export"], gates=False)
+    assert result.ok and [row["cider"] for row in result.rows] == [20.0, 50.0, 50.0, 50.0, None, None]
+    assert evaluation.calls[-2:] == [("pruned", "sizes"), ("export", "sizes")] and result.rows[-1]["params"] == 1
+    again, stages, evaluation = go(tmp_path)
+    assert again.ok and not stages.runs and evaluation.calls == [("pruned", "student"), ("export", "pruned")]
+    assert [row["cider"] for row in again.rows] == [20.0, *[50.0] * 5]
 
 
 def test_what_a_kill_at_the_very_end_left_is_removed(tmp_path):
