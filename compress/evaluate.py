@@ -75,6 +75,7 @@ def sizes(artifact: Artifact, context: Context) -> dict:
 
 
 def timed(artifact: Artifact, parent: Artifact | None, context: Context) -> dict:
+    """`latency` on pictures of the recipe's val split."""
     data = context.data.split(context.recipe.data.val_split)
     pictures = pixels(data, settings_of(artifact), context.cache, context.progress)[:TIMED_IMAGES]
     return latency(artifact, parent, pictures)

@@ -50,9 +50,8 @@ def fold_norms(graph: GraphModule) -> None:
         conv = norm.args[0]
         if conv.target is not aten.conv2d.default or len(conv.users) > 1:
             continue
-        weight, bias, scale, shift, mean, variance = (
-            None if node is None else attrgetter(str(node.target))(graph) for node in (*(*conv.args, None)[1:3], *norm.args[1:5])
-        )
+        read = [*(*conv.args, None)[1:3], *norm.args[1:5]]  # a convolution may have no bias, a norm no scale and shift
+        weight, bias, scale, shift, mean, variance = (None if node is None else attrgetter(str(node.target))(graph) for node in read)
         folded = fuse_conv_bn_weights(weight, bias, mean, variance, norm.args[7], scale, shift)
         names = [f"{conv.name}_{part}" for part in ("weight", "bias")]
         with graph.graph.inserting_before(conv):
