@@ -128,7 +128,7 @@ def _student(
         made = captioner_config(student, student.preset, *sizes, teacher, modulator)
         if config.init == "teacher":
             _check_start(made, teacher)
-            for name in config.teachers[: made.heads]:
+            for name in config.teachers[1 : made.heads]:
                 if models[name].hidden != made.hidden:
                     raise ValueError(f"a head of hidden size {made.hidden} cannot start from that of '{name}', of {models[name].hidden}; "
                                      "set init: weights")

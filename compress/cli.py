@@ -19,6 +19,7 @@ import click
 
 from compress import __version__
 from compress.answer import answer, print_drawn, print_json, quietly, say, unread
+from compress.config import CHOICES
 from compress.errors import DataError, LightcapError, UsageError, expected, nearest
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON document.")
@@ -26,6 +27,7 @@ RECIPE = "RECIPE is the name of a shipped recipe, or a YAML file."
 ARTIFACT = "a run's folder (its last artifact), an artifact's folder"
 OF_ONE = "lightcap: CIDEr of one image is 0 whatever is said: it weighs words by how few of several images have them"
 MODEL = f"MODEL is {ARTIFACT}, or OWNER/NAME on the hub."
+LAYOUTS = [source for source in CHOICES["data", "source"] if source != "scenes"]
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE",
                         help="Change one value of a section or stage of the recipe, or seed=N; repeatable.")
 
@@ -282,11 +284,9 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 @click.argument("model")
 @click.option("--captions", required=True, help="Karpathy or COCO JSON, Flickr8k's text, metadata.csv, or a column's name.")
 @click.option("--images", required=True, help="The folder that holds the images, or a data set's name.")
-@click.option("--source", type=click.Choice(("karpathy", "coco", "flickr8k", "datasets")), help="Their layout (default: by the file).")
+@click.option("--source", type=click.Choice(LAYOUTS), help="Their layout (default: by the file).")
 @click.option("--split", help="Which split to measure (default: val; of captions without splits, or with one alone, all).")
-@click.option(
-    "--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of images that may be left out."
-)
+@click.option("--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of the images that may be lost.")
 @beam_width
 @java_metrics
 @as_json
@@ -307,7 +307,7 @@ def eval_command(
         try:
             wanted = data.load(asked, only=asked.val_split, or_all=split is None, progress=Progress())
         except DataError as error:
-            raise DataError(_as_options(error.message) + ("" if source else "; another layout: --source datasets")) from None
+            raise DataError(_as_options(error.message) + ("" if source else "; a column of a data set: --source datasets")) from None
         if wanted.left_out:
             click.echo(f"lightcap: {wanted.left_out}", err=True)
         from compress import evaluate

@@ -60,9 +60,9 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     write_json(captions_file(artifact.path, split), spoken)
     row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
-        earlier = [item["caption"] for item in read_json(captions_file(against.path, split), list)]
         if (mend := MENDS.get("quantize" if artifact.quantized else context.stage.kind)) is not None and recovered(context):
-            check_variety([item["caption"] for item in spoken], earlier, mend)
+            earlier = read_json(captions_file(against.path, split), list)
+            check_variety(*([item["caption"] for item in items] for items in (spoken, earlier)), mend)
         pair = paired(np.array([item["cider"] for item in spoken]), ciders(against, data, context.cache, context.progress))
         row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
     return row | timed(artifact, parent, context)

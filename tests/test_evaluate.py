@@ -50,6 +50,10 @@ def test_accuracy_is_compared_with_against_and_time_with_the_parent(tmp_path, mo
     row = evaluate.measure(artifacts["mine"], artifacts[accuracy_of], context(tmp_path, captions, stage=stage, artifacts=artifacts))
     assert accuracy_of == "teacher" and row["delta_cider"] == pytest.approx(row["cider"] - 10.0, abs=1e-3)
     assert timed == [artifacts[time_of]] and row["parent_latency_ms"]["runtime"] == "torch"
+    captions_file(artifacts["mine"].path, "val").unlink()
+    sizes = evaluate.sizes(artifacts["mine"], context(tmp_path, captions, stage=stage, artifacts=artifacts))
+    assert sizes.items() >= cost.costs(artifacts["mine"]).items() and sizes["latency_ms"]["runtime"] == "torch" and "cider" not in sizes
+    assert timed[1:] == [artifacts.get(stage.parent)] and not captions_file(artifacts["mine"].path, "val").exists()
 
 
 def test_captions_of_weights_that_diverged_are_no_result(tmp_path):

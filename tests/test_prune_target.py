@@ -100,13 +100,19 @@ def test_savings_are_what_a_channel_costs(mask_piece):
             assert fell == pytest.approx(said[unit.kind, unit.name], rel=0.05), (name, unit)
 
 
-def test_a_model_is_timed_as_its_artifact_will_be():
+def test_a_model_is_timed_as_its_artifact_will_be(monkeypatch):
     """Importance and repair leave the encoder's weights in channels-last memory, which is faster."""
-    model = build()
+    model, seen, generate = build(), [], cost.generate
     model.encoder.to(memory_format=torch.channels_last)
-    timed, before = prices.plain(model), dict(model.named_parameters())
-    strided = [name for name, weight in timed.named_parameters() if not before[name].is_contiguous()]
-    assert strided and all(weight.is_contiguous() and torch.equal(weight, before[name]) for name, weight in timed.named_parameters())
+    strided = [name for name, weight in model.named_parameters() if not weight.is_contiguous()]
+    monkeypatch.setattr(prices, "TIMED", 2)
+    monkeypatch.setattr(cost, "generate", lambda timed, *more: seen.append(timed) or generate(timed, *more))
+    prices.Clock.beside(model).times(model)
+    assert strided and len({id(timed) for timed in seen}) == 2
+    for timed in seen:
+        weights = dict(timed.named_parameters())
+        assert all(weights[name].is_contiguous() and torch.equal(weights[name], weight) for name, weight in model.named_parameters())
+    assert strided == [name for name, weight in model.named_parameters() if not weight.is_contiguous()]
 
 
 def test_steps_have_a_price_where_a_noisy_clock_leaves_them_none(monkeypatch):

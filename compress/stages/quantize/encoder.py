@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import torch
 from onnx import ModelProto
-from torch import nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
@@ -16,7 +15,7 @@ from compress.stages.export.encoder import OPERATORS, Value, convolution, graph_
 from compress.stages.export.modules import Encoder
 from compress.stages.export.writer import Writer
 from compress.stages.quantize import observe
-from compress.stages.quantize.observe import aten, is_observer
+from compress.stages.quantize.observe import aten, is_observer, rounding_of
 from compress.stages.quantize.simulate import leave_float
 from students.lightcap import LightCap
 
@@ -52,17 +51,12 @@ def observed(graph: GraphModule, write: Writer, node: Node, x: Value) -> Value:
     return Value(write("DequantizeLinear", write("QuantizeLinear", x.name, *step), *step), x.pads, rounding)
 
 
-def rounding_of(observer: nn.Module) -> tuple[float, int]:
-    scale, zero_point = observer.calculate_qparams()
-    return float(scale), int(zero_point)
-
-
 def integer_pool(
     graph: GraphModule, write: Writer, node: Node, x: Value, kernel: Sequence[int], stride: Sequence[int] = (),
     padding: Sequence[int] = (0, 0), *rest,
 ) -> Value:
     """An average pool between two roundings as a depthwise convolution with ones: the same sums, scaled by 1 / k^2. ONNX Runtime's own
-    integer pool is slow: with it CLIP's ResNet-50 took 25 ms, and takes 21 without (benchmarks/latency.py)."""
+    integer pool is slower."""
     roundings = {rounding_of(graph.get_submodule(user.target)) if is_observer(user) else None for user in node.users} | {x.rounding}
     if any(padding) or rest or None in roundings or (is_identity(kernel, stride) and len(roundings) == 1):
         return pool(write, node, x, kernel, stride, padding, *rest)

@@ -86,8 +86,8 @@ def neural_compressor():
 
 @torch.no_grad()
 def export(module: nn.Module, inputs: tuple, dynamic_shapes) -> GraphModule:
-    """The graph that neural-compressor's own `export` gives (but for the order in which weights are listed), in less than half the time:
-    that traces by Dynamo, which notes of each operator where it comes from."""
+    """The graph that neural-compressor's own `export` gives (but for the order in which weights are listed), sooner: that traces by
+    Dynamo, which notes of each operator where it comes from."""
     graph = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False).module(check_guards=False)
     for node in graph.graph.nodes:
         if node.target in SOURCES:
@@ -102,6 +102,12 @@ def run(prepared: GraphModule, batches: Iterable[tuple]) -> None:
     with torch.no_grad():
         for batch in batches:
             prepared(*batch)
+
+
+def rounding_of(observer: nn.Module) -> tuple[float, int]:
+    """Scale and zero point of an activation's observer."""
+    scale, zero_point = observer.calculate_qparams()
+    return float(scale), int(zero_point)
 
 
 def is_observer(node: Node) -> bool:
@@ -173,8 +179,8 @@ def linear_scales(prepared: GraphModule) -> dict[str, Scales]:
             continue
         source, weight = node.args[0], node.args[1]
         if is_observer(source) and is_observer(weight):
-            scale, zero_point = prepared.get_submodule(source.target).calculate_qparams()
-            found[str(weight.args[0].target)] = Scales(float(scale), int(zero_point), *rounded_weight(prepared, weight))
+            rounding = rounding_of(prepared.get_submodule(source.target))
+            found[str(weight.args[0].target)] = Scales(*rounding, *rounded_weight(prepared, weight))
     return found
 
 

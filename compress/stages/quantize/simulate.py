@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from compress.stages.quantize.observe import ARITHMETIC, aten, is_observer
+from compress.stages.quantize.observe import ARITHMETIC, aten, is_observer, rounding_of
 
 ATTENTION = {"query", "key", "value", "output"}
 FEED_FORWARD = {"up", "down"}
@@ -24,8 +24,7 @@ class ActivationRounding(nn.Module):
 
     def __init__(self, observer: nn.Module) -> None:
         super().__init__()
-        scale, zero_point = observer.calculate_qparams()
-        self.scale, self.zero_point, self.on = float(scale), int(zero_point), True
+        (self.scale, self.zero_point), self.on = rounding_of(observer), True
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 255) if self.on else x
