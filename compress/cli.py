@@ -286,7 +286,7 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 @click.option("--images", required=True, help="The folder that holds the images, or a data set's name.")
 @click.option("--source", type=click.Choice(LAYOUTS), help="Their layout (default: by the file).")
 @click.option("--split", help="Which split to measure (default: val; of captions without splits, or with one alone, all).")
-@click.option("--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of the images that may be lost.")
+@click.option("--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of images to be left out.")
 @beam_width
 @java_metrics
 @as_json

@@ -412,6 +412,8 @@ def test_eval_reads_the_data_set_and_the_column_that_are_named(lightcap, exporte
     status, _, error = lightcap(*arguments)
     assert status == 2 and "--captions: there is no file or folder said" in error and "--source datasets" in error
     assert error.count("\n") == 1 and "--set" not in error
+    done = command("eval", exported, "--images", "nowhere", "--captions", "said", "--source", "datasets", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("lightcap: --images: ") and done.stderr.count("\n") == 1
 
 
 def test_eval_says_what_it_leaves_out_and_speaks_of_its_own_options(lightcap, exported, photos, tmp_path):

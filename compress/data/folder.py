@@ -13,6 +13,7 @@ names: 80 % train, 10 % val, 10 % test.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -76,8 +77,10 @@ def _load(place: Path | str, scratch: str | None) -> dict:
         )
     import datasets
 
-    bars = datasets.is_progress_bar_enabled()
+    bars, log = datasets.is_progress_bar_enabled(), logging.getLogger("huggingface_hub")
+    level = log.level
     datasets.disable_progress_bars()
+    log.setLevel(logging.ERROR)  # of each request that fails it says a line, and the last one is raised
     try:
         if isinstance(place, str):
             return dict(datasets.load_dataset(place))
@@ -96,6 +99,7 @@ def _load(place: Path | str, scratch: str | None) -> dict:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"data.images: datasets cannot load {place}: {reason[0]}") from None
     finally:
+        log.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
 
