@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from compress.artifact import json_text
 
@@ -41,6 +41,21 @@ def say(text: str, stream=None) -> bool:
     except BrokenPipeError:
         unread()
         return False
+
+
+def speaks() -> bool:
+    """Whether this process says anything: of several that a launcher started, the first does."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    return next((word for word in arguments if not word.startswith("-")), "")
+
+
+def failed(arguments: Sequence[str], error: str) -> None:
+    """Under --json, the document of a command that came to nothing; that of `run` has all its keys."""
+    if "--json" in arguments and speaks():
+        print_json({"ok": False, **({"run": None, "ledger": []} if command_of(arguments) == "run" else {}), "error": error})
 
 
 def unread() -> None:

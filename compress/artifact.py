@@ -124,9 +124,13 @@ def writing(target: str | Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` at the end: flushed to disk, then renamed.
 
     An error inside removes it; a kill leaves only the temporary folder, which the next `writing` of the same target removes.
-    ModelError if `target` is there already and not an empty folder.
+    ModelError if `target` is there already and not an empty folder that a rename can replace.
     """
     target = Path(target)
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
+    if os.path.ismount(target) or os.path.realpath(target) == os.getcwd():
+        raise ModelError(f"{target} is the current folder or a mount point, which no other can replace; name a new folder inside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} is there already; remove it or name another folder")
     made = make_folders(target.parent)

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from compress.config import Data, Recipe, Stage
+from compress.lock import FILES
 from compress.recipe import entry
 
 MADE = {
@@ -41,7 +42,7 @@ def text(recipe: Recipe, stage: Stage, row: Mapping, warning: str | None = None)
     ]
     lines += [f"| {what} | {value} |" for what, value in _numbers(row) if value]
     if stage.config is not None:
-        lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(entry(stage), sort_keys=False, width=100).rstrip(), "```"]
+        lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(_settings(stage), sort_keys=False, width=100).rstrip(), "```"]
         lines += ["", f"Trained and measured on {_named(recipe.data)}; what those pictures do not show, it does not know."]
     if stage.kind not in ("concepts", "baseline"):
         by_itself = ["python FOLDER/caption.py PHOTO"] if stage.kind == "export" else []
@@ -52,8 +53,16 @@ def text(recipe: Recipe, stage: Stage, row: Mapping, warning: str | None = None)
     return "\n".join(lines)
 
 
+def _settings(stage: Stage) -> dict:
+    """The stage as a recipe has it; of its files only their names, since a card goes where the folders of who made it are nobody's
+    business."""
+    [(kind, settings)] = entry(stage).items()
+    inside = {key: Path(value).name for key, value in settings.items() if key in FILES and str(value).startswith(("/", "~"))}
+    return {kind: settings | inside}
+
+
 def _named(data: Data) -> str:
-    """The data in words; of its files only their names, since a card goes where the folders of who made it are nobody's business."""
+    """The data in words, with its files' names."""
     if data.source == "scenes":
         return "generated scenes"
     files = (data.images if data.source == "datasets" else data.captions) or ""

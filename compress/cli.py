@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 import click
 
 from compress import __version__
-from compress.answer import answer, print_drawn, print_json, quietly, say, unread
+from compress.answer import answer, command_of, failed, print_drawn, print_json, quietly, say, speaks, unread
 from compress.config import CHOICES
 from compress.errors import DataError, LightcapError, UsageError, expected, nearest
 
@@ -84,10 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = cli.main(arguments, prog_name="lightcap", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, click.Abort):
-        goes_on = next((word for word in arguments if not word.startswith("-")), "") in ("run", "sweep", "fit")
+        goes_on = command_of(arguments) in ("run", "sweep", "fit")
         click.echo(f"lightcap: stopped{'; the same command goes on' if goes_on else ''}", err=True)
-        if "--json" in arguments and answers():
-            print_json({"ok": False, "error": "stopped"})
+        failed(arguments, "stopped")
         status = 130
     except click.exceptions.NoArgsIsHelpError as error:  # `lightcap` alone
         error.show()
@@ -95,16 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         unread()
     except Exception as error:
-        status = _report_error(error, "--json" in arguments)
+        status = _report_error(error, arguments)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def answers() -> bool:
-    """Whether this process speaks: of several that a launcher started, the first."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-def _report_error(error: Exception, json_wanted: bool) -> int:
+def _report_error(error: Exception, arguments: Sequence[str]) -> int:
     """One line on standard error, and under --json a document that says the same; the exit status."""
     known = expected(error)
     if known is None and isinstance(error, click.ClickException):
@@ -114,9 +107,8 @@ def _report_error(error: Exception, json_wanted: bool) -> int:
         known = LightcapError(f"{text} (LIGHTCAP_TRACE=1 shows where)")
         known.__cause__ = error
     known.show()
-    if json_wanted and answers():
-        with contextlib.suppress(OSError):  # standard output is what failed
-            print_json({"ok": False, "error": known.message})
+    with contextlib.suppress(OSError):  # standard output may be what failed
+        failed(arguments, known.message)
     return known.exit_code
 
 
@@ -177,7 +169,7 @@ def run_command(ctx: click.Context, recipe: str, sets: tuple[str, ...], out: Pat
         if mine.rank:  # what is to be said the first process says; but its own failure is its own
             result.check()
             return
-    if answers():
+    if speaks():
         if as_json:
             print_json(result.json())
         elif result.rows:
@@ -286,7 +278,7 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
 @click.option("--images", required=True, help="The folder that holds the images, or a data set's name.")
 @click.option("--source", type=click.Choice(LAYOUTS), help="Their layout (default: by the file).")
 @click.option("--split", help="Which split to measure (default: val; of captions without splits, or with one alone, all).")
-@click.option("--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of images to be left out.")
+@click.option("--max-unreadable", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of images that may be.")
 @beam_width
 @java_metrics
 @as_json
@@ -300,7 +292,7 @@ def eval_command(
     from compress.data.layout import guess
 
     chosen = models.resolve(model)
-    source = source or guess(Path(captions))
+    source = source or guess(captions)
     with quietly():
         asked = config.Data(source=source or "karpathy", captions=captions, images=images, val_split=split or "val",
                             max_unreadable=max_unreadable)
@@ -328,10 +320,11 @@ def _as_options(message: str) -> str:
 
 def _java(written: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
     """METEOR and SPICE as far as they can run here; what they lack is said on standard error."""
+    from compress.doctor import without_java
     from compress.metrics import java
 
-    for line in java.missing():
-        click.echo(f"not measured: {line}", err=True)
+    for scores, what, how in without_java():
+        click.echo(f"not measured: {scores}: no {what} here; {how}", err=True)
     return java.extra_scores(written, wanted)
 
 

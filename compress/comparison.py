@@ -93,7 +93,7 @@ def differences(runs: Sequence[Mapping]) -> list[dict]:
             first = next((other for other in runs[0]["rows"] if other["name"] == row["name"]), None)
             if first is None or first.get("lock") == row.get("lock") or first.get("split") != row.get("split"):
                 continue
-            mine, theirs = (ciders(Path(run["run"]), values) for run, values in ((entry, row), (runs[0], first)))
+            mine, theirs = (ciders(run, values) for run, values in ((entry, row), (runs[0], first)))
             if mine and mine.keys() == theirs.keys():
                 pair = paired(list(mine.values()), [theirs[image] for image in mine])
                 found.append({"run": entry["run"], "name": row["name"], "against": runs[0]["run"], "delta_cider": pair.delta,
@@ -101,10 +101,14 @@ def differences(runs: Sequence[Mapping]) -> list[dict]:
     return found
 
 
-def ciders(run: Path, row: Mapping) -> dict[str, float]:
-    """Image -> CIDEr-D x100 of what the row's artifact said of it; empty where that was not measured, or is gone."""
+def ciders(run: Mapping, row: Mapping) -> dict[str, float]:
+    """Image -> CIDEr-D x100 of what the row's artifact said of it; empty where that was not measured, is gone, or is of other images than
+    the `run` ({"run", "images"}): another run that has the artifact, too, may have measured it on others since."""
+    folder = Path(run["run"])
+    if images_of(folder, [row]) != run.get("images"):
+        return {}
     try:
-        return {item["image"]: item["cider"] for item in captions(run, row)}
+        return {item["image"]: item["cider"] for item in captions(folder, row)}
     except ModelError:
         return {}
 

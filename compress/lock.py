@@ -47,6 +47,10 @@ def parts(
     several = {"processes": processes} if processes > 1 else {}
     student = {key: value for key, value in whole["student"].items() if key in read_of_student(stage, recipe.student)}
     files = files_of(recipe, stage)
+    for named in (settings, student):  # a file's bytes make the artifact, not where they lie; a word's package has other contents by name
+        for key in files.keys() & named.keys():
+            if named[key] not in WORDS:
+                del named[key]
     looked = {"split": recipe.data.val_split, "images": measured, "against": locks.get(stage.against)} if chooses else {}
     return several | looked | ({"files": files} if files else {}) | {
         "kind": stage.kind,
@@ -134,7 +138,8 @@ def _file_digest(path: Path, changed: int, size: int) -> str:
 
 
 def baseline_parts(first: str, fingerprint: str, threads: int) -> dict:
-    """What the lock of the `nearest` row is over: the first stage's lock names the encoder."""
+    """What the lock of the `nearest` row is over: the first stage's lock names the encoder and the training images, `fingerprint` the
+    others."""
     sources, libraries = imported(("compress.evaluate",))
     named = {"kind": "baseline", "first": first, "data": fingerprint}
     return named | {"sources": sources, "versions": versions(libraries), "threads": threads}

@@ -68,6 +68,11 @@ class Run:
         """The digest of the images that rows are measured on."""
         return lock.measured_on(self.data.split(self.recipe.data.val_split).examples)
 
+    @functools.cached_property
+    def measured(self) -> str:
+        """The fingerprint of the split that is measured on: what is in others changes no row."""
+        return self.data.split(self.recipe.data.val_split).fingerprint
+
     def tell(self, stage: Stage, trains: bool) -> None:
         if self.share.size > 1 and not (self.told / stage.name).exists():
             self.told.mkdir(parents=True, exist_ok=True)

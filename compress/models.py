@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress import ledger
 from compress.artifact import GRAPH_PATTERNS, MODEL_FILES, Artifact, pickles, refuse_pickle
-from compress.errors import ModelError
+from compress.errors import ModelError, beside
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -20,11 +20,11 @@ def resolve(model: str | Path) -> Artifact:
     OWNER/NAME is a repository of the hub where there is no folder OWNER here; it is fetched once, into the hub's own cache.
     """
     path = Path(model)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's, false where its folder may not be read
         refuse_pickle(path)
         raise ModelError(f"{path} is a file; name the folder that holds the model")
-    if not path.is_dir():
-        if HUB_NAME.fullmatch(str(model)) and not path.parent.is_dir():
+    if not os.path.isdir(path):
+        if HUB_NAME.fullmatch(str(model)) and not os.path.isdir(path.parent):
             return Artifact(fetched(str(model))).check()
         raise ModelError(f"no model '{model}': neither an artifact's folder nor a run's folder{_near(path)}")
     if (path / "config.json").is_file():
@@ -61,7 +61,7 @@ def fetched(name: str) -> Path:
 
 
 def _near(path: Path) -> str:
-    around = [child for folder in (path.parent, Path("runs")) if folder.is_dir() for child in folder.iterdir()]
-    there = {child.name: child for child in around if child.is_dir() and not child.name.startswith(".")}
+    around = [child for folder in (path, Path("runs") / "NAME") for child in map(folder.with_name, beside(folder))]
+    there = {child.name: child for child in around if os.path.isdir(child) and not child.name.startswith(".")}
     close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
     return f"; did you mean '{there[close[0]]}'?" if close else ""

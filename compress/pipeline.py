@@ -79,7 +79,7 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
         name = names.get(stage.name)
         cached = name is not None and finished(cache / name)
         against = [names[stage.against]] if cached and stage.against else []
-        measured = cached and finished(cache / name, making.measuring(wanted, against, data.fingerprint))
+        measured = cached and finished(cache / name, making.measuring(wanted, against, data.split(wanted.data.val_split).fingerprint))
         if cached:
             seconds, tmacs = Artifact(cache / name).row()["seconds"], noted(cache / name).get("tmacs")
         else:
@@ -157,22 +157,22 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
             row, built = _stage_row(run_, stage, label, parts[stage.name], artifacts)
             artifacts[stage.name] = Artifact(run_.cache / row["lock"]).check()
             if number == 1:
-                first = lock.baseline_parts(row["lock"], run_.data.fingerprint, threads)
+                first = lock.baseline_parts(row["lock"], run_.measured, threads)
                 baseline = Stage(kind="baseline", name=BASELINE, parent=stage.name, config=None)
                 nearest_row, _ = _stage_row(run_, baseline, BASELINE, first, artifacts)
                 rows.append(nearest_row)
             if gates:
                 _gate(stage, row, artifacts[stage.name])
             rows.append(row)
-            if built:  # artifacts of later stages stand: a stop while they are measured anew shall not hide them
-                _save(run_, [*rows, *(earlier[later.name] for later in run_.recipe.stages[number:] if later.name in earlier)])
+            if built:
+                _save(run_, _standing(run_, rows, earlier))
         _save(run_, rows)
     except (LightcapError, OSError) as problem:
         ours = isinstance(problem, LightcapError)
         error = problem if ours else StageError(f"stage '{stage.name}' failed: {type(problem).__name__}: {problem}")
         if rows:
             with contextlib.suppress(OSError):  # a full disk, which may be what failed
-                _save(run_, rows)
+                _save(run_, rows if isinstance(error, GateError) else _standing(run_, rows, earlier))
         return Result(run_.out, tuple(rows), _explained(error, artifacts, rows))
     return Result(run_.out, tuple(rows))
 
@@ -184,6 +184,13 @@ def _earlier(run_: making.Run, parts: Mapping[str, dict]) -> dict[str, dict]:
     except ModelError:
         return {}
     return {row["name"]: row for row in rows if row["name"] in parts and row.get("lock") == lock.digest(parts[row["name"]])}
+
+
+def _standing(run_: making.Run, rows: Sequence[dict], earlier: Mapping[str, dict]) -> list[dict]:
+    """`rows`, and those of later stages whose artifacts are finished: a stop, or a failure, while they are measured anew shall not hide
+    them."""
+    known = {row["name"] for row in rows}
+    return [*rows, *(earlier[stage.name] for stage in run_.recipe.stages if stage.name in earlier and stage.name not in known)]
 
 
 def _trained_with(run_: making.Run) -> Result:
@@ -227,7 +234,7 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
 
     built = False
     against = [artifacts[stage.against].path.name] if stage.against else []
-    wanted = making.measuring(run_.recipe, against, run_.data.fingerprint, stage.name in run_.sizes_only)
+    wanted = making.measuring(run_.recipe, against, run_.measured, stage.name in run_.sizes_only)
     if not finished(target, wanted):
         with only_writer(run_.cache / f"{name}.writer", wait):
             if not finished(target, wanted):
@@ -257,8 +264,8 @@ def _gate(stage: Stage, row: Mapping, made: Artifact) -> None:
 
 
 def _explained(error: LightcapError, artifacts: Mapping, rows: list[dict]) -> LightcapError:
-    """A stage's error with the last artifact that is good: of the last row in the ledger. Where there are rows, data and models that cannot
-    be used are a run that failed; a wrong recipe stays one."""
+    """A stage's error with the last artifact that is good: of the last of `rows`. Where there are rows, data and models that cannot be used
+    are a run that failed; a wrong recipe stays one."""
     if isinstance(error, UsageError) and not rows:
         return error
     kind = StageError if isinstance(error, DataError | ModelError) else type(error)

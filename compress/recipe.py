@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -64,9 +65,9 @@ def find(name: str, folder: Path | None = None, place: str = "") -> Path:
     if name in shipped:
         return SHIPPED / f"{name}.yaml"
     path = Path(name) if folder is None else folder / name
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's, false where its folder may not be read
         return path
-    what = "is a folder" if path.is_dir() else "is neither a file nor a shipped recipe"
+    what = "is a folder" if os.path.isdir(path) else "is neither a file nor a shipped recipe"
     raise RecipeError(
         f"{place}recipe '{name}' {what}; shipped recipes: {', '.join(shipped)}{nearest(name, shipped)}"
     )
@@ -146,7 +147,7 @@ def _merged(base: Located, over: Located) -> Located:
         for key, value in over.value.items():
             pairs[key] = _merged(pairs[key], value) if key in pairs else value
         return Located(pairs, over.place)
-    return over
+    return base if over.value is None and isinstance(base.value, dict) else over  # a section whose keys are all commented out
 
 
 def _continued(base: Located, after: Located, tree: Located) -> Located:

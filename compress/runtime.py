@@ -65,8 +65,7 @@ def flat(image: Image.Image) -> Image.Image:
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray((wide >> 8 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -214,14 +213,15 @@ class Captioner:
                 if len(finished[image]) < beam:
                     sources += [row for row, _ in kept[:beam]]
                     following += [item for _, item in kept[:beam]]
-            images = [image for image, _, _ in live]
-            live = following
+            images, live = [image for image, _, _ in live], following
             if not live:
                 break
             if sources != list(range(len(images))):
                 past = past.rows(sources, [images[row] for row in sources] == images)
         for image, score, ids in live:
             finished[image].append((score / max_tokens, score, ids))
+        if not all(finished):
+            raise ValueError(f"{self.folder}: what its graphs compute are no numbers: the files are damaged; copy them again")
         return [(ids[1:], score) for _, score, ids in (max(found, key=lambda item: item[0]) for found in finished)]
 
     def captions(self, images: np.ndarray | Iterable, beam: int = 1, max_tokens: int | None = None) -> list[tuple[str, float]]:

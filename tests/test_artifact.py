@@ -55,6 +55,25 @@ def test_writing_is_all_or_nothing(tmp_path):
         pass
 
 
+def test_a_folder_that_no_other_can_replace_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "mounted"))
+    (tmp_path / "mounted").mkdir()
+    for target in (".", tmp_path / "here", tmp_path / "mounted"):
+        with pytest.raises(ModelError, match="which no other can replace; name a new folder inside it"), writing(target):
+            raise AssertionError("the work began")
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with writing(tmp_path / "link") as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+
+
 def test_writing_removes_what_a_kill_left(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

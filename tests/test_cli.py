@@ -240,8 +240,10 @@ def test_score(lightcap, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     status, output, error = lightcap("score", "--candidates", "c.json", "--references", "r.json", "--java", "--json")
     assert status == 0 and json.loads(output) == scores
-    assert "not measured: METEOR and SPICE: there is no java on the PATH; install a Java runtime" in error
-    monkeypatch.setattr(java, "missing", lambda: [])
+    assert "not measured: METEOR and SPICE: no java here; apt install default-jre-headless" in error
+    assert {"what": "java (optional: METEOR and SPICE)", "install": "apt install default-jre-headless, or brew install openjdk"} in (
+        json.loads(lightcap("doctor", "--json")[1])["missing"])
+    monkeypatch.setattr(doctor, "without_java", lambda: [])
     monkeypatch.setattr(java, "extra_scores", lambda written, wanted: {"meteor": 31.0, "spice": 22.5 + len(written) + len(wanted)})
     status, output, error = lightcap("score", "--candidates", "c.json", "--references", "r.json", "--java")
     assert status == 0 and error == "" and "METEOR" in output and "26.50" in output
@@ -526,6 +528,14 @@ def test_a_keyboard_stop(lightcap, monkeypatch):
     assert lightcap("run", "quickstart") == (130, "", "lightcap: stopped; the same command goes on\n")
     status, output, _ = lightcap("recipes", "--json")
     assert status == 130 and json.loads(output) == {"ok": False, "error": "stopped"}
+    status, output, _ = lightcap("run", "quickstart", "--json")
+    assert status == 130 and json.loads(output) == {"ok": False, "run": None, "ledger": [], "error": "stopped"}
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "profile", "compare"])
+def test_a_name_that_no_file_can_have_is_wrong_input(lightcap, command):
+    status, output, error = lightcap(command, "x" * 300)
+    assert (status, output) == (2, "") and error.count("\n") == 1 and "LIGHTCAP_TRACE" not in error
 
 
 def test_a_result_that_cannot_be_written_is_one_line(tmp_path):

@@ -50,6 +50,22 @@ def test_what_cannot_be_compared_is_left_out(tmp_path, other):
     assert comparison.compared(runs)["differences"] == []
 
 
+def test_what_another_run_measured_on_other_images_since_is_left_out(tmp_path):
+    """Both runs share their images; the artifact of one row has been measured on others for a third run."""
+    for name, lock in (("a", "1"), ("b", "2")):
+        write_run(tmp_path / name, lock, VALUES)
+        [row] = ledger.read(tmp_path / name / "ledger.jsonl")
+        nearest = row | {"stage": "baseline", "name": "nearest", "artifact": "../.cache/0"}
+        ledger.write(tmp_path / name / "ledger.jsonl", [nearest, row])
+        for known, images in (("0", "x"), (lock, "x")):
+            (tmp_path / ".cache" / known).mkdir(exist_ok=True)
+            (tmp_path / ".cache" / known / "lock.json").write_text(json.dumps({"images": {"val": images}}))
+    runs = [str(tmp_path / name) for name in "ab"]
+    assert [found["name"] for found in comparison.compared(runs)["differences"]] == ["pruned"]
+    (tmp_path / ".cache" / "2" / "lock.json").write_text(json.dumps({"images": {"val": "y"}}))
+    assert comparison.compared(runs)["differences"] == []
+
+
 def test_runs_of_other_data_are_not_compared(tmp_path):
     """Generated scenes of another seed have the same names; the better and smaller of two is not better on other pictures."""
     for name, lock, data, size in (("a", "1", "x", 20), ("b", "2", "y", 10), ("c", "3", "x", 10)):

@@ -8,7 +8,7 @@ import pytest
 from caption_files import NAMES, fails, picture, write_coco, write_flickr8k
 
 from compress.config import Data
-from compress.data import SOURCES, load
+from compress.data import SOURCES, layout, load
 
 
 def test_wrong_source_is_named():
@@ -118,7 +118,7 @@ def test_binary_captions_and_folders(tmp_path):
         assert "images is a folder; source" in fails(Data(source=source, captions=str(tmp_path / "images")))
 
 
-def test_another_sources_layout_is_recognised(karpathy, tmp_path):
+def test_another_sources_layout_is_recognised(karpathy, tmp_path, monkeypatch):
     path = karpathy().captions
     (tmp_path / "images").mkdir()
     write_coco(tmp_path / "coco.json", NAMES)
@@ -135,6 +135,9 @@ def test_another_sources_layout_is_recognised(karpathy, tmp_path):
         for other in set(paths) - {source}:
             message = fails(Data(source=source, captions=paths[other], images=str(tmp_path / "images")))
             assert message.endswith(f"; it looks like source '{other}': --set data.source={other}")
+    assert layout.guess(f"{paths['coco']},{tmp_path / 'more.json'}") == "coco" and layout.guess("metadata.parquet") == "datasets"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert layout.guess("~/coco.json") == "coco"
     assert (
         fails(Data(captions=path))
         == "data.captions is set, but source 'scenes' reads no file: --set data.source=karpathy"

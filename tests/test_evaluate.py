@@ -13,7 +13,7 @@ from compress.artifact import Artifact
 from compress.config import Data, Distill, Scst, Stage, Student
 from compress.context import Progress
 from compress.data import CaptionSet, Example
-from compress.errors import StageError
+from compress.errors import ModelError, StageError
 from compress.ledger import captions_file
 from compress.training.start import new_captioner, write_captioner
 from students.lightcap import preset
@@ -64,6 +64,8 @@ def test_captions_of_weights_that_diverged_are_no_result(tmp_path):
     write_captioner(tmp_path, model.eval(), tokenizer, settings)
     with pytest.raises(StageError, match="the log-probabilities of 3 captions, the first of .*, are not finite; lower learning_rate"):
         evaluate.measure(Artifact(tmp_path), None, context(tmp_path, captions, name="teacher"))
+    with pytest.raises(ModelError, match="the log-probabilities of 3 captions, the first of .*, are not finite: its weights are damaged"):
+        evaluate.evaluate(Artifact(tmp_path), captions.split("val"), 2, Progress(quiet=True))
 
 
 def test_the_baseline_says_what_the_nearest_training_picture_is_called(tmp_path):

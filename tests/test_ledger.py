@@ -1,6 +1,8 @@
 """The ledger's rows, the rows that nothing beats, the table, the report drawn from them."""
 
+import os
 import re
+import threading
 
 import pytest
 from rich.console import Console
@@ -105,6 +107,20 @@ def test_the_report_is_one_file_without_a_network(tmp_path):
         report.write(compared([]), tmp_path / "none" / "report.html")
 
 
+def test_a_report_is_written_where_a_link_or_a_pipe_leads(tmp_path):
+    (tmp_path / "www").mkdir()
+    (tmp_path / "link.html").symlink_to(tmp_path / "www" / "report.html")
+    report.write(compared([]), tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink() and (tmp_path / "www" / "report.html").read_text().startswith("<!doctype html>")
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    report.write(compared([]), tmp_path / "pipe")
+    reader.join(10)
+    assert read == [(tmp_path / "www" / "report.html").read_text()] and (tmp_path / "pipe").is_fifo()
+
+
 def test_the_frontier_of_the_picture():
     points = [(3.0, 50.0), (1.0, 40.0), (2.0, 39.0), (1.0, 41.0)]
     assert report.frontier(points) == [(1.0, 41.0), (3.0, 50.0)]
@@ -124,4 +140,8 @@ def test_the_card_holds_the_rows_numbers(tmp_path):
                  "lightcap caption FOLDER PHOTO"):
         assert cell in said, cell
     assert "Note:" not in said and "\nNote: can saturate.\n" in card.text(recipe, recipe.stages[2], values, "can saturate")
+    path.write_text(f"student: {{preset: tiny}}\nstages:\n  - concepts: {{as: found, vocabulary: {tmp_path / 'words.txt'}}}\n")
+    recipe_ = read_recipe(path)
+    listed = card.text(recipe_, recipe_.stages[0], values)
+    assert "vocabulary: words.txt" in listed and str(tmp_path) not in listed
     assert "private" not in said and "lightcap caption" not in card.text(recipe, recipe.stages[0], values)

@@ -103,6 +103,22 @@ def test_a_file_that_a_setting_names_is_in_the_lock(tmp_path):
     assert locks_of(tmp_path, text) == seen[-1]
 
 
+def test_where_a_file_lies_is_not_in_the_lock(tmp_path):
+    """Its bytes are; words of ours and names of the hub, which have none here, are themselves."""
+    text = "student: {preset: tiny, tokenizer: %s, fusion_weights: %s}\nstages:\n  - concepts: {as: a, vocabulary: %s}\n"
+    text += "  - train: {as: b, preset: tiny}\n"
+    seen = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for name in ("bert", "weights", "names.txt"):
+            (tmp_path / folder / name).write_text(name)
+        seen.append(locks_of(tmp_path, text % tuple(tmp_path / folder / name for name in ("bert", "weights", "names.txt"))))
+    assert seen[0] == seen[1]
+    words = [locks_of(tmp_path, text % (tokenizer, weights, tmp_path / "here" / "names.txt"))["b"]
+             for tokenizer, weights in (("english", "minilm"), ("minilm", "minilm"), ("english", "owner/name"), ("english", "owner/other"))]
+    assert len({*words, seen[0]["b"]}) == 5
+
+
 def test_the_weights_that_a_stage_names_itself_are_in_its_lock(tmp_path):
     """And not those of the student section, which it does not load."""
     for name in ("own", "section"):

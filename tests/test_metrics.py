@@ -2,7 +2,9 @@
 
 import random
 import shutil
+import subprocess
 import sys
+import types
 from statistics import NormalDist
 
 import numpy as np
@@ -11,7 +13,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from compress import metrics
+from compress import doctor, metrics
 from compress.errors import DataError
 from compress.metrics import CiderD, bleu, bootstrap, java, rouge_l
 
@@ -231,29 +233,45 @@ def test_paired_ends():
 
 @pytest.mark.slow
 def test_java_metrics_run_or_say_what_is_missing():
-    lacking = java.missing()
+    lacking = doctor.without_java()
     if shutil.which("java") is None:
-        assert any("no java on the PATH" in line for line in lacking)
+        assert "java" in [what for _, what, _ in lacking]
         assert java.extra_scores(TEXTS, TRUTH) == {}
         return
     scores = java.extra_scores(TEXTS, TRUTH)
-    assert ("spice" in scores) == (not any("SPICE" in line for line in lacking))
+    assert ("spice" in scores) == (not any("SPICE" in of for of, _, _ in lacking))
     assert 20 < scores["meteor"] < 80  # near their references, but not equal
     with pytest.raises(DataError, match="cannot be scored"):
         java.extra_scores([], [])
 
 
-def test_missing_names_the_package_and_java_and_the_models(monkeypatch, tmp_path):
+def test_what_spice_says_is_no_part_of_the_result(monkeypatch, capfd):
+    """Its program writes to the standard output that it is started with."""
+    class Spice:
+        def compute_score(self, truth, result):
+            subprocess.run(["echo", "SPICE evaluation took: 1 s"], check=True)
+            return 0.225, []
+
+    monkeypatch.setattr(java, "without_java", lambda: [])
+    monkeypatch.setattr(java, "_meteor", lambda truth, result: 31.0)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.spice.spice", types.SimpleNamespace(Spice=Spice))
+    assert java.extra_scores(TEXTS, TRUTH) == {"meteor": 31.0, "spice": 22.5}
+    print("the result")
+    said = capfd.readouterr()
+    assert said.out == "the result\n" and said.err == "SPICE evaluation took: 1 s\n"
+
+
+def test_doctor_names_the_package_and_java_and_the_models(monkeypatch, tmp_path):
+    both = "METEOR and SPICE"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [line for line in java.missing() if "java" in line] == [
-        "METEOR and SPICE: there is no java on the PATH; install a Java runtime (8 or newer)"
-    ]
+    assert (both, "java", "apt install default-jre-headless, or brew install openjdk") in doctor.without_java()
     assert java.extra_scores(TEXTS, TRUTH) == {}
     (tmp_path / "empty" / "pycocoevalcap").mkdir(parents=True)
     (tmp_path / "empty" / "pycocoevalcap" / "__init__.py").touch()
     for name in [name for name in sys.modules if name.partition(".")[0] == "pycocoevalcap"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "empty"), *sys.path])
-    assert any(line.startswith("SPICE: stanford-corenlp-3.6.0.jar and") for line in java.missing())
+    models = "stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar"
+    assert ("SPICE", models, "python -m pycocoevalcap.spice.get_stanford_models") in doctor.without_java()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert java.missing()[0] == "METEOR and SPICE: the package pycocoevalcap is not installed; pip install pycocoevalcap"
+    assert doctor.without_java()[0] == (both, "pycocoevalcap", "pip install 'lightcap[coco]'")

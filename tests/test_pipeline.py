@@ -291,6 +291,28 @@ def test_a_stop_while_a_run_is_measured_anew_hides_none_of_its_artifacts(tmp_pat
     assert [row["name"] for row in ledger.read(tmp_path / "runs/chain/ledger.jsonl")] == NAMES[:3]
 
 
+def test_a_failure_while_a_run_is_measured_anew_hides_none_of_its_artifacts(tmp_path):
+    class Full(Evaluation):
+        def measure(self, artifact, against, context):
+            if context.stage.name == "student":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().measure(artifact, against, context)
+
+    first, *_ = go(tmp_path)
+    result, *_ = go(tmp_path, read(tmp_path, RECIPE, "data.val_split=train"), evaluation=Full())
+    assert [row["name"] for row in result.rows] == NAMES[:3] and "stage 'student' failed: OSError" in result.error.message
+    rows = ledger.read(tmp_path / "runs/chain/ledger.jsonl")
+    assert [row["name"] for row in rows] == NAMES and rows[3:] == list(first.rows[3:])
+    assert resolve(tmp_path / "runs/chain").config["name"] == "export"
+
+
+def test_images_that_are_not_measured_on_change_no_row(tmp_path):
+    for name, anew in (("a", 6), ("b", 0)):
+        data = dataclasses.replace(captions(), fingerprint=name * 64, marks={"train": "t" * 64, "val": "v" * 64})
+        result, stages, evaluation = go(tmp_path, data=data)
+        assert result.ok and len(evaluation.calls) == anew and bool(stages.runs) == bool(anew)
+
+
 def test_rows_of_size_and_time_alone_are_none_of_a_run_that_asks_for_captions(tmp_path):
     result, stages, evaluation = go(tmp_path, sizes_only=["pruned", "export"], gates=False)
     assert result.ok and [row["cider"] for row in result.rows] == [20.0, 50.0, 50.0, 50.0, None, None]

@@ -199,6 +199,17 @@ def test_extends_merges_mappings_and_replaces_lists(tmp_path):
     assert (read.student.preset, read.student.heads, read.student.layers) == ("tiny", 2, 1)
 
 
+def test_a_section_without_keys_is_the_parent_s(tmp_path):
+    """All of them commented out: it is YAML's null, which takes nothing away."""
+    write(tmp_path, CHAIN)
+    child = "extends: chain.yaml\ndata:\n  # seed: 4\nstudent:\n"
+    read = read_recipe(write(tmp_path, child, "small.yaml"))
+    parent = read_recipe(tmp_path / "chain.yaml")
+    assert (read.data, read.student) == (parent.data, parent.student) != (config.Data(), config.Student())
+    own = read_recipe(write(tmp_path, "student:\nstages:\n  - train: {preset: tiny}\n", "own.yaml"))
+    assert own.student == config.Student()
+
+
 def test_after_puts_the_parent_s_first_stages_before_the_own(tmp_path):
     parent = read_recipe(write(tmp_path, CHAIN, "parent.yaml"))
     last = parent.stages[1].name

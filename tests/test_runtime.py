@@ -196,6 +196,13 @@ def test_a_wide_beam_finds_the_best_of_all_captions():
         assert logprob == pytest.approx(total, abs=1e-5)
 
 
+def test_scores_that_are_no_numbers_are_damage():
+    captioner = Table(np.full((3, 6, 6), np.nan, np.float32))
+    captioner.folder = "there"
+    with pytest.raises(ValueError, match="^there: what its graphs compute are no numbers: the files are damaged; copy them again$"):
+        captioner.search(np.zeros((2, 1)), beam=2, max_tokens=3)
+
+
 def test_prefixes_are_copied_only_where_captions_of_other_images_go_on():
     """Two images, beam 2: from one caption each to two; while both go on only what captions hold of their own moves; one ends."""
     logits = np.zeros((3, 6, 6), np.float32)

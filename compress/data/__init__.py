@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,8 +66,8 @@ def _scenes(data, cache: Path | None, only: str | None, or_all: bool, progress) 
 def _suggested(data) -> str:
     from compress.data.layout import guess
 
-    paths = [Path(os.path.expanduser(value.split(",")[0])) for value in (data.captions, data.images) if value]
-    return next((found for found in map(guess, paths) if found), "karpathy, coco, flickr8k or datasets")
+    values = [value for value in (data.captions, data.images) if value]
+    return next((found for found in map(guess, values) if found), "karpathy, coco, flickr8k or datasets")
 
 
 SOURCES = {

@@ -76,18 +76,19 @@ def read_json(path: Path, source: str) -> dict:
 
 def mismatch(path: Path, source: str, found: str) -> DataError:
     """The error for a file of another layout; names the source whose file it looks like."""
-    other = guess(path)
+    other = guess(str(path))
     hint = f"; it looks like source '{other}': --set data.source={other}" if other and other != source else ""
     return DataError(f"data.captions: {path} is {found}; source '{source}' expects {EXPECTS[source]}{hint}")
 
 
-def guess(path: Path) -> str | None:
-    """The source whose captions these look like: karpathy, coco, flickr8k, datasets, or None."""
-    if path.is_dir():
+def guess(value: str) -> str | None:
+    """The source whose captions these look like (of several files with commas, the first): karpathy, coco, flickr8k, datasets, or None."""
+    path = Path(os.path.expanduser(value if os.path.exists(value) else value.split(",")[0]))
+    if os.path.isdir(path):
         if any((path / f"metadata.{kind}").exists() for kind in ("csv", "jsonl", "parquet")):
             return "datasets"
         return "flickr8k" if (path / "Flickr8k.token.txt").exists() else None
-    if path.name in ("metadata.csv", "metadata.jsonl"):
+    if path.name in ("metadata.csv", "metadata.jsonl", "metadata.parquet"):
         return "datasets"
     try:
         text = path.read_text(encoding="utf-8-sig")

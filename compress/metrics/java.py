@@ -5,37 +5,16 @@ Nothing is downloaded. pycocoevalcap would fetch SPICE's Stanford models at the 
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 
+from compress.doctor import without_java
 from compress.ptb import ptb_tokenize
-
-SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-
-
-def missing() -> list[str]:
-    """What METEOR and SPICE lack here, a line each with how to mend it; empty where both can run."""
-    lines = []
-    spec = importlib.util.find_spec("pycocoevalcap")
-    if spec is None:
-        lines.append("METEOR and SPICE: the package pycocoevalcap is not installed; pip install pycocoevalcap")
-    if shutil.which("java") is None:
-        lines.append("METEOR and SPICE: there is no java on the PATH; install a Java runtime (8 or newer)")
-    if spec is not None:
-        library = Path(next(iter(spec.submodule_search_locations or [""]))) / "spice" / "lib"
-        absent = [name for name in SPICE_MODELS if not (library / name).is_file()]
-        if absent:
-            lines.append(
-                f"SPICE: {' and '.join(absent)} not in pycocoevalcap/spice/lib; "
-                "python -m pycocoevalcap.spice.get_stanford_models downloads them"
-            )
-    return lines
 
 
 def extra_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """{"meteor": ..., "spice": ...} times 100 of one raw caption per image, with the keys of what can run here: `missing()` says why not.
+    """{"meteor": ..., "spice": ...} times 100 of one raw caption per image, with the keys of what can run here (`doctor.without_java`).
 
     Raises DataError for no captions or a different number of candidates and references.
     """
@@ -43,8 +22,8 @@ def extra_scores(candidates: Sequence[str], references: Sequence[Sequence[str]])
 
     if not len(candidates) or len(candidates) != len(references):
         raise DataError(f"{len(candidates)} captions cannot be scored against the references of {len(references)} images")
-    lacking = missing()
-    if any(line.startswith("METEOR") for line in lacking):
+    lacking = without_java()
+    if any(scores.startswith("METEOR") for scores, _, _ in lacking):
         return {}
     truth = {index: [" ".join(ptb_tokenize(caption)) for caption in captions] for index, captions in enumerate(references)}
     result = {index: [" ".join(ptb_tokenize(caption))] for index, caption in enumerate(candidates)}
@@ -52,8 +31,21 @@ def extra_scores(candidates: Sequence[str], references: Sequence[Sequence[str]])
     if not lacking:
         from pycocoevalcap.spice.spice import Spice
 
-        scores["spice"] = float(Spice().compute_score(truth, result)[0]) * 100
+        with _spoken_to_errors():
+            scores["spice"] = float(Spice().compute_score(truth, result)[0]) * 100
     return scores
+
+
+@contextlib.contextmanager
+def _spoken_to_errors() -> Iterator[None]:
+    """SPICE's program is started with our standard output, which is the command's result, and says there how long it took."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _meteor(truth: dict[int, list[str]], result: dict[int, list[str]]) -> float:

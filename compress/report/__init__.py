@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,7 +38,10 @@ def write(value: Mapping, path: Path) -> None:
                            differences=[(entry["run"], *comparison.cells(entry)) for entry in value["differences"]],
                            against=value["runs"][0]["run"] if value["runs"] else "")
     try:
-        write_text(path, text)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")  # a pipe, or a device
+        else:
+            write_text(Path(os.path.realpath(path)), text)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error.strerror})") from None
 
