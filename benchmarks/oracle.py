@@ -29,6 +29,7 @@ from results import interval, number, table
 from compress import data, ledger, metrics, recipe
 from compress.artifact import Artifact
 from compress.cache import cache_of
+from compress.config import vocabulary_of
 from compress.context import Progress, Task
 from compress.data import CaptionSet
 from compress.data.concepts import read_concepts
@@ -38,7 +39,7 @@ from compress.evaluate import narrowed
 from compress.metrics.bootstrap import paired
 from compress.process import thread_count
 from compress.training.features import grids
-from compress.training.mentions import best_concepts, mentioned, vocabulary_of
+from compress.training.mentions import best_concepts, mentioned
 from compress.training.start import read_captioner
 from students.lightcap import LightCap
 from students.lightcap.concepts import NONE

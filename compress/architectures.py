@@ -137,10 +137,12 @@ def _student(
         return parent
     if parent.heads != 1:
         raise ValueError(f"heads: {config.heads} asked of a captioner that has {parent.heads}; only one that has 1 can get more")
-    if len(config.teachers) == 1:
-        raise ValueError(f"heads: {config.heads} copies of one head, taught by one teacher, stay equal; name a teacher for each")
-    if not config.asks_tokens:
+    if len(config.teachers) > 1 and not config.asks_tokens:
         raise ValueError(f"heads: {config.heads} copies of one head, which match no tokens, stay equal; let them match some")
+    if len(config.teachers) == 1 or (config.ensemble == "each" and len(set(config.teachers)) == 1):
+        raise ValueError(f"heads: {config.heads} copies of one head, taught by one teacher, stay equal; name a teacher for each")
+    if config.ensemble == "all":
+        raise ValueError(f"heads: {config.heads} copies of one head, taught by all teachers, stay equal; start anew, or leave out ensemble")
     return dataclasses.replace(parent, heads=config.heads)
 
 

@@ -368,3 +368,13 @@ class Recipe:
     stages: tuple[Stage, ...]
     path: Path = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+def vocabulary_of(recipe: Recipe, stage: Stage) -> str | None:
+    """The file of concepts that the captioner of `stage` was taught to find; None for the shipped ones, and where it finds none."""
+    stages = {other.name: other for other in recipe.stages}
+    while stage.kind != "concepts":
+        if not (before := [stage.parent] if stage.parent else references(stage.config)):
+            return None
+        stage = stages[before[0]]
+    return stage.config.vocabulary

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from compress.config import Recipe, Stage, Student, references
+from compress.config import Recipe, Stage, Student, references, vocabulary_of
 from compress.data import CaptionSet
 from compress.data.concepts import SHIPPED, default_text_encoder
 from compress.data.regions import sizes_beside
@@ -72,8 +72,11 @@ def files_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
     own = dataclasses.asdict(stage.config)
     if stage.kind == "concepts":
         own["text_encoder"] = own["text_encoder"] or default_text_encoder(recipe.student.encoder)
+    finds = stage.kind == "concepts" or own.get("concept_weight")  # what the list of concepts names
+    if finds:
+        own["vocabulary"] = vocabulary_of(recipe, stage)
     files = digests(student) | digests(own)
-    if stage.kind == "concepts" and "vocabulary" not in files:
+    if finds and "vocabulary" not in files:
         files["vocabulary"] = file_digest(SHIPPED)
     return files
 

@@ -338,6 +338,10 @@ def _load(wanted: Recipe, cache: Path, progress: Progress):
             found.split(split)
         except DataError as error:
             raise DataError(f"{error.message}; {how}") from None
+    weighed = next((stage for stage in wanted.stages if getattr(stage.config, "consensus", 0)), None)
+    if weighed is not None and max(len(example.captions) for example in found.split("train").examples) == 1:
+        raise DataError(f"{weighed.place}stage '{weighed.name}', key 'consensus': weighs a caption by the others of its image, and here "
+                        f"each is an only one; leave it out (--set {weighed.name}.consensus=0)")
     if len(found.split(wanted.data.val_split)) == 1:
         raise DataError(f"{found.name}: split '{wanted.data.val_split}' is one image, of which CIDEr is 0 whatever is said: word weights "
                         "come from several; give it more")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from compress.artifact import PICKLES
 from compress.config import STAGES, Data, Recipe, Stage, Student
 from compress.conflicts import conflicts
 from compress.document import Located, parse, read
@@ -249,7 +250,9 @@ def _typed(tree: Located, path: Path) -> Recipe:
     seed = value_of(tree.value.get("seed", Located(17, "")), int, "", "seed")
     sections = {key: _section(tree.value.get(key, Located(None, "")), key) for key in SECTIONS}
     if sections["student"].tokenizer is None and sections["student"].fusion_weights:  # BERT's weights are of BERT's pieces
-        sections["student"] = replace(sections["student"], tokenizer=sections["student"].fusion_weights)
+        weights = sections["student"].fusion_weights
+        of_file = weights.endswith((".safetensors", *PICKLES))  # its vocab.txt lies beside it
+        sections["student"] = replace(sections["student"], tokenizer=str(Path(weights).parent) if of_file else weights)
     stages = _stages(tree, sections["student"])
     named = {key: tree.value.get(key, Located(None, "")).value or {} for key in SECTIONS}
     places = {key: value.place for pairs in named.values() for key, value in pairs.items()}

@@ -118,6 +118,11 @@ def test_a_head_that_cannot_take_its_teachers_is_refused_before_the_teachers_are
         ("  - distill: {as: x, heads: 1, ensemble: running}\n", "stage 'x': ensemble: running is of several heads; leave it out"),
         ("  - distill: {heads: 1}\n  - distill: {as: x, from: distill, teachers: [teacher, teacher], heads: 2, match: hidden}\n",
          "stage 'x': heads: 2 copies of one head, which match no tokens"),
+        ("  - distill: {heads: 1}\n  - distill: {as: x, from: distill, teachers: [teacher, teacher], heads: 2}\n",
+         "stage 'x': heads: 2 copies of one head, taught by one teacher, stay equal"),
+        ("  - train: {as: other, seed: 2, preset: tiny, objective: masked}\n  - distill: {heads: 1, teachers: teacher}\n"
+         "  - distill: {as: x, from: distill, teachers: [teacher, other], heads: 2, ensemble: all}\n",
+         "stage 'x': heads: 2 copies of one head, taught by all teachers, stay equal; start anew, or leave out ensemble"),
         ("  - distill: {as: x, from: teacher, teachers: [teacher, teacher, teacher]}\n", "stage 'x': 3 teachers for 2 heads; name one"),
         ("  - prune: {as: x, macs: 0.5, layers: 2}\n", "stage 'x': layers: 2 shall stay of 2; name less, or leave it out"),
         ("  - train: {as: next, preset: tiny}\n  - distill: {as: x, from: next, teachers: teacher, match: [tokens, hidden]}\n",

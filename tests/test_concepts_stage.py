@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 
 from compress import data, evaluate
 from compress.artifact import Artifact
-from compress.config import Concepts, Data, Distill, Student, Train
+from compress.config import Concepts, Data, Distill, Student, Train, vocabulary_of
 from compress.context import Context
 from compress.errors import DataError, ModelError, RecipeError
 from compress.recipe import read_recipe
 from compress.stages import concepts, distill, train
 from compress.training import corpus, text
 from compress.training.features import grids
-from compress.training.mentions import best_concepts, concept_loss, mentioned, precision_recall, vocabulary_of
+from compress.training.mentions import best_concepts, concept_loss, mentioned, precision_recall
 from compress.training.start import new_captioner, read_captioner
 from students.lightcap.concepts import NONE
 

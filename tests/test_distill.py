@@ -10,21 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from stage_context import context
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
 
 from compress import data
 from compress.artifact import Artifact
-from compress.config import Data, Distill, Student, Vocabulary
+from compress.config import Data, Distill, Stage, Student, Vocabulary
 from compress.context import Progress
-from compress.errors import DataError, RecipeError, UsageError
+from compress.errors import DataError, ModelError, RecipeError, UsageError
 from compress.stages import distill, vocabulary
 from compress.training import distillation, targets
 from compress.training.batches import Captions, pack
-from compress.training.corpus import corpus, tell_unknown
+from compress.training.corpus import UNSEEN_BIAS, corpus, tell_unknown
 from compress.training.losses import token_loss
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap, preset
 from students.lightcap.bert import copy_layers
-from students.lightcap.tokenizer import encode_captions, load_tokenizer, narrowed, pieces_of, read_tokenizer, word_pieces
+from students.lightcap.tokenizer import SPECIAL, encode_captions, load_tokenizer, narrowed, pieces_of, read_tokenizer, word_pieces
 from teachers.lightcap import LightCapTeacher
 
 STUDENT = Student(preset="tiny", heads=3)
@@ -153,6 +155,15 @@ def test_heads_learn_from_all_teachers_or_from_the_heads_before_them(run, teache
     assert len(digests) == 3
 
 
+def test_a_student_of_one_teacher_with_as_many_heads_starts_as_it(run, teachers, scenes):
+    """A teacher of several heads says their mean: a student that had only its first head would start far from it."""
+    many = run(Distill(teachers=("teacher",), heads=2, init="weights", epochs=0.01, batch_images=40), name="many")
+    config = Distill(teachers=("many",), heads=2, epochs=0.01, batch_images=40, learning_rate=1e-12, dropout=0.0)
+    made = LightCap.from_pretrained(run(config, sources={"many": many}, name="made").path)
+    for mine, its in zip(made.heads.branches, LightCap.from_pretrained(many.path).heads.branches, strict=True):
+        torch.testing.assert_close(mine.transform.weight, its.transform.weight, atol=1e-6, rtol=0)
+
+
 def test_one_head_becomes_three_for_three_teachers(run, teachers):
     one = run(Distill(teachers=("teacher",), init="weights", heads=1, epochs=0.01, batch_images=40), name="one")
     config = Distill(heads=3, epochs=0.01, batch_images=40, learning_rate=1e-9, dropout=0.0)
@@ -268,6 +279,36 @@ def test_what_is_kept_ends_captions_and_serves_others(teachers, scenes, tmp_path
     here = context(tmp_path, scenes)
     assert {2, 3, 7000} <= set(corpus(model, tokenizer, settings, here, beside={7000}).keep.tolist())
     assert 7000 not in corpus(model, tokenizer, settings, here).keep
+
+
+def test_pieces_that_words_are_newly_spelled_by_can_be_learned(scenes, teachers, tmp_path):
+    """No caption held them while their words were pieces: training left them the bias of what is never said."""
+    model, whole, settings = read_captioner(teachers["teacher"].path)
+    captions = [caption for example in scenes.split("train").examples for caption in example.captions]
+    used = sorted({piece for ids in encode_captions(whole, captions, 20) for piece in ids})
+    bias = torch.full_like(model.heads.bias, UNSEEN_BIAS)
+    bias[used] = torch.linspace(-9, 3, len(used))
+    model.heads.bias.data.copy_(bias)
+    (tmp_path / "parent").mkdir()
+    write_captioner(tmp_path / "parent", model, whole, settings)
+    here = context(tmp_path, scenes, "vocabulary", Vocabulary(min_count=20), parent="teacher")
+    vocabulary.run(Artifact(tmp_path / "parent"), here.stage.config, here)
+    small, tokenizer, _ = read_captioner(here.output)
+    kept = json.loads((here.output / "vocabulary.json").read_text())["kept"]
+    spelling = {piece for ids in encode_captions(tokenizer, captions, 20) for piece in ids}
+    new = [place for place in spelling if kept[place] not in used]
+    same = [place for place in range(len(kept)) if place not in new]
+    assert new and torch.equal(small.heads.bias[same], bias[kept][same])
+    assert small.heads.bias[new].tolist() == [float(bias[[piece for piece in kept if piece in used]].min())] * len(new)
+
+
+def test_a_tokenizer_that_cannot_be_cut_is_refused_before_a_vocabulary_stage(scenes, tmp_path):
+    vocabulary = {piece: number for number, piece in enumerate((*SPECIAL, "a"))}
+    pieces = Tokenizer(tokenizer_models.BPE(vocabulary, [], unk_token="[UNK]"))
+    here = context(tmp_path, scenes)
+    cut = dataclasses.replace(here.recipe, stages=(*here.recipe.stages, Stage("vocabulary", "v", None, Vocabulary())))
+    with pytest.raises(ModelError, match="only WordPiece vocabularies can be narrowed, this one is BPE: give a tokenizer with WordPiece"):
+        tell_unknown(pieces, dataclasses.replace(here, recipe=cut))
 
 
 def test_captions_that_the_tokenizer_does_not_know_are_told_of(scenes, tmp_path):

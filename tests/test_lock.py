@@ -143,6 +143,21 @@ def test_every_file_of_an_extractor_is_in_the_lock(tmp_path, key):
     assert locks_of(tmp_path, text)["a"] != base["a"]
 
 
+def test_the_list_of_concepts_that_a_tuned_encoder_is_taught_by_is_in_the_lock(tmp_path):
+    """The stage `train` reads it anew, hours after the extractor was made of it; and what changed meanwhile is asked for."""
+    text = "student: {preset: tiny}\nstages:\n  - concepts: {as: a, vocabulary: %s}\n  - train: {as: b, from: a, encoder: tuned%s}\n"
+    (tmp_path / "list.txt").write_text("dog\n")
+    (tmp_path / "r.yaml").write_text(text % (tmp_path / "list.txt", ", concept_weight: 0.1"))
+    recipe = read_recipe(tmp_path / "r.yaml")
+    known = lock.parts(recipe, recipe.stages[1], {"a": "x"}, "f", 2)
+    assert lock.changed(recipe, recipe.stages[1], known) == []
+    (tmp_path / "list.txt").write_text("cat\n")
+    assert lock.changed(recipe, recipe.stages[1], known) == ["the file of 'vocabulary'"]
+    (tmp_path / "r.yaml").write_text(text % (tmp_path / "list.txt", ""))
+    recipe = read_recipe(tmp_path / "r.yaml")
+    assert "files" not in lock.parts(recipe, recipe.stages[1], {"a": "x"}, "f", 2)
+
+
 def test_the_text_encoder_of_a_silent_recipe_is_in_the_lock(tmp_path, monkeypatch):
     text = "stages:\n  - concepts: {as: a, vocabulary: %s}\n" % (tmp_path / "list.txt")
     (tmp_path / "list.txt").write_text("dog\n")

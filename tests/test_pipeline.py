@@ -386,6 +386,18 @@ def test_weights_that_can_only_be_a_path_are_missed_at_once(tmp_path, key, value
         pipeline.plan(wanted, tmp_path / "runs/chain", captions())
 
 
+def test_consensus_where_nobody_could_agree_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("from: teacher, seed", "from: teacher, consensus: 0.5, seed"))
+    alone = tuple(dataclasses.replace(one, captions=one.captions[:1]) for one in captions().examples)
+    for examples, refused in ((alone, True), ((captions().examples[0], *alone[1:]), False)):
+        monkeypatch.setattr(compress.data, "load", lambda *_, examples=examples, **__: dataclasses.replace(captions(), examples=examples))
+        result, stages, _ = go(tmp_path, read_recipe(tmp_path / "r.yaml"), data=None)
+        assert result.ok != refused and bool(stages.runs) != refused
+        if refused:
+            said = "r.yaml:5: stage 'teacher-2', key 'consensus': weighs a caption by the others of its image, and here each is an only one"
+            assert said in result.error.message and "--set teacher-2.consensus=0" in result.error.message
+
+
 def test_names_of_the_hub_are_no_paths(tmp_path):
     assert go(tmp_path, read(tmp_path, RECIPE, "student.tokenizer=huawei-noah/TinyBERT_General_4L_312D"))[0].ok
 

@@ -46,6 +46,14 @@ def test_a_student_that_starts_from_bert_has_its_pieces_and_layers(tmp_path):
     assert plain.student.tokenizer is None and plain.stages[3].config.init == "teacher"
 
 
+@pytest.mark.parametrize(("weights", "tokenizer"), [
+    ("bert/model.safetensors", "bert"), ("pytorch_model.bin", "."), ("bert", "bert"), ("minilm", "minilm"), ("owner/name", "owner/name"),
+])
+def test_the_tokenizer_of_a_file_of_weights_lies_beside_it(tmp_path, weights, tokenizer):
+    path = write(tmp_path, f"student: {{preset: tiny, fusion_weights: {weights}}}\nstages:\n  - train: {{}}\n")
+    assert read_recipe(path).student.tokenizer == tokenizer
+
+
 def test_presets_and_encoders_are_the_students():
     """Listed twice, since the students' own list cannot be read without torch."""
     from students.lightcap.config import PRESETS

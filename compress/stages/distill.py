@@ -59,7 +59,7 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     taught = None
     if config.asks_tokens:
         taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
-    guide = teachers[0]
+    guide = teachers[0] if {"hidden", "attention"} & set(config.match) else None
     del first, teacher, teachers  # of several, large ones, only one is asked while the student is trained
     full = model.word.detach().clone()
     model.narrow(data.keep)
@@ -82,14 +82,16 @@ def multiply_heads(model: LightCap, count: int) -> None:
 
 
 def start_from(model: LightCap, teachers: Sequence[LightCap | None]) -> None:
-    """The first teacher's embeddings and every n-th layer, its modulator, and head i as the head of the i-th of `teachers`. Heads of none
-    stay as they were drawn: copies of one head, taught alike, would never part.
+    """The first teacher's embeddings and every n-th layer, its modulator, and head i as the (first) head of the i-th of `teachers`; of an
+    only one with as many heads, all of them. Heads of none stay as they were drawn: copies of one head, taught alike, would never part.
 
     RecipeError where their sizes differ.
     """
     first = teachers[0]
     try:
         copy_layers(model.fusion, first.fusion)
+        if len(teachers) == 1 and first.config.heads == model.config.heads:
+            model.heads.branches.load_state_dict(first.heads.branches.state_dict())
         for branch, teacher in zip(model.heads.branches, teachers, strict=False):
             if teacher is not None:
                 branch.load_state_dict(teacher.heads.branches[0].state_dict())

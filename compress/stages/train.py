@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from compress.artifact import Artifact
-from compress.config import Train
+from compress.config import Train, vocabulary_of
 from compress.context import Context
 from compress.data.concepts import read_concepts
 from compress.decode import Special
@@ -22,7 +22,7 @@ from compress.training.features import device
 from compress.training.loop import Group, fit
 from compress.training.losses import caption_loss
 from compress.training.matching import Matching, replace
-from compress.training.mentions import concept_loss, mentioned, vocabulary_of
+from compress.training.mentions import concept_loss, mentioned
 from compress.training.reward import CiderReward
 from compress.training.softmax import logits_at
 from compress.training.start import language, new_captioner, read_captioner, ready, write_captioner

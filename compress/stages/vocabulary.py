@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 
 from compress.artifact import Artifact, write_json
 from compress.config import Vocabulary
 from compress.context import Context
+from compress.training.corpus import UNSEEN_BIAS
 from compress.training.start import read_captioner, write_captioner
+from students.lightcap import LightCap
 from students.lightcap.tokenizer import encode_captions, keep_pieces, narrowed
 
 KEPT = "vocabulary.json"  # piece i of this artifact was piece kept[i] of its parent's
@@ -26,6 +29,17 @@ def run(parent: Artifact, config: Vocabulary, context: Context) -> Artifact:
     context.progress.log(f"{context.stage.name}: {len(keep)} of {model.config.vocabulary} word pieces kept")
     before = model.config.vocabulary
     model.narrow(torch.tensor(keep))
+    smaller = narrowed(tokenizer, keep)
+    learnable(model, {piece for ids in encode_captions(smaller, captions, model.config.max_tokens) for piece in ids})
     write_json(context.output / KEPT, {"pieces_before": before, "kept": keep})
-    write_captioner(context.output, model, narrowed(tokenizer, keep), settings)
+    write_captioner(context.output, model, smaller, settings)
     return Artifact(context.output)
+
+
+def learnable(model: LightCap, used: Iterable[int]) -> None:
+    """Pieces `used` to spell words whose own pieces are gone, and that no caption held before, get the least bias of those that were
+    learned: at UNSEEN_BIAS they would cost a hundred nats each in whatever is trained next, and never come back."""
+    bias = model.heads.bias.data
+    learned = bias > UNSEEN_BIAS / 2
+    new = [piece for piece in used if not learned[piece]]
+    bias[new] = bias[learned].min()

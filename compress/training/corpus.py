@@ -13,12 +13,12 @@ from torch import Tensor
 
 from compress.context import Context
 from compress.data import CaptionSet
-from compress.errors import DataError
+from compress.errors import DataError, ModelError
 from compress.parallel import ALONE, Share
 from compress.training.batches import Batch, Captions, Masking, order, pack, pack_masked, steps_of
 from compress.training.features import device, grids, grids_key, normalised, pixels
 from students.lightcap import LightCap
-from students.lightcap.tokenizer import encode_captions
+from students.lightcap.tokenizer import check_narrows, encode_captions
 
 UNSEEN_BIAS = -100.0  # the logit bias of a piece that no training caption holds: it was never learned, so it is never produced
 
@@ -91,7 +91,12 @@ def corpus(
 
 def tell_unknown(tokenizer: Tokenizer, context: Context) -> None:
     """Logs the share of the training captions' pieces that the tokenizer does not know, which no captioner says; DataError where it is most
-    of them."""
+    of them. ModelError for a tokenizer that a later 'vocabulary' stage would come to grief with."""
+    if any(stage.kind == "vocabulary" for stage in context.recipe.stages):
+        try:
+            check_narrows(tokenizer)
+        except ValueError as error:
+            raise ModelError(f"{error}: give a tokenizer with WordPiece (student.tokenizer), or leave out the 'vocabulary' stage") from None
     texts = (caption for example in context.data.split("train").examples for caption in example.captions)
     pieces = [piece for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False) for piece in encoding.ids]
     share = pieces.count(tokenizer.token_to_id("[UNK]")) / max(1, len(pieces))

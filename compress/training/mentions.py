@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.config import Recipe, Stage, references
 from compress.data import CaptionSet
 from compress.data.concepts import Mentions
 from students.lightcap import LightCap
@@ -31,14 +30,6 @@ def concept_loss(scores: Tensor, wanted: Tensor) -> Tensor:
     """Log-odds (B, count) that a picture shows each concept, and whether its captions mention it (B, count) -> binary cross-entropy summed
     over concepts, averaged over pictures."""
     return F.binary_cross_entropy_with_logits(scores, wanted, reduction="sum") / len(scores)
-
-
-def vocabulary_of(recipe: Recipe, stage: Stage) -> str | None:
-    """The file of concepts that the captioner of `stage` was taught to find; None for the shipped ones."""
-    stages = {other.name: other for other in recipe.stages}
-    while stage.kind != "concepts":
-        stage = stages[stage.parent or references(stage.config)[0]]
-    return stage.config.vocabulary
 
 
 def best_concepts(scores: Tensor, pieces: Tensor, most: int) -> Tensor:

@@ -147,13 +147,18 @@ def keep_pieces(tokenizer: Tokenizer, seen: Iterable[int]) -> list[int]:
     return sorted({*single, *(int(i) for i in seen)})
 
 
+def check_narrows(tokenizer: Tokenizer) -> None:
+    """ValueError for a tokenizer that `narrowed` has none of."""
+    if not isinstance(tokenizer.model, models.WordPiece):
+        raise ValueError(f"only WordPiece vocabularies can be narrowed, this one is {type(tokenizer.model).__name__}")
+
+
 def narrowed(tokenizer: Tokenizer, keep: Sequence[int]) -> Tokenizer:
     """The tokenizer over the pieces `keep`, which splits and joins words as before. Words whose pieces are gone are spelled in smaller
     ones."""
+    check_narrows(tokenizer)
     pieces = pieces_of(tokenizer)
     settings = json.loads(tokenizer.to_str())
-    if settings["model"]["type"] != "WordPiece":
-        raise ValueError(f"only WordPiece vocabularies can be narrowed, this one is {settings['model']['type']}")
     settings["model"]["vocab"] = place = {pieces[i]: new for new, i in enumerate(keep)}
     added = (token for token in settings["added_tokens"] if token["content"] in place)
     settings["added_tokens"] = sorted(({**token, "id": place[token["content"]]} for token in added), key=lambda token: token["id"])

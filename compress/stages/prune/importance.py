@@ -53,7 +53,7 @@ def importance(
     derived = [unit for unit in wanted if unit.kind != "concept"]
     total = {unit: torch.zeros(unit.width, device=where) for unit in derived}
     regions: list[Tensor] = []
-    seen = pieces = 0
+    pieces = 0
     source = torch.Generator(where).manual_seed(seed)
     chance = config.importance == "distillation" or model.config.mask_piece is not None
     batches = BATCHES if chance else min(BATCHES, data.steps(1, IMAGES))  # where nothing is drawn, a second look says the same
@@ -75,7 +75,7 @@ def importance(
             if len(derived) < len(wanted):
                 with torch.no_grad():
                     regions.append(model.alignment.inner(grid, model.windows).flatten(0, 1).cpu())
-            seen, pieces = seen + len(batch.images), pieces + int(real.sum())
+            pieces += int(real.sum())
             model.zero_grad(set_to_none=True)
             task.advance()
     model.cpu()

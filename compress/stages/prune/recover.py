@@ -98,7 +98,7 @@ def recover_fusion(
         teacher.narrow(data.keep)
         own, _, _ = read_captioner(parent.path)
         seen = corpus(own, tokenizer, settings, context)
-        taught = teach([teacher], [parent], seen, config.top_k, config.temperature, config.precision, [parent.path.name[:8]], context)
+        taught = teach([teacher], [parent], seen, config.top_k, config.temperature, config.precision, [context.stage.parent], context)
     full = model.word.detach().clone()
     model.narrow(data.keep)
     goal = Goal(("tokens",), temperature=config.temperature, token_weight=config.token_weight)
