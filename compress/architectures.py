@@ -182,8 +182,6 @@ def _check_onward(config: Train, model: LightCapConfig) -> None:
 
 
 def _check_reads(config: Train, model: LightCapConfig) -> None:
-    if config.word_dropout and model.mask_piece is not None:
-        raise ValueError("word_dropout is of a causal captioner; one of masked pieces has words hidden from it as it is")
     for key in ("matching_weight", "concept_weight", "modulator"):
         if getattr(config, key) and not model.concepts:
             raise ValueError(f"{key} is of concepts, but this captioner reads none")

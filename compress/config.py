@@ -104,7 +104,6 @@ class Train(Encoding):
     modulator: int | None = None  # inner width; 0: none
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
     grid_dropout: float = 0.0  # of the features of the grid
-    word_dropout: float = 0.0  # the share of the words before a predicted one that are hidden
     consensus: float = 0.0  # 0 to 1: the share of a caption's weight that is its CIDEr-D against its image's other captions, over the mean
     matching_weight: float = 0.0  # of telling replaced concepts from a picture's own
     word_weight: float = 0.0  # of the word classifier on the grid, while the encoder is tuned
@@ -302,7 +301,6 @@ RANGES = {
     "label_smoothing": PART,
     "dropout": PART,
     "grid_dropout": PART,
-    "word_dropout": PART,
     "crop": PART,
     "clip_norm": ABOVE_ZERO,
     "match_epochs": NOT_NEGATIVE,

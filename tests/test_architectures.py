@@ -106,8 +106,6 @@ def test_a_head_that_cannot_take_its_teachers_is_refused_before_the_teachers_are
     ("stages", "what"),
     [
         ("  - train: {as: onward, objective: causal}\n", "stage 'onward': the captioner that this stage goes on from is masked; a new one"),
-        ("  - train: {as: onward, word_dropout: 0.1}\n", "stage 'onward': word_dropout is of a causal captioner; one of masked pieces"),
-        ("  - train: {as: x, preset: tiny, objective: masked, word_dropout: 0.1}\n", "stage 'x': word_dropout is of a causal captioner"),
         ("  - train: {as: onward, matching_weight: 0.1}\n", "stage 'onward': matching_weight is of concepts"),
         ("  - train: {as: onward, encoder: tuned, concept_weight: 0.1}\n", "stage 'onward': concept_weight is of concepts"),
         ("  - train: {as: x, preset: tiny, extractor: teacher, matching_weight: 1}\n", "stage 'x': matching_weight is of concepts, but"),

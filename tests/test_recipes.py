@@ -305,8 +305,8 @@ def test_lightcap_coco(tmp_path):
 ])
 def test_photos(tmp_path, sizes):
     karpathy(tmp_path)
-    names = ["extractor", "frozen", "tuned", "teacher", "cider-1", "cider-2", "cider-3", "teacher-cider", "student", "student-cider",
-             "vocabulary", "pruned", "pruned-cider", "int8", "export"]
+    names = ["extractor", "frozen", "tuned", "teacher-1", "teacher-2", "teacher-3", "teacher", "cider-1", "cider-2", "cider-3",
+             "teacher-cider", "student", "student-cider", "vocabulary", "pruned", "pruned-cider", "int8", "export"]
     check("photos", sizes, tmp_path, names)
     rows = {tuple(row["taken"]): row for row in benchmark("parts", "runs/photos", "vocabulary", "pruned", "--json", cwd=tmp_path)["rows"]}
     ciders = {row["name"]: row["cider"] for row in here("compare", "runs/photos", cwd=tmp_path)["runs"][0]["rows"]}

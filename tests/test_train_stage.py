@@ -103,31 +103,6 @@ def test_grid_dropout_drops_features_in_training_alone(run, monkeypatch):
     assert abs(shares[1] - shares[0] * 0.5 - 0.5) < 0.05 and shares[0] < 0.9
 
 
-def test_word_dropout_hides_words_of_what_is_read_alone(run, monkeypatch):
-    """Words are predicted as before, from captions of which half of the words are [SEP]; [CLS] stays."""
-    read, asked = [], []
-    real, real_logits = LightCap.states, train.logits_at
-
-    def states(self, grid, tokens, positions, *rest, **more):
-        read.append((tokens, positions))
-        return real(self, grid, tokens, positions, *rest, **more)
-
-    def logits_at(states, word, bias, ids):
-        asked.append(ids)
-        return real_logits(states, word, bias, ids)
-
-    monkeypatch.setattr(LightCap, "states", states)
-    monkeypatch.setattr(train, "logits_at", logits_at)
-    run("none")
-    run("half", word_dropout=0.5)
-    (plain, places), (hidden, same) = read
-    assert torch.equal(asked[0], asked[1]) and torch.equal(places, same)
-    changed = plain != hidden
-    words = places > 0
-    assert not (changed & ~words).any() and abs(float(changed[words].float().mean()) - 0.5) < 0.1
-    assert len(hidden[changed].unique()) == 1 and not (plain[words] == hidden[changed][0]).any()
-
-
 # ---- weights that it begins with
 
 

@@ -15,7 +15,6 @@ from compress.artifact import Artifact
 from compress.config import Train, vocabulary_of
 from compress.context import Context
 from compress.data.concepts import read_concepts
-from compress.decode import Special
 from compress.training.batches import IGNORED
 from compress.training.corpus import UNSEEN_BIAS, Corpus, corpus, tell_unknown
 from compress.training.features import device
@@ -55,7 +54,6 @@ def run(parent: Artifact | None, config: Train, context: Context) -> Artifact:
         wanted = mentioned(context.data.split("train"), read_concepts(vocabulary_of(context.recipe, context.stage))).float().to(where)
     torch.manual_seed(seed)
     matching = Matching(model.word.shape[1]).to(where) if config.matching_weight else None
-    end = Special.of(tokenizer).among(data.keep).end  # a causal captioner reads it nowhere else
     weights = weights_of(data, tokenizer, config.consensus, context).to(where) if config.consensus else None
     batch_of = data.batches(config.batch_images, seed, model.config.mask_piece, context.share)
 
@@ -63,8 +61,7 @@ def run(parent: Artifact | None, config: Train, context: Context) -> Artifact:
         batch = batch_of(step)
         grid = F.dropout(data.grid_of(model, batch.images), config.grid_dropout)
         concepts, replaced = replace(model.find_concepts(grid)) if matching is not None else (None, None)
-        tokens = batch.dropped(config.word_dropout, end) if config.word_dropout else batch.tokens
-        states = model.states(grid, tokens, batch.positions, batch.mask(model.config.prefix), concepts=concepts)
+        states = model.states(grid, batch.tokens, batch.positions, batch.mask(model.config.prefix), concepts=concepts)
         real = said = batch.targets != IGNORED
         if replaced is not None:
             real = real & ~replaced.unsqueeze(1)  # a caption says nothing of another picture's concepts

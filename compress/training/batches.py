@@ -85,12 +85,6 @@ class Batch:
         seen = torch.where((self.segments > 0) & (self.positions > 0), self.tokens, IGNORED)
         return torch.where(self.targets == IGNORED, seen, self.targets)
 
-    def dropped(self, share: float, piece: int) -> Tensor:
-        """(B, T) the tokens, `share` of them (by chance, each by itself; a caption's first never) replaced by `piece`: word dropout
-        (Bowman et al., 2016, arXiv 1511.06349), so that the next word is learned from the picture as well as from the words before it."""
-        chosen = torch.rand(self.tokens.shape, device=self.tokens.device) < share
-        return torch.where(chosen & (self.positions > 0), piece, self.tokens)
-
     def probing(self, mask_piece: int | None) -> Batch:
         """The same predictions from a model of masked pieces, as it decodes: for each target a [MASK] at its place, which sees the caption
         before it. For a model of the next piece (None) the batch is as it was."""
