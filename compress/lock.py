@@ -47,7 +47,7 @@ def parts(
     several = {"processes": processes} if processes > 1 else {}
     student = {key: value for key, value in whole["student"].items() if key in read_of_student(stage, recipe.student)}
     files = files_of(recipe, stage)
-    for named in (settings, student):  # a file's bytes make the artifact, not where they lie; a word's package has other contents by name
+    for named in (settings, student):  # a file's bytes make the artifact, not its place; words such as minilm stay as they are
         for key in files.keys() & named.keys():
             if named[key] not in WORDS:
                 del named[key]

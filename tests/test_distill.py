@@ -21,7 +21,7 @@ from compress.errors import DataError, ModelError, RecipeError, UsageError
 from compress.stages import distill, vocabulary
 from compress.training import distillation, targets
 from compress.training.batches import Captions, pack
-from compress.training.corpus import UNSEEN_BIAS, corpus, tell_unknown
+from compress.training.corpus import UNSEEN_BIAS, check_tokenizer, corpus
 from compress.training.losses import token_loss
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap, preset
@@ -308,7 +308,7 @@ def test_a_tokenizer_that_cannot_be_cut_is_refused_before_a_vocabulary_stage(sce
     here = context(tmp_path, scenes)
     cut = dataclasses.replace(here.recipe, stages=(*here.recipe.stages, Stage("vocabulary", "v", None, Vocabulary())))
     with pytest.raises(ModelError, match="only WordPiece vocabularies can be narrowed, this one is BPE: give a tokenizer with WordPiece"):
-        tell_unknown(pieces, dataclasses.replace(here, recipe=cut))
+        check_tokenizer(pieces, dataclasses.replace(here, recipe=cut))
 
 
 def test_captions_that_the_tokenizer_does_not_know_are_told_of(scenes, tmp_path):
@@ -320,9 +320,9 @@ def test_captions_that_the_tokenizer_does_not_know_are_told_of(scenes, tmp_path)
         here = context(tmp_path, data, progress=Progress(stream=said))
         if strange == 40:
             with pytest.raises(DataError, match="the tokenizer does not know 100% of the captions' word pieces: name one of their"):
-                tell_unknown(load_tokenizer("english"), here)
+                check_tokenizer(load_tokenizer("english"), here)
         else:
-            tell_unknown(load_tokenizer("english"), here)
+            check_tokenizer(load_tokenizer("english"), here)
             assert said.getvalue().endswith("of the captions' word pieces are unknown to the tokenizer, and will not be said\n")
 
 

@@ -24,7 +24,7 @@ from compress.data.concepts import default_text_encoder, is_action, read_concept
 from compress.data.regions import Region, Regions, read_boxes, read_regions, read_sizes
 from compress.errors import DataError, RecipeError
 from compress.training.batches import image_batches, steps_of
-from compress.training.corpus import grids_of, tell_unknown
+from compress.training.corpus import check_tokenizer, grids_of
 from compress.training.features import device
 from compress.training.loop import Group, fit
 from compress.training.mentions import concept_loss, mentioned
@@ -46,7 +46,7 @@ def run(parent: Artifact | None, config: Concepts, context: Context) -> Artifact
         name = config.preset or student.preset
         weights = student.fusion_weights if name == student.preset else None  # for the captioner that goes on from it
         model, tokenizer, settings = new_captioner(student, name, weights, context.recipe.data.image_size, 0.0, seed, extracts=True)
-        tell_unknown(tokenizer, context)
+        check_tokenizer(tokenizer, context)
     else:
         model, tokenizer, settings = read_captioner(parent.path)
     data = context.data.split("train")

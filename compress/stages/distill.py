@@ -90,11 +90,11 @@ def start_from(model: LightCap, teachers: Sequence[LightCap | None]) -> None:
     first = teachers[0]
     try:
         copy_layers(model.fusion, first.fusion)
-        if len(teachers) == 1 and first.config.heads == model.config.heads:
-            model.heads.branches.load_state_dict(first.heads.branches.state_dict())
-        for branch, teacher in zip(model.heads.branches, teachers, strict=False):
-            if teacher is not None:
-                branch.load_state_dict(teacher.heads.branches[0].state_dict())
+        only = len(teachers) == 1 and first.config.heads == model.config.heads
+        started = first.heads.branches if only else [teacher and teacher.heads.branches[0] for teacher in teachers]
+        for branch, start in zip(model.heads.branches, started, strict=False):
+            if start is not None:
+                branch.load_state_dict(start.state_dict())
     except (ValueError, RuntimeError) as error:
         what = str(error).splitlines()[-1].strip()
         raise RecipeError(f"the student cannot start from its teachers: {what}; set init: weights") from None

@@ -16,7 +16,7 @@ from compress.config import Train, vocabulary_of
 from compress.context import Context
 from compress.data.concepts import read_concepts
 from compress.training.batches import IGNORED
-from compress.training.corpus import UNSEEN_BIAS, Corpus, corpus, tell_unknown
+from compress.training.corpus import UNSEEN_BIAS, Corpus, check_tokenizer, corpus
 from compress.training.features import device
 from compress.training.loop import Group, fit
 from compress.training.losses import caption_loss
@@ -116,7 +116,7 @@ def started(config: Train, context: Context, seed: int) -> tuple[LightCap, Token
     model, tokenizer, settings = new_captioner(
         student, name, weights, context.recipe.data.image_size, config.dropout, seed, extractor, config.modulator
     )
-    tell_unknown(tokenizer, context)
+    check_tokenizer(tokenizer, context)
     if config.objective == "masked":
         model.config = dataclasses.replace(model.config, mask_piece=tokenizer.token_to_id("[MASK]"))
     return model, tokenizer, settings

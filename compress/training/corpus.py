@@ -89,9 +89,9 @@ def corpus(
     return Corpus(captions, keep, grids_of(model, data, settings, context, tuned, flip, crop), key)
 
 
-def tell_unknown(tokenizer: Tokenizer, context: Context) -> None:
-    """Logs the share of the training captions' pieces that the tokenizer does not know, which no captioner says; DataError where it is most
-    of them. ModelError for a tokenizer that a later 'vocabulary' stage would come to grief with."""
+def check_tokenizer(tokenizer: Tokenizer, context: Context) -> None:
+    """ModelError for a tokenizer that a 'vocabulary' stage of the recipe cannot cut, DataError for one that does not know most of the
+    training captions' pieces; a smaller share of them, which no captioner will say, is logged."""
     if any(stage.kind == "vocabulary" for stage in context.recipe.stages):
         try:
             check_narrows(tokenizer)
