@@ -126,6 +126,15 @@ def test_the_frontier_of_the_picture():
     assert report.frontier(points) == [(1.0, 41.0), (3.0, 50.0)]
 
 
+def test_labels_of_points_at_one_place_stand_below_each_other():
+    points = [{"x": 100.0, "y": y, "label": label} for y, label in ((50.0, "b"), (48.0, "a"), (48.0, "a"), (200.0, "far"), (56.0, "c"))]
+    found = report.labels([*points, {"x": 555.0, "y": 50.0, "label": "right"}])
+    assert [(label["text"], label["level"]) for label in found] == [
+        ("b", 64.0), ("a", 52.0), ("", 52.0), ("far", 204.0), ("c", 76.0), ("right", 54.0)
+    ]
+    assert [label["anchor"] for label in found] == ["start"] * 5 + ["end"]
+
+
 def test_the_card_holds_the_rows_numbers(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("data: {source: coco, captions: 'private/a.json,private/b.json', images: private}\nstudent: {preset: tiny}\n"

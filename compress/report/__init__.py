@@ -10,7 +10,8 @@ from compress import comparison, show
 from compress.artifact import write_text
 from compress.errors import ModelError
 
-WIDTH, HEIGHT, MARGIN = 460, 300, 48
+WIDTH, HEIGHT, MARGIN = 560, 340, 48
+LINE, LETTER = 12, 7  # pixels of a label: its height, and a letter's width
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 
 
@@ -66,6 +67,7 @@ def _chart(drawn: Sequence[tuple[Mapping, str, object]], title: str, cost, alike
             "high": up["place"](high),
             "colour": colour,
             "label": row["name"],
+            "said": f"{row['name']}: CIDEr {row['cider']:.1f}, {title} {x:.1f}",
         }
         for (row, colour, _, x), (low, high) in zip(kept, intervals, strict=True)
     ]
@@ -74,11 +76,31 @@ def _chart(drawn: Sequence[tuple[Mapping, str, object]], title: str, cost, alike
         "width": WIDTH,
         "height": HEIGHT,
         "margin": MARGIN,
-        "points": points,
+        "points": [point | label for point, label in zip(points, labels(points), strict=True)],
         "lines": [" ".join(f"{across['place'](x)},{up['place'](y)}" for x, y in frontier(group)) for group in groups.values()],
         "across": across["ticks"],
         "up": up["ticks"],
     }
+
+
+def labels(points: Sequence[Mapping]) -> list[dict]:
+    """Where each point's label stands: beside the point, or as far below as labels that stand there already leave room. Points at one place
+    with one name share a label (the others' is empty)."""
+    placed: list[tuple[float, float, float, str]] = []  # left, right, baseline, text
+    found: list[dict] = [{}] * len(points)
+    for number, point in sorted(enumerate(points), key=lambda pair: pair[1]["y"]):
+        wide = LETTER * len(point["label"])
+        after = point["x"] + 7 + wide <= WIDTH
+        left = point["x"] + 7 if after else point["x"] - 7 - wide
+        level = point["y"] + 4
+        among = [other for other in placed if other[0] < left + wide and left < other[1]]
+        text = "" if (left, left + wide, level, point["label"]) in placed else point["label"]
+        while text and (near := [other[2] for other in among if abs(other[2] - level) < LINE - 0.1]):  # but for the last digits
+            level = round(max(near) + LINE, 1)
+        if text:
+            placed.append((left, left + wide, level, text))
+        found[number] = {"text": text, "anchor": "start" if after else "end", "beside": left if after else left + wide, "level": level}
+    return found
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
