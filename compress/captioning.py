@@ -16,7 +16,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".t
 
 
 def photos(names: Sequence[str]) -> list[Path]:
-    """The images that the arguments name, folders opened. A photo that is not there is an answer of its own, unless none is there."""
+    """The images that the arguments name, folders opened. A photo that is not there is an answer of its own."""
     photos = []
     for path in map(Path, names):
         if os.path.isdir(path):  # unlike Path's, false where its folder may not be read
@@ -29,8 +29,6 @@ def photos(names: Sequence[str]) -> list[Path]:
             photos.extend(inside)
         else:
             photos.append(path)
-    if not any(os.path.exists(photo) for photo in photos):
-        raise UsageError(f"no image or folder {photos[0]}{nearest(photos[0].name, beside(photos[0]))}")
     return photos
 
 
@@ -61,7 +59,8 @@ def answers(photos: Sequence[Path], opened: Callable, caption_of: Callable) -> I
         try:
             image = opened(photo)
         except ValueError as error:
-            yield {"image": str(photo), "error": str(error)}
+            hint = "" if os.path.exists(photo) else nearest(photo.name, beside(photo))
+            yield {"image": str(photo), "error": f"{error}{hint}"}
             continue
         began = time.perf_counter()
         text, logprob = caption_of(image)

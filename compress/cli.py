@@ -257,8 +257,8 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
     chosen = models.resolve(model)
     photos = captioning.photos(images)
     answers, result = [], sys.stdout
-    quiet = not (as_json and sys.stderr.isatty())  # without --json the captions themselves are the progress
-    with quietly(), Progress(quiet=quiet).task("captions", len(photos)) as task:
+    # Without --json the captions themselves are the progress.
+    with quietly(), Progress(quiet=not as_json, brief=True).task("captions", len(photos)) as task:
         for said in captioning.captions(chosen, photos, beam):
             answers.append(said)
             task.advance()

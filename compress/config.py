@@ -86,7 +86,7 @@ class Concepts(Encoding):
     text_encoder: str | None = None  # minilm, openai or CLIP RN50's weights; if absent, openai beside CLIP's encoder, else minilm
     inner: int = 1024  # width of the alignment's hidden layer
     pieces: int = 20  # that concepts fill in the prefix; 0 takes the parent's extractor away
-    regions: str | None = None  # labelled ones: Visual Genome's objects.json, COCO's instances
+    regions: str | None = None  # labelled ones: Visual Genome's objects.json, COCO's instances; several files with commas
     boxes: str | None = None  # a detector's, COCO's results format: what training looks at in place of windows
     image_sizes: str | None = None  # COCO's JSON or Visual Genome's image_data.json
     region_weight: float = 1.0  # of the labelled regions' loss, beside that of the captions' words
@@ -357,7 +357,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe. `places`: the file and line, or the `--set`, of each key that its sections have, as errors begin with them."""
+    """A resolved recipe. `places`: by SECTION.KEY, the file and line, or the `--set`, of each key that its sections have, as errors begin
+    with them."""
 
     name: str
     seed: int

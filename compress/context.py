@@ -60,11 +60,13 @@ class Task:
 class Progress:
     """Where progress goes: a bar with a rate and the time left on a terminal, a line at most every ten seconds elsewhere.
 
-    `quiet` shows nothing; `stream` defaults to standard error, so that standard output stays the command's result.
+    `quiet` shows nothing, `brief` no line of what took less than those ten seconds; `stream` defaults to standard error, so that standard
+    output stays the command's result.
     """
 
     stream: TextIO | None = None
     quiet: bool = False
+    brief: bool = False
     _live: list = field(default_factory=list, repr=False)  # the rich display that is up, if any: nested tasks share it
 
     @property
@@ -101,7 +103,8 @@ class Progress:
 
         task = Task(label, total, show)
         yield task
-        self.log(f"{task.line()}, done in {_duration(time.monotonic() - task.started)}")
+        if not self.brief or time.monotonic() - task.started >= SECONDS_BETWEEN_LINES:
+            self.log(f"{task.line()}, done in {_duration(time.monotonic() - task.started)}")
 
     @contextmanager
     def _bar(self, label: str, total: float | None) -> Iterator[Task]:

@@ -18,9 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from compress.config import Recipe, Stage, Student, references, vocabulary_of
-from compress.data import CaptionSet
+from compress.data import CaptionSet, regions
 from compress.data.concepts import SHIPPED, default_text_encoder
-from compress.data.regions import sizes_beside
 from compress.errors import DataError
 from compress.recipe import entry, resolved
 from compress.sources import ROOT, changed_code, imported, versions
@@ -111,11 +110,13 @@ def digests(settings: Mapping) -> dict[str, str]:
     that stands for weights in a package, the package's version."""
     found = {}
     if settings.get("regions") and not settings.get("image_sizes"):  # Visual Genome's, read from beside its objects.json
-        settings = {**settings, "image_sizes": str(sizes_beside(settings["regions"]))}
+        settings = {**settings, "image_sizes": str(regions.sizes_beside(settings["regions"]))}
     for key in FILES:
         value = settings.get(key)
         path = Path(os.path.expanduser(value)) if isinstance(value, str) and value not in WORDS else None
-        if path is not None and path.is_file():
+        if key == "regions" and value and len(several := regions.files_of(value)) > 1:
+            found[key] = hashlib.sha256("".join(map(file_digest, several)).encode()).hexdigest()
+        elif path is not None and path.is_file():
             found[key] = file_digest(path)
         elif path is not None and path.is_dir():
             inside = [f"{child.relative_to(path)} {file_digest(child)}" for child in sorted(path.rglob("*")) if child.is_file()]

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from compress import ledger
 from compress.artifact import GRAPH_PATTERNS, MODEL_FILES, Artifact, pickles, refuse_pickle
+from compress.config import CHOICES
 from compress.errors import ModelError, beside
 
+PRESETS = CHOICES[("preset",)]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -26,6 +28,9 @@ def resolve(model: str | Path) -> Artifact:
     if not os.path.isdir(path):
         if HUB_NAME.fullmatch(str(model)) and not os.path.isdir(path.parent):
             return Artifact(fetched(str(model))).check()
+        if str(model) in PRESETS:
+            raise ModelError(f"'{model}' is a preset, which has no weights and which `lightcap profile` alone takes; name a run's or an "
+                             "artifact's folder, or OWNER/NAME on the hub")
         raise ModelError(f"no model '{model}': neither an artifact's folder nor a run's folder{_near(path)}")
     if (path / "config.json").is_file():
         return Artifact(path).check()

@@ -46,13 +46,11 @@ class Share:
         return self.size * counts[self.rank] / max(1, sum(counts))
 
     def agrees(self, what: str) -> bool:
-        """Whether the first process says the same. All have to ask; StageError where one of them has stopped before."""
+        """Whether the first process says the same, ASCII as long as this. All have to ask; StageError where one has stopped before."""
         if self.size == 1:
             return True
-        from accelerate.utils import broadcast_object_list
-
         try:
-            (first,) = broadcast_object_list([what])
+            first = first_says(what)
         except RuntimeError:
             raise StageError("another process stopped before the run began; its own message says why") from None
         return first == what
@@ -76,6 +74,16 @@ class Share:
 
 
 ALONE = Share()
+
+
+def first_says(text: str) -> str:
+    """The first process's `text`, ASCII and as long in each. It goes as bytes: an object would be pickled."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast
+
+    sent = torch.tensor(list(text.encode("ascii")), dtype=torch.uint8, device=PartialState().device)
+    return bytes(broadcast(sent).tolist()).decode("ascii")
 
 
 def until(done: Callable[[], bool]) -> None:
@@ -103,8 +111,5 @@ def share() -> Share:
         from accelerate import PartialState
     except ImportError:
         raise StageError("several processes need accelerate: pip install 'lightcap[parallel]'") from None
-    from accelerate.utils import broadcast_object_list
-
     state = PartialState(cpu=on_cpu())
-    (launch,) = broadcast_object_list([uuid.uuid4().hex])
-    return Share(state.process_index, state.num_processes, launch)
+    return Share(state.process_index, state.num_processes, first_says(uuid.uuid4().hex))

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ from compress.artifact import Artifact
 from compress.cache import cache_of, durations, expected_seconds, finished, noted
 from compress.config import Recipe, Stage
 from compress.context import Progress
+from compress.data.regions import files_of
 from compress.errors import DataError, GateError, LightcapError, ModelError, StageError, UsageError
 from compress.memory import bounded
 from compress.pages import huge_pages
@@ -283,16 +285,24 @@ def _refuse(process: str) -> None:
 def _check_files(wanted: Recipe) -> None:
     """DataError for a file that a stage will read and that is not there, before any stage has taken its time. Weights and tokenizers may
     be words or names on the hub, too: of them those are looked for that can only be paths."""
-    named = [("student", f"{wanted.name}: section 'student', ", wanted.student)]
+    named = [("student", "section 'student', ", wanted.student)]
     named += [(stage.name, f"{stage.place}stage '{stage.name}', ", stage.config) for stage in wanted.stages]
     for owner, place, settings in named:
         for key in lock.FILES:
-            value = getattr(settings, key, None)
             there = os.path.isfile if key in lock.READ else os.path.exists
-            if value and (key in lock.READ or _only_a_path(value)) and not there(os.path.expanduser(value)):
+            missing = next((path for path in _paths(key, getattr(settings, key, None)) if not there(os.path.expanduser(path))), None)
+            if missing is not None:
+                line = wanted.places.get(f"student.{key}", "") if settings is wanted.student else ""
                 what = "file" if key in lock.READ else "file or folder"
-                raise DataError(f"{place}key '{key}': there is no {what} {value}; put it there, or name another "
+                raise DataError(f"{line}{place}key '{key}': there is no {what} {missing}; put it there, or name another "
                                 f"with --set {owner}.{key}={'FILE' if key in lock.READ else 'PATH'}")
+
+
+def _paths(key: str, value: str | None) -> list[str]:
+    """What the setting `key` names, as far as it can be nothing but files or folders."""
+    if not value or not (key in lock.READ or _only_a_path(value)):
+        return []
+    return [str(path) for path in files_of(value)] if key == "regions" else [value]
 
 
 def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
@@ -306,7 +316,7 @@ def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
         if getattr(stage.config, "fusion_weights", None):
             fusion.setdefault(stage.config.fusion_weights, f"{place}key 'fusion_weights': ")
         elif getattr(stage.config, "init", "weights") == "weights" and "fusion_weights" in lock.read_of_student(stage, wanted.student):
-            fusion.setdefault(wanted.student.fusion_weights, f"{wanted.places.get('fusion_weights', '')}key 'fusion_weights': ")
+            fusion.setdefault(wanted.student.fusion_weights, f"{wanted.places.get('student.fusion_weights', '')}key 'fusion_weights': ")
     fusion.pop(None, None)
     if not fusion and not text:
         return  # without torch
@@ -331,18 +341,24 @@ def _load(wanted: Recipe, cache: Path, progress: Progress):
     """The captions. DataError also where the split that is trained on, or the one that is measured on, is not among them."""
     from compress import data
 
-    found = data.load(wanted.data, cache, progress=progress)
-    needed = {"train": "give some images that split", wanted.data.val_split: "choose one with --set data.val_split=SPLIT"}
-    for split, how in needed.items():
+    try:
+        found = data.load(wanted.data, cache, progress=progress)
+    except DataError as error:
+        named = re.match(r"data\.\w+", error.message)
+        raise DataError(f"{wanted.places.get(named[0], '') if named else ''}{error.message}") from None
+    val = wanted.data.val_split
+    needed = {"train": ("", "give some images that split"),
+              val: (wanted.places.get("data.val_split", ""), "choose one with --set data.val_split=SPLIT")}
+    for split, (place, how) in needed.items():
         try:
             found.split(split)
         except DataError as error:
-            raise DataError(f"{error.message}; {how}") from None
+            raise DataError(f"{place}{error.message}; {how}") from None
     weighed = next((stage for stage in wanted.stages if getattr(stage.config, "consensus", 0)), None)
     if weighed is not None and max(len(example.captions) for example in found.split("train").examples) == 1:
         raise DataError(f"{weighed.place}stage '{weighed.name}', key 'consensus': weighs a caption by the others of its image, and here "
                         f"each is an only one; leave it out (--set {weighed.name}.consensus=0)")
-    if len(found.split(wanted.data.val_split)) == 1:
-        raise DataError(f"{found.name}: split '{wanted.data.val_split}' is one image, of which CIDEr is 0 whatever is said: word weights "
+    if len(found.split(val)) == 1:
+        raise DataError(f"{found.name}: split '{val}' is one image, of which CIDEr is 0 whatever is said: word weights "
                         "come from several; give it more")
     return found

@@ -255,7 +255,7 @@ def _typed(tree: Located, path: Path) -> Recipe:
         sections["student"] = replace(sections["student"], tokenizer=str(Path(weights).parent) if of_file else weights)
     stages = _stages(tree, sections["student"])
     named = {key: tree.value.get(key, Located(None, "")).value or {} for key in SECTIONS}
-    places = {key: value.place for pairs in named.values() for key, value in pairs.items()}
+    places = {f"{section}.{key}": value.place for section, pairs in named.items() for key, value in pairs.items()}
     return Recipe(name=name.value, seed=seed, **sections, stages=stages, path=path, places=places)
 
 

@@ -307,7 +307,9 @@ def test_caption_keeps_the_order_and_names_the_unreadable(lightcap, exported, ph
     status, output, _ = lightcap("caption", exported, photos / "a.png", photos / "none.png", "--json")
     assert status == 1 and "error" in json.loads(output)[1]
     status, output, error = lightcap("caption", exported, photos / "aa.png")
-    assert (status, output) == (2, "") and "did you mean 'a.png'?" in error
+    assert (status, output) == (1, "") and error.count("\n") == 1 and "did you mean 'a.png'?" in error
+    status, output, error = lightcap("caption", "lightcap", photos / "a.png")
+    assert (status, output) == (2, "") and "'lightcap' is a preset, which has no weights" in error
     status, output, error = lightcap("caption", exported, photos / "a.png")
     assert (status, error) == (0, "") and output.startswith(f"{photos / 'a.png'}\t")
 

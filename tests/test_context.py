@@ -29,6 +29,22 @@ def test_a_terminal_has_bars_and_then_lines():
     assert stream.getvalue() == before + "a line of its own\n"
 
 
+@pytest.mark.parametrize(("seconds", "brief", "said"), [
+    (4.0, True, []),
+    (4.0, False, ["captions: 2/2, 0.25/s, done in 8 s"]),
+    (12.0, True, ["captions: 1/2, 0.0833/s, 12 s left", "captions: 2/2, 0.0833/s", "captions: 2/2, 0.0833/s, done in 24 s"]),
+])
+def test_elsewhere_long_work_has_lines_and_brief_progress_none_of_short_work(monkeypatch, seconds, brief, said):
+    now = [0.0]
+    monkeypatch.setattr("compress.context.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(stream=stream, brief=brief).task("captions", 2) as task:
+        for _ in range(2):
+            now[0] += seconds
+            task.advance()
+    assert stream.getvalue().splitlines() == said
+
+
 def test_what_was_done_before_a_kill_is_not_in_the_rate(monkeypatch):
     clock = iter([0.0, *[10.0] * 20])
     monkeypatch.setattr("compress.context.time.monotonic", lambda: next(clock))

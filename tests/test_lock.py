@@ -143,6 +143,16 @@ def test_every_file_of_an_extractor_is_in_the_lock(tmp_path, key):
     assert locks_of(tmp_path, text)["a"] != base["a"]
 
 
+def test_each_of_several_files_of_regions_is_in_the_lock(tmp_path):
+    text = f"stages:\n  - concepts: {{as: a, regions: '{tmp_path / 'train.json'},{tmp_path / 'val.json'}'}}\n"
+    seen = []
+    for written in ("12", "32", "34"):
+        for name, one in zip(("train.json", "val.json"), written, strict=True):
+            (tmp_path / name).write_text(one)
+        seen.append(locks_of(tmp_path, text)["a"])
+    assert len(set(seen)) == 3
+
+
 def test_the_list_of_concepts_that_a_tuned_encoder_is_taught_by_is_in_the_lock(tmp_path):
     """The stage `train` reads it anew, hours after the extractor was made of it; and what changed meanwhile is asked for."""
     text = "student: {preset: tiny}\nstages:\n  - concepts: {as: a, vocabulary: %s}\n  - train: {as: b, from: a, encoder: tuned%s}\n"

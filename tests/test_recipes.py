@@ -50,10 +50,10 @@ ABLATION = (
     *(f"{name}.epochs=1" for name in MADE_SMALL),
 )
 COCO = (
-    *TINY, "data.captions=dataset_coco.json", "data.images=coco", "extractor.regions=annotations/instances_train2014.json",
+    *TINY, "data.captions=dataset_coco.json", "data.images=coco",
     "student.tokenizer=bert", "student.fusion_weights=bert", "teacher-pretrained.fusion_weights=bert/model.safetensors",
-    "teacher-pretrained.preset=tiny", *(f"{name}.epochs=2" for name in ("teacher-pretrained", "teacher", "teacher-2", "teacher-3",
-                                                                         "student-pretrained", "student-tuned")),
+    "teacher-pretrained.preset=tiny", "teacher-pretrained.modulator=4",
+    *(f"{name}.epochs=2" for name in ("teacher-pretrained", "teacher", "teacher-2", "teacher-3", "student-pretrained", "student-tuned")),
     "student-pretrained.match_epochs=1", "student.epochs=1", "student.batch_images=4",
     "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1",
     "int8.calibration_images=7", "pruned.max_drop_cider=1000", "int8.max_drop_cider=1000",
@@ -126,7 +126,8 @@ def spelled(file: Path) -> int:
     return len(pieces)
 
 
-def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -> None:
+def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -> list[dict]:
+    """Runs the recipe, looks at all that it leaves, and returns its rows."""
     first = lightcap("run", name, *settings(values), cwd=folder)
     assert first["ok"] and first["error"] is None
     rows = first["ledger"]
@@ -162,6 +163,7 @@ def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -
     [answer] = json.loads(done.stdout)
     assert set(answer) == {"image", "caption", "logprob", "ms"} and answer["logprob"] < 0
     assert done.stderr.splitlines()[-1] == "set()"
+    return rows
 
 
 def test_every_shipped_recipe_is_tested_here():
@@ -267,11 +269,12 @@ def small_bert(folder: Path) -> None:
 
 
 def coco(folder: Path, train: int = 7, val: int = 3) -> None:
-    """Karpathy's dataset_coco.json, images in the folders of two years, and instances_train2014.json with a box in each training image."""
-    images, listed, boxes = [], [], []
+    """Karpathy's dataset_coco.json, images in the folders of two years, and both years' instances with a box in each training image, the
+    last of which is `restval`: of the other year, as COCO's are."""
+    images, listed, boxes = [], {"train2014": [], "val2014": []}, {"train2014": [], "val2014": []}
     for number in range(train + val):
         array, colour = picture(number)
-        year = "train2014" if number < train else "val2014"
+        year = "train2014" if number < train - 1 else "val2014"
         name = f"COCO_{year}_{number:012d}.jpg"
         (folder / "coco" / year).mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(folder / "coco" / year / name)
@@ -280,23 +283,27 @@ def coco(folder: Path, train: int = 7, val: int = 3) -> None:
         split = "train" if number < train - 1 else "restval" if number < train else "val"
         images.append({"filepath": year, "filename": name, "imgid": number, "cocoid": number, "split": split, "sentences": sentences})
         if number < train:
-            listed.append({"id": number, "file_name": name, "width": array.shape[1], "height": array.shape[0]})
-            boxes.append({"id": number, "image_id": number, "category_id": 1 + 2 * (number % 2), "bbox": [10, 10, 40, 40], "iscrowd": 0})
+            listed[year].append({"id": number, "file_name": name, "width": array.shape[1], "height": array.shape[0]})
+            box = {"id": number, "image_id": number, "category_id": 1 + 2 * (number % 2), "bbox": [10, 10, 40, 40], "iscrowd": 0}
+            boxes[year].append(box)
     (folder / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": images}))
     (folder / "annotations").mkdir()
     categories = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
-    instances = {"images": listed, "annotations": boxes, "categories": categories}
-    (folder / "annotations" / "instances_train2014.json").write_text(json.dumps(instances))
+    for year in listed:
+        instances = {"images": listed[year], "annotations": boxes[year], "categories": categories}
+        (folder / "annotations" / f"instances_{year}.json").write_text(json.dumps(instances))
 
 
 @pytest.mark.timeout(1200)
 def test_lightcap_coco(tmp_path):
-    """The paper's whole course on ten images: masked pieces, matching, two phases of distillation, three heads, CIDEr optimisation."""
+    """The paper's whole course on ten images: concepts, modulator, masked pieces, matching, two phases of distillation, three heads, CIDEr
+    optimisation."""
     coco(tmp_path)
     small_bert(tmp_path / "bert")
     names = ["extractor", "teacher-pretrained", "teacher", "teacher-2", "teacher-3", "student-pretrained", "student-tuned", "student",
              "vocabulary", "pruned", "int8", "export"]
-    check("lightcap-coco", COCO, tmp_path, names)
+    rows = check("lightcap-coco", COCO, tmp_path, names)
+    assert all({"alignment", "modulator"} <= row["params_by_part"].keys() for row in rows[2:])
 
 
 @pytest.mark.timeout(1200)

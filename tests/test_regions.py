@@ -206,6 +206,20 @@ def test_wrong_entries_of_coco(instances, change, message):
 # A detector's boxes.
 
 
+def test_several_files(genome, instances, tmp_path):
+    """As COCO's years are; also of both formats, and of one image in both."""
+    both = f"{instances()}, {genome()}"
+    found = read_regions(both, CONCEPTS)
+    one, other = read_regions(instances(), CONCEPTS), read_regions(genome(), CONCEPTS)
+    assert found == {**one, **other} and not one.keys() & other.keys()
+    assert found.unnamed == one.unnamed + other.unnamed and found.empty == one.empty + other.empty
+    assert found.of_image("COCO_val2014_000000000007.jpg") == other["2407"]
+    twice = read_regions(f"{instances()},{instances()}", CONCEPTS)
+    assert twice == {key: its + its for key, its in one.items()}
+    with pytest.raises(DataError, match="there is no file .*none.json"):
+        read_regions(f"{instances()},{tmp_path / 'none.json'}", CONCEPTS)
+
+
 def test_boxes(tmp_path):
     path = boxes(
         tmp_path,
