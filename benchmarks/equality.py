@@ -45,8 +45,6 @@ def compare(run: Path, floats: bool) -> dict:
     if of.made is None:
         raise ModelError(f"{run}: '{of.stage.name}' is not finished")
     model, tokenizer, settings, config = of.model, of.tokenizer, of.settings, of.stage.config
-    if model.config.mask_piece is not None:
-        raise ModelError(f"{run}: '{of.stage.name}' predicts masked pieces, which PyTorch's graph here does not")
     described = of.made.config["quantized"]
     floating, epochs = described["float_parts"], described["tune_epochs"]
     found = calibrate.calibrate(model, tokenizer, settings, config, of.data, of.recipe.seed, progress)

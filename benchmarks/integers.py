@@ -205,19 +205,24 @@ def greedy(
 ) -> tuple[list[list[int]], Tensor]:
     """The pieces of the most probable captions of `grid` (B, G, C) by a simulated decoder, which is asked anew for each piece, and the
     logits (B, T, V) that chose them, as far as the longest of them goes. `concepts`: the simulated scores of concepts, where the model
-    reads some. `model` says the sizes, and how concepts are spelled; not for one that predicts masked pieces."""
-    count, most, prefix = len(grid), model.config.max_tokens, model.config.prefix
+    reads some. `model` says the sizes, how concepts are spelled, and whether the piece under a [MASK] behind the caption is predicted."""
+    count, most, prefix, masked = len(grid), model.config.max_tokens, model.config.prefix, model.config.mask_piece
     tokens = torch.full((count, most), special.start)
-    mask = torch.ones(prefix + most, prefix + most, dtype=torch.bool).tril()
+    width = most + 1
+    mask = torch.ones(prefix + width, prefix + width, dtype=torch.bool).tril()
     mask[:, :prefix] = True
-    positions, mask = torch.arange(most).expand(count, most), mask.expand(count, 1, -1, -1)
+    positions, mask = torch.arange(width).expand(count, width), mask.expand(count, 1, -1, -1)
     found = () if concepts is None else (model.concepts.choose(concepts(grid), model.config.concepts),)
     chosen = []
     ended = torch.zeros(count, dtype=torch.bool)
     for place in range(most):
-        length = max(place + 1, 2)  # the graph takes no single token
+        if masked is None:
+            asked, read = place, tokens[:, : max(place + 1, 2)]  # the graph takes no single token
+        else:
+            asked, read = place + 1, torch.cat([tokens[:, : place + 1], torch.full((count, 1), masked)], 1)
+        length = read.shape[1]
         seen = mask[..., : prefix + length, : prefix + length]
-        logits = decoder(grid, tokens[:, :length], positions[:, :length], seen, *found)[:, place].clone()
+        logits = decoder(grid, read, positions[:, :length], seen, *found)[:, asked].clone()
         logits[:, list(special.never)] = -torch.inf
         chosen.append(logits)
         ended |= logits.argmax(-1) == special.end

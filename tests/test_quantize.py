@@ -408,6 +408,20 @@ def test_concepts_are_quantized_too(tmp_path):
     assert len(gaps) <= 1 and max(gaps, default=0.0) < 0.05  # a near tie, as benchmarks/equality.py is held to
 
 
+def test_a_model_of_masked_pieces_says_the_same_in_pytorch_and_onnx_runtime(tmp_path):
+    """A [MASK] behind the caption so far, in the whole graph as in the runtime's steps."""
+    model = with_concepts()
+    model.config = dataclasses.replace(model.config, mask_piece=tiny.tokenizer().token_to_id("[MASK]"))
+    folder, found = run(tiny.artifact(model, tmp_path / "float"))
+    captioner = runtime.Captioner(folder, threads=1)
+    grid = captioner.encode(tiny.pixels(tiny.pictures(16, seed=5)))
+    said = [ids for ids, _ in captioner.search(grid, 1, model.config.max_tokens)]
+    assert len({tuple(ids) for ids in said}) > 4
+    decoding, finding = (integer(simulate.simulated(graph), model.config.prefix) for graph in (found.decoder, found.concepts))
+    with torch.no_grad():
+        assert greedy(decoding, found.model, torch.from_numpy(grid), Special.of(tiny.tokenizer()), finding)[0] == said
+
+
 def test_the_extractors_layers_are_parts_that_can_stay_in_float(tmp_path):
     model = tiny.build(steps=0)
     torch.manual_seed(5)
