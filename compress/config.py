@@ -118,7 +118,7 @@ class Distill(Optimisation):
     ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
     heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
     modulator: int | None = None  # inner width of a new student's (its first teacher's if absent); 0: none
-    init: str = "teacher"  # the first teacher's layers; or weights, the student section's fusion_weights or, without them, random ones
+    init: str = "teacher"  # the first teacher's layers; weights: the student section's fusion_weights; random: drawn anew, as without any
     ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)
@@ -252,7 +252,7 @@ CHOICES = {  # of presets and encoders, those of students/lightcap, whose import
     ("concepts", "encoder"): ("frozen", "tuned"),
     ("train", "encoder"): ("frozen", "tuned"),
     ("train", "objective"): ("causal", "masked"),
-    ("distill", "init"): ("teacher", "weights"),
+    ("distill", "init"): ("teacher", "weights", "random"),
     ("distill", "ensemble"): ("each", "all", "running"),
     ("distill", "match"): ("tokens", "hidden", "attention"),
     ("scst", "draw"): ("samples", "beams"),

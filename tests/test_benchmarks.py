@@ -21,6 +21,7 @@ import training
 from conftest import BENCHMARKS
 from quantized import Quantized
 
+from compress import graphs
 from compress.artifact import Artifact
 from compress.config import Data, Prune, Quantize, Recipe, Stage, Student, Train
 from compress.context import Progress
@@ -237,13 +238,20 @@ def test_lightcap_40m_pruned_to_half_its_macs_keeps_the_promised_bytes(tmp_path)
 
 @pytest.mark.slow
 def test_lightcap_40m_in_int8_keeps_the_promised_bytes_memory_and_start(tmp_path):
-    """34 MB of files without the concept extractor and 40 MB with it, 200 MB of memory, 1.5 s from the process's start (of CPU time: other
-    work on the machine is not the captioner's), for a photo of the usual size and for one of 12 megapixels."""
+    """Every convolution and every product of weights in integers; 34 MB of files without the concept extractor and 40 MB with it, 200 MB of
+    memory, 1.5 s from the process's start (of CPU time: other work on the machine is not the captioner's), for a photo of the usual size
+    and for one of 12 megapixels."""
     from PIL import Image
 
     built = models.build("int8-export", tmp_path, images=8)
     row = models.row(built)
     assert row["bytes"] <= 40e6 and row["bytes_without_concepts"] <= 34e6 and row["word_pieces"] == models.COCO_PIECES
+    encoding, *others = (graphs.kernels(built.path / f"{name}.onnx") for name in ("encoder", "concepts", "prefix", "decoder"))
+    assert encoding["QLinearConv"] >= 55 and encoding["QLinearAdd"] == 16 and not encoding["Conv"] + encoding["FusedConv"]
+    # Products of activations stay in float: attention's two in each layer, the last of a prefix aside, and windows that are pooled.
+    assert [found["MatMulInteger"] + found["MatMulIntegerToFloat"] for found in others] == [2, 16, 19]
+    assert not any(found["Gemm"] for found in others)
+    assert [found["MatMul"] + found["FusedMatMul"] for found in others] == [1, 2 * 3, 4 * 4]
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     command = (sys.executable, str(built.path / "caption.py"), "--threads", "1")
     for name, size in memory.SIZES.items():

@@ -105,6 +105,17 @@ def test_each_teacher_teaches_its_own_head(run, teachers, scenes, tmp_path):
         assert found[head, head] < 0.7 * min(found[other, head] for other in range(3) if other != head), found
 
 
+def test_a_student_may_start_anew_beside_weights(run, tmp_path):
+    """`init: random` reads no weights, though the student section names some."""
+    section = dataclasses.replace(STUDENT, fusion_weights=str(tmp_path / "none.safetensors"), tokenizer="english")
+    config = Distill(init="weights", epochs=0.01, batch_images=40, learning_rate=1e-9, dropout=0.0)
+    with pytest.raises(ModelError, match="none.safetensors"):
+        run(config, section)
+    anew, again = (LightCap.from_pretrained(run(dataclasses.replace(config, init="random"), of, name=name).path)
+                   for name, of in (("random", section), ("without", STUDENT)))
+    assert all(torch.equal(weight, other) for weight, other in zip(anew.parameters(), again.parameters(), strict=True))
+
+
 def test_a_student_that_starts_as_its_teachers_says_what_they_say(run, teachers, scenes, tmp_path):
     config = Distill(init="teacher", match=("tokens",), epochs=0.01, batch_images=40, learning_rate=1e-9, dropout=0.0)
     made = run(config)

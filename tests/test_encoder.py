@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compress import runtime
+from compress.errors import ModelError
 from compress.training.text import embed_texts
 from students.lightcap import LightCap, preset
 from students.lightcap.encoder import clip_rn50, lite0_file, load_encoder, preprocessor, read_tensors
@@ -83,6 +84,16 @@ def test_clip_by_its_hub_name(hub):
     with torch.no_grad():
         wanted = F.normalize(whole.encode_text(open_clip.get_tokenizer("RN50")(words)), dim=-1)
     torch.testing.assert_close(embed_texts(words, "openai"), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_clip_that_cannot_be_fetched_is_one_line(hub, caplog):
+    """What open_clip logs of it besides would be a second one."""
+    with pytest.raises(FileNotFoundError, match="CLIP RN50 'openai' could not be fetched .* set student.encoder_weights=") as of_encoder:
+        load_encoder(clip_rn50(224), "clip-rn50", "openai")
+    with pytest.raises(ModelError, match="text encoder 'openai' could not be loaded .* or text_encoder: minilm") as of_text:
+        embed_texts(["a photo of a dog"], "openai")
+    assert not any("\n" in str(raised.value) for raised in (of_encoder, of_text)) and not caplog.records
 
 
 def test_an_encoder_s_own_file(tmp_path):

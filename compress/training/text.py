@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.errors import ModelError
 from students.lightcap.bert import minilm_folder
-from students.lightcap.checkpoint import CLIP_NAMES, checkpoint_file
+from students.lightcap.checkpoint import CLIP_NAMES, checkpoint_file, unlogged
 
 BATCH = 128
 WORDS = ("minilm", "openai")
@@ -60,7 +60,8 @@ def clip(texts: Sequence[str], weights: str) -> Tensor:
     file = text_file(weights)
     try:
         # OpenAI's weights were trained with QuickGELU; by itself open_clip only warns of another activation.
-        model = open_clip.create_model("RN50", pretrained=weights if file is None else str(file), force_quick_gelu=True).eval()
+        with unlogged():
+            model = open_clip.create_model("RN50", pretrained=weights if file is None else str(file), force_quick_gelu=True).eval()
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +40,17 @@ def checkpoint_file(source: str, what: str, key: str, words: Sequence[str] = (),
         raise FileNotFoundError(f"no weights for {what} at '{source}'{why}; set {key} to a file, a folder, OWNER/NAME of the hub"
                                 f"{known}{hint}")
     return found
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """Nothing is logged within: open_clip logs a failure that it raises, too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def of_hub(source: str, names: Sequence[str]) -> tuple[Path | None, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from students.lightcap.checkpoint import CLIP_NAMES, checkpoint_file, read_tensors
+from students.lightcap.checkpoint import CLIP_NAMES, checkpoint_file, read_tensors, unlogged
 from students.lightcap.convolution import ClippedReLU, SameConv2d
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -131,7 +131,8 @@ def load_encoder(encoder: nn.Module, name: str, source: str | None) -> None:
             import open_clip
 
             try:
-                state = open_clip.create_model("RN50", pretrained="openai", force_quick_gelu=True).visual.state_dict()
+                with unlogged():
+                    state = open_clip.create_model("RN50", pretrained="openai", force_quick_gelu=True).visual.state_dict()
             except Exception as error:
                 raise FileNotFoundError(
                     f"CLIP RN50 'openai' could not be fetched ({type(error).__name__}); download its safetensors once and set "
