@@ -1,9 +1,11 @@
 """Captions become word pieces, and word pieces captions."""
 
+import random
+
 import pytest
 from tokenizers import decoders
 
-from students.lightcap.tokenizer import SPECIAL, decode_caption, encode_captions, load_tokenizer, pieces_of, word_pieces
+from students.lightcap.tokenizer import SPECIAL, decode_caption, encode_captions, load_tokenizer, pieces_added, pieces_of, word_pieces
 
 
 @pytest.mark.parametrize("text", ["a man's t-shirt", "a black-and-white dog isn't here", "the boy , who 's six , jumps ."])
@@ -65,3 +67,17 @@ def test_a_tokenizer_json_joins_words_as_references_have_them(tmp_path):
     whole.save(str(tmp_path / "tokenizer.json"))
     read = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert decode_caption(read, encode_captions(read, [text], 20)[0]) == text
+
+
+@pytest.mark.parametrize("source", ["english", "minilm"])
+def test_a_piece_adds_to_a_caption_what_the_decoder_makes_of_it(source):
+    tokenizer, draw = load_tokenizer(source), random.Random(3)
+    added = pieces_added(tokenizer)
+    first = [index for index, text in added.items() if text[0] == " "]
+    assert {added[tokenizer.token_to_id(mark)] for mark in ",(7"} == {",", " (", " 7"}
+    assert 0.7 < len(added) / tokenizer.get_vocab_size() < 1 and not added.keys() & {tokenizer.token_to_id(name) for name in SPECIAL}
+    for _ in range(300):
+        ids = [draw.choice(first), *draw.choices(list(added), k=draw.randint(0, 20))]
+        assert decode_caption(tokenizer, ids) == "".join(map(added.get, ids)).strip()
+    tokenizer.decoder = decoders.ByteLevel()
+    assert pieces_added(tokenizer) == {}

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from compress.context import Progress
 from compress.errors import DataError
 from compress.ptb import ptb_tokenize
-from students.lightcap.tokenizer import decode_caption
+from students.lightcap.tokenizer import decode_caption, pieces_added
 
 ORDERS = 4
 SIGMA = 6.0
@@ -36,7 +36,7 @@ NEITHER = -1, -2  # fill candidates and references: equal to no token, nor to ea
 class CiderReward:
     """References, indexed by `CiderReward.of`.
 
-    tokenizer: decodes the sampled word pieces.
+    tokenizer: decodes the sampled word pieces; `added`: what most of them add to a caption (`pieces_added`).
     numbers: {token of a reference: its number below V}.
     tokens (all tokens,) int32, `starts` (references + 1,): reference c is tokens[starts[c]:starts[c + 1]].
     first (images + 1,): image i's references are those from first[i] to first[i + 1].
@@ -48,6 +48,7 @@ class CiderReward:
     """
 
     tokenizer: Tokenizer
+    added: dict[int, str]
     numbers: dict[str, int]
     tokens: np.ndarray
     starts: np.ndarray
@@ -78,7 +79,7 @@ class CiderReward:
                 task.advance()
         first = np.cumsum([0, *map(len, references)])
         flat, starts = np.array(tokens, np.int32), np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))])
-        return CiderReward(tokenizer, numbers, flat, starts, first, *_index(flat, starts, first, len(numbers)))
+        return CiderReward(tokenizer, pieces_added(tokenizer), numbers, flat, starts, first, *_index(flat, starts, first, len(numbers)))
 
     def __call__(self, images: Sequence[int] | np.ndarray, sampled: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """The rewards (images, k), float64, of k captions for each of `images` (numbers of training images); `sampled[b]` holds the k
@@ -97,8 +98,15 @@ class CiderReward:
         if image.size and not 0 <= image.min() <= image.max() < len(self.first) - 1:
             raise ValueError(f"the training images are 0 to {len(self.first) - 2}, not {image.min()} to {image.max()}")
         k = max(counts, default=0)
-        texts = [decode_caption(self.tokenizer, ids) for captions in sampled for ids in captions]
-        return self._score(np.repeat(image, k), [ptb_tokenize(text) for text in texts]).reshape(len(image), k)
+        words = [ptb_tokenize(self._text(ids)) for captions in sampled for ids in captions]
+        return self._score(np.repeat(image, k), words).reshape(len(image), k)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """What `decode_caption` gives, sooner where each piece is known to add the same wherever it stands."""
+        parts = [self.added.get(index) for index in ids]
+        if not parts or None in parts or parts[0][0] != " ":  # a piece that continues nothing keeps its prefix
+            return decode_caption(self.tokenizer, ids)
+        return "".join(parts).strip()
 
     def agreement(self) -> np.ndarray:
         """(references,) float64, 1 on average: of each reference its reward against the others of its image. Of an only one, and where no
@@ -120,7 +128,9 @@ class CiderReward:
             return np.zeros(0)
         unknown: dict[str, int] = {}
         known, size = self.numbers, len(self.numbers)
-        flat = [known[w] if w in known else unknown.setdefault(w, size + len(unknown)) for words in captions for w in words]
+        flat = list(map(known.get, itertools.chain.from_iterable(captions)))
+        if None in flat:
+            flat = [known[w] if w in known else unknown.setdefault(w, size + len(unknown)) for words in captions for w in words]
         length = np.array([len(words) for words in captions])
         ours = _table(np.array(flat, np.int32), length, NEITHER[0])
 
@@ -133,17 +143,21 @@ class CiderReward:
         at = np.arange(their_length.sum()) + np.repeat(self.starts[rows] - np.cumsum(their_length) + their_length, their_length)
         theirs = _table(self.tokens[at], their_length, NEITHER[1])
 
-        own = _occurrences(ours, np.where(ours == NEITHER[0], NEITHER[1], ours))
-        common = _occurrences(ours[candidate], theirs[row])
-        cosine = np.zeros((len(candidate), ORDERS))
+        within = _common(ours, np.where(ours == NEITHER[0], NEITHER[1], ours))
+        shared = _common(ours[candidate], theirs[row])
+        height, cosine = ours.shape[1], np.zeros((len(candidate), ORDERS))
         for order, weight in enumerate(self._weights_at(ours)):
-            square = np.where(own[order] > 0, weight**2, 0.0)
-            share = square / np.maximum(own[order], 1)
-            # cumsum adds from left to right whatever the width, and padding adds 0; sum does not promise an order.
-            norm = np.sqrt(np.cumsum(own[order] * square, axis=1)[:, -1])
-            product = np.minimum(own[order][candidate], common[order]) * common[order] * share[candidate]
+            own = np.bincount(within[order], minlength=ours.size)
+            square = np.where(own > 0, weight.reshape(-1) ** 2, 0.0)
+            share = square / np.maximum(own, 1)
+            # cumsum and bincount add from left to right, however wide the tables are; sum does not promise an order.
+            norm = np.sqrt(np.cumsum((own * square).reshape(ours.shape), axis=1)[:, -1])
+            place, count = _counted(shared[order])
+            pair, begins = np.divmod(place, height)
+            begins += candidate[pair] * height
+            product = np.minimum(own[begins], count) * count * share[begins]
             scale = norm[candidate] * self.norms[reference, order]
-            np.divide(np.cumsum(product, axis=1)[:, -1], scale, out=cosine[:, order], where=scale > 0)
+            np.divide(np.bincount(pair, product, minlength=len(candidate)), scale, out=cosine[:, order], where=scale > 0)
         # coco-caption's lengths are numbers of bigrams: the difference is the same, but where a caption has no tokens, and no cosine.
         delta = length[candidate] - their_length[row]
         similarity = cosine.mean(1) * np.exp(-(delta**2) / (2 * SIGMA**2))
@@ -174,17 +188,23 @@ def _table(flat: np.ndarray, length: np.ndarray, fill: int) -> np.ndarray:
     return table
 
 
-def _occurrences(ours: np.ndarray, theirs: np.ndarray) -> list[np.ndarray]:
-    """Per order, (rows, H): how often row i of `theirs` (rows, W) has the n-gram that begins at each place of row i of `ours` (rows, H)."""
-    (rows, height), width = ours.shape, theirs.shape[1]
+def _common(ours: np.ndarray, theirs: np.ndarray) -> list[np.ndarray]:
+    """Per order, the places of `ours` (rows, H), flat and ascending, where an n-gram begins that the same row of `theirs` (rows, W) has:
+    each as often as it has it."""
+    width = theirs.shape[1]
     equal = (ours[:, :, None] == theirs[:, None, :]).reshape(-1)
     run = np.flatnonzero(equal)
-    counts = []
-    for order in range(ORDERS):
-        if order:
-            run = run[equal[run + order * (width + 1)]]  # along the diagonal
-        counts.append(np.bincount(run // width, minlength=rows * height).reshape(rows, height))
-    return counts
+    places = [run // width]
+    for order in range(1, ORDERS):
+        run = run[equal[run + order * (width + 1)]]  # along the diagonal
+        places.append(run // width)
+    return places
+
+
+def _counted(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different ones of ascending `places`, and how often each is there."""
+    first = np.flatnonzero(np.diff(places, prepend=-1))
+    return places[first], np.diff(first, append=len(places))
 
 
 def _index(
