@@ -131,7 +131,8 @@ def cut(parent: Artifact, config: Prune, here: Context) -> LightCap:
 
 
 def world(scenes: CaptionSet, folder: Path) -> tuple:
-    """A captioner on scenes: itself, its tokenizer, its preprocessing, its artifact; and the context in which a stage is called."""
+    """A captioner on scenes: itself, its tokenizer, its preprocessing, its artifact; and the context in which a stage is called, where no
+    split but that of training can be read."""
     tokenizer = load_tokenizer("english")
     model = build(vocabulary=tokenizer.get_vocab_size())
     preprocessing = preprocessor("resnet-small", 80)
@@ -139,6 +140,6 @@ def world(scenes: CaptionSet, folder: Path) -> tuple:
     write_captioner(folder / "parent", model, tokenizer, preprocessing)
 
     def context(name: str) -> Context:
-        return stage_context.context(folder / name, scenes, "prune", Prune(macs=0.7), cache=folder / "cache")
+        return stage_context.context(folder / name, scenes.split("train"), "prune", Prune(macs=0.7), cache=folder / "cache")
 
     return model, tokenizer, preprocessing, Artifact(folder / "parent"), context

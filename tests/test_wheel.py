@@ -31,7 +31,7 @@ def test_a_wheel_outside_the_clone(tmp_path):
     held = zipfile.ZipFile(wheel).namelist()
     data = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").iterdir() if path.suffix in (".yaml", ".md")}
     code = {str(path.relative_to(ROOT)) for top in ("compress", "students", "teachers") for path in (ROOT / top).rglob("*.py")}
-    assert data | code | {"compress/report/report.html.j2"} <= set(held)
+    assert data | code | {"compress/report/report.html.j2", "compress/data/concepts.txt"} <= set(held)
     assert {name.partition("/")[0] for name in held if ".dist-info" not in name} == {"compress", "students", "teachers", "recipes"}
     assert any(name.endswith("LICENSE") for name in held) and not any("__pycache__" in name for name in held)
 
