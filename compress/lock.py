@@ -115,7 +115,8 @@ def digests(settings: Mapping) -> dict[str, str]:
         value = settings.get(key)
         path = Path(os.path.expanduser(value)) if isinstance(value, str) and value not in WORDS else None
         if key == "regions" and value and len(several := regions.files_of(value)) > 1:
-            found[key] = hashlib.sha256("".join(map(file_digest, several)).encode()).hexdigest()
+            there = [file_digest(path) if path.is_file() else "" for path in several]
+            found[key] = hashlib.sha256(" ".join(there).encode()).hexdigest()
         elif path is not None and path.is_file():
             found[key] = file_digest(path)
         elif path is not None and path.is_dir():
