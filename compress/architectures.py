@@ -32,8 +32,8 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
             encoders[stage.name] = _encoder(recipe, stage, encoders)
             narrowed[stage.name] = _narrowed(stage, models, narrowed)
         except SizeError as error:
-            key = next((key for key in error.keys if f"student.{key}" in recipe.places), None)
-            place = stage.place if key is None else f"{recipe.places[f'student.{key}']}key '{key}', "
+            named = ((key, f"{section}.{key}") for section in ("student", "data") for key in error.keys)
+            place = next((f"{recipe.places[at]}key '{key}', " for key, at in named if at in recipe.places), stage.place)
             raise RecipeError(f"{place}stage '{stage.name}': {error}") from None
         except ValueError as error:
             raise RecipeError(f"{stage.place}stage '{stage.name}': {error}") from None

@@ -57,7 +57,12 @@ def _settings(stage: Stage) -> dict:
     """The stage as a recipe has it; of its files only their names, since a card goes where the folders of who made it are nobody's
     business."""
     [(kind, settings)] = entry(stage).items()
-    inside = {key: Path(value).name for key, value in settings.items() if key in FILES and str(value).startswith(("/", "~"))}
+
+    def name(value: str) -> str:
+        return Path(value).name if value.startswith(("/", "~")) else value
+
+    named = {key: value for key, value in settings.items() if key in FILES and value}
+    inside = {key: name(value) if isinstance(value, str) else [name(path) for path in value] for key, value in named.items()}
     return {kind: settings | inside}
 
 

@@ -86,7 +86,7 @@ class Concepts(Encoding):
     text_encoder: str | None = None  # minilm, openai or CLIP RN50's weights; if absent, openai beside CLIP's encoder, else minilm
     inner: int = 1024  # width of the alignment's hidden layer
     pieces: int = 20  # that concepts fill in the prefix; 0 takes the parent's extractor away
-    regions: str | None = None  # labelled ones: Visual Genome's objects.json, COCO's instances; several files with commas
+    regions: tuple[str, ...] | None = None  # labelled ones: Visual Genome's objects.json; or COCO's instances, of several years a list
     boxes: str | None = None  # a detector's, COCO's results format: what training looks at in place of windows
     image_sizes: str | None = None  # COCO's JSON or Visual Genome's image_data.json
     region_weight: float = 1.0  # of the labelled regions' loss, beside that of the captions' words
@@ -118,7 +118,7 @@ class Distill(Optimisation):
     ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
     heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
     modulator: int | None = None  # inner width of a new student's (its first teacher's if absent); 0: none
-    init: str = "teacher"  # the first teacher's layers; weights: the student section's fusion_weights; random: drawn anew, as without any
+    init: str = "teacher"  # the first teacher's layers; weights: the student section's fusion_weights; random, as weights where it has none
     ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
     label_smoothing: float = 0.1
     match: tuple[str, ...] = ("tokens",)

@@ -72,16 +72,13 @@ def _of_tuned_encoder(config: Encoding) -> Iterator[tuple[str, str]]:
         yield "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned, or leave it out"
 
 
-START = {"weights": "fusion_weights", "random": "random ones"}
-
-
 def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
     if config.modulator is not None and parent is not None:
         yield "modulator", f"is of a new student, but this stage goes on from '{parent}'; leave it out"
     if config.ffn_share and parent is not None:
         yield "ffn_share", f"is of a new student, but this stage goes on from '{parent}'; leave it out"
     elif config.ffn_share and config.init != "teacher":
-        yield "ffn_share", f"narrows the first teacher's layers, but this student starts from {START[config.init]}: set init: teacher"
+        yield "ffn_share", f"narrows the first teacher's layers, but this student starts otherwise (init: {config.init}): set init: teacher"
     if config.init != Distill.init and parent is not None:
         yield "init", f"is of a new student, but this stage goes on from '{parent}'; leave it out"
     if config.ensemble == "all" and len(config.teachers) == 1:

@@ -103,8 +103,12 @@ class Progress:
 
         task = Task(label, total, show)
         yield task
-        if not self.brief or time.monotonic() - task.started >= SECONDS_BETWEEN_LINES:
-            self.log(f"{task.line()}, done in {_duration(time.monotonic() - task.started)}")
+        self._end(task)
+
+    def _end(self, task: Task) -> None:
+        seconds = time.monotonic() - task.started
+        if not self.brief or seconds >= SECONDS_BETWEEN_LINES:
+            self.log(f"{task.line()}, done in {_duration(seconds)}")
 
     @contextmanager
     def _bar(self, label: str, total: float | None) -> Iterator[Task]:
@@ -135,7 +139,7 @@ class Progress:
             if mine:
                 bars.stop()
                 self._live.pop()
-        self.log(f"{task.line()}, done in {_duration(time.monotonic() - task.started)}")
+        self._end(task)
 
 
 def _number(value: float) -> str:

@@ -18,8 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from compress.config import Recipe, Stage, Student, references, vocabulary_of
-from compress.data import CaptionSet, regions
+from compress.data import CaptionSet
 from compress.data.concepts import SHIPPED, default_text_encoder
+from compress.data.regions import sizes_beside
 from compress.errors import DataError
 from compress.recipe import entry, resolved
 from compress.sources import ROOT, changed_code, imported, versions
@@ -106,25 +107,30 @@ def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
 
 
 def digests(settings: Mapping) -> dict[str, str]:
-    """SHA-256 of the file, or of all files of the folder, that a setting names: another one at the same place is another input. Of a word
-    that stands for weights in a package, the package's version."""
+    """What stands for the file, or the several files, that each setting names."""
+    named = {key: settings.get(key) for key in FILES}
+    if len(named["regions"] or ()) == 1 and not named["image_sizes"]:  # Visual Genome's, read from beside its objects.json
+        named["image_sizes"] = str(sizes_beside(named["regions"][0]))
     found = {}
-    if settings.get("regions") and not settings.get("image_sizes"):  # Visual Genome's, read from beside its objects.json
-        settings = {**settings, "image_sizes": str(regions.sizes_beside(settings["regions"]))}
-    for key in FILES:
-        value = settings.get(key)
-        path = Path(os.path.expanduser(value)) if isinstance(value, str) and value not in WORDS else None
-        if key == "regions" and value and len(several := regions.files_of(value)) > 1:
-            there = [file_digest(path) if path.is_file() else "" for path in several]
-            found[key] = hashlib.sha256(" ".join(there).encode()).hexdigest()
-        elif path is not None and path.is_file():
-            found[key] = file_digest(path)
-        elif path is not None and path.is_dir():
-            inside = [f"{child.relative_to(path)} {file_digest(child)}" for child in sorted(path.rglob("*")) if child.is_file()]
-            found[key] = hashlib.sha256(os.fsencode("\n".join(inside))).hexdigest()
-        elif value in CARRIED:
-            found[key] = versions([value], CARRIED)[value]
+    for key, value in named.items():
+        each = [digest_of(one) for one in ([value] if isinstance(value, str) else value or ())]
+        if len(each) > 1:
+            found[key] = hashlib.sha256(" ".join(one or "" for one in each).encode()).hexdigest()
+        elif each and each[0] is not None:
+            found[key] = each[0]
     return found
+
+
+def digest_of(value: str) -> str | None:
+    """SHA-256 of the file, or of all files of the folder, that a setting's `value` names: another one at the same place is another input.
+    Of a word that stands for weights in a package, the package's version. None of what is neither."""
+    path = None if value in WORDS else Path(os.path.expanduser(value))
+    if path is not None and path.is_file():
+        return file_digest(path)
+    if path is not None and path.is_dir():
+        inside = [f"{child.relative_to(path)} {file_digest(child)}" for child in sorted(path.rglob("*")) if child.is_file()]
+        return hashlib.sha256(os.fsencode("\n".join(inside))).hexdigest()
+    return versions([value], CARRIED)[value] if value in CARRIED else None
 
 
 def file_digest(path: Path) -> str:

@@ -17,7 +17,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(model: str | Path) -> Artifact:
-    """The artifact that `model` means. Presets are the callers' business. ModelError, one line, for anything else.
+    """The artifact that `model` means. ModelError, one line, for anything else, presets too.
 
     OWNER/NAME is a repository of the hub where there is no folder OWNER here; it is fetched once, into the hub's own cache.
     """
@@ -30,7 +30,7 @@ def resolve(model: str | Path) -> Artifact:
             return Artifact(fetched(str(model))).check()
         if str(model) in PRESETS:
             raise ModelError(f"'{model}' is a preset, which has no weights and which `lightcap profile` alone takes; name a run's or an "
-                             "artifact's folder, or OWNER/NAME on the hub")
+                             f"artifact's folder, or OWNER/NAME on the hub{_near(path)}")
         raise ModelError(f"no model '{model}': neither an artifact's folder nor a run's folder{_near(path)}")
     if (path / "config.json").is_file():
         return Artifact(path).check()

@@ -24,7 +24,6 @@ from compress.artifact import Artifact
 from compress.cache import cache_of, durations, expected_seconds, finished, noted
 from compress.config import Recipe, Stage
 from compress.context import Progress
-from compress.data.regions import files_of
 from compress.errors import DataError, GateError, LightcapError, ModelError, StageError, UsageError
 from compress.memory import bounded
 from compress.pages import huge_pages
@@ -292,17 +291,16 @@ def _check_files(wanted: Recipe) -> None:
             there = os.path.isfile if key in lock.READ else os.path.exists
             missing = next((path for path in _paths(key, getattr(settings, key, None)) if not there(os.path.expanduser(path))), None)
             if missing is not None:
-                line = wanted.places.get(f"student.{key}", "") if settings is wanted.student else ""
+                line = wanted.places.get(f"student.{key}", f"{wanted.name}: ") if settings is wanted.student else ""
                 what = "file" if key in lock.READ else "file or folder"
                 raise DataError(f"{line}{place}key '{key}': there is no {what} {missing}; put it there, or name another "
                                 f"with --set {owner}.{key}={'FILE' if key in lock.READ else 'PATH'}")
 
 
-def _paths(key: str, value: str | None) -> list[str]:
+def _paths(key: str, value: str | Sequence[str] | None) -> list[str]:
     """What the setting `key` names, as far as it can be nothing but files or folders."""
-    if not value or not (key in lock.READ or _only_a_path(value)):
-        return []
-    return [str(path) for path in files_of(value)] if key == "regions" else [value]
+    named = [value] if isinstance(value, str) else value or []
+    return [path for path in named if path and (key in lock.READ or _only_a_path(path))]
 
 
 def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
@@ -345,7 +343,7 @@ def _load(wanted: Recipe, cache: Path, progress: Progress):
         found = data.load(wanted.data, cache, progress=progress)
     except DataError as error:
         named = re.match(r"data\.\w+", error.message)
-        raise DataError(f"{wanted.places.get(named[0], '') if named else ''}{error.message}") from None
+        raise DataError(f"{wanted.places.get(named[0], '') if named else ''}{error.message}") from error
     val = wanted.data.val_split
     needed = {"train": ("", "give some images that split"),
               val: (wanted.places.get("data.val_split", ""), "choose one with --set data.val_split=SPLIT")}
@@ -353,7 +351,7 @@ def _load(wanted: Recipe, cache: Path, progress: Progress):
         try:
             found.split(split)
         except DataError as error:
-            raise DataError(f"{place}{error.message}; {how}") from None
+            raise DataError(f"{place}{error.message}; {how}") from error
     weighed = next((stage for stage in wanted.stages if getattr(stage.config, "consensus", 0)), None)
     if weighed is not None and max(len(example.captions) for example in found.split("train").examples) == 1:
         raise DataError(f"{weighed.place}stage '{weighed.name}', key 'consensus': weighs a caption by the others of its image, and here "

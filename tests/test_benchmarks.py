@@ -248,7 +248,8 @@ def test_lightcap_40m_in_int8_keeps_the_promised_bytes_memory_and_start(tmp_path
     assert row["bytes"] <= 40e6 and row["bytes_without_concepts"] <= 34e6 and row["word_pieces"] == models.COCO_PIECES
     encoding, *others = (graphs.kernels(built.path / f"{name}.onnx") for name in ("encoder", "concepts", "prefix", "decoder"))
     assert encoding["QLinearConv"] >= 55 and encoding["QLinearAdd"] == 16 and not encoding["Conv"] + encoding["FusedConv"]
-    # Products of activations stay in float: attention's two in each layer, the last of a prefix aside, and windows that are pooled.
+    # Products of activations stay in float: windows that are pooled, and attention's two in each layer, of a prefix but in the last; of a
+    # step its own pieces and the prefix apart.
     assert [found["MatMulInteger"] + found["MatMulIntegerToFloat"] for found in others] == [2, 16, 19]
     assert not any(found["Gemm"] for found in others)
     assert [found["MatMul"] + found["FusedMatMul"] for found in others] == [1, 2 * 3, 4 * 4]

@@ -163,7 +163,8 @@ def test_labelled_regions(context, scenes, tmp_path, monkeypatch):
     grid[0::2, [0, 1, 5, 6], :4] += 2
     grid[1::2, [0, 1, 5, 6], 4:8] += 2
     monkeypatch.setattr(corpus, "grids", lambda *_: grid)
-    config = settings(tmp_path, epochs=30, dropout=0.0, learning_rate=3e-3, regions=str(tmp_path / "instances.json"), region_weight=20.0)
+    regions = (str(tmp_path / "instances.json"),)
+    config = settings(tmp_path, epochs=30, dropout=0.0, learning_rate=3e-3, regions=regions, region_weight=20.0)
     where = context("concepts", config)
     concepts.run(None, config, where)
     model = read_captioner(where.output)[0]
@@ -178,7 +179,7 @@ def test_labelled_regions(context, scenes, tmp_path, monkeypatch):
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"images": [images[0] | {"file_name": "elsewhere"}], "annotations": boxes[:1], "categories": categories}))
     with pytest.raises(DataError, match=r"other\.json: its regions are of no training picture"):
-        concepts.labelled(dataclasses.replace(config, regions=str(other)), scenes.split("train"), tuple(WORDS), 5)
+        concepts.labelled(dataclasses.replace(config, regions=(str(other),)), scenes.split("train"), tuple(WORDS), 5)
 
 
 def test_a_detector_s_boxes_take_the_place_of_windows(context, scenes, tmp_path, monkeypatch):

@@ -129,10 +129,14 @@ def test_the_frontier_of_the_picture():
 def test_labels_of_points_at_one_place_stand_below_each_other():
     points = [{"x": 100.0, "y": y, "label": label} for y, label in ((50.0, "b"), (48.0, "a"), (48.0, "a"), (200.0, "far"), (56.0, "c"))]
     found = report.labels([*points, {"x": 555.0, "y": 50.0, "label": "right"}])
-    assert [(label["text"], label["level"]) for label in found] == [
-        ("b", 64.0), ("a", 52.0), ("", 52.0), ("far", 204.0), ("c", 76.0), ("right", 54.0)
+    assert [(label["text"], label["level"]) for label in found if label["text"]] == [
+        ("b", 64.0), ("a", 52.0), ("far", 204.0), ("c", 76.0), ("right", 54.0)
     ]
-    assert [label["anchor"] for label in found] == ["start"] * 5 + ["end"]
+    assert [label["anchor"] for label in found] == ["start"] * 5 + ["end"] and found[2]["text"] == ""
+    moved = report.labels([points[1] | {"label": "other"}, points[0], points[0]])  # shared also where it does not stand at its point
+    assert [label["text"] for label in moved] == ["other", "b", ""]
+    many = report.labels([{"x": 100.0, "y": 100.0 + number / 10, "label": f"stage-{number}"} for number in range(40)])
+    assert sum(bool(label["text"]) for label in many) == 16 and all(label["level"] <= 292 for label in many if label["text"])
 
 
 def test_the_card_holds_the_rows_numbers(tmp_path):

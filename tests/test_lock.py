@@ -144,13 +144,16 @@ def test_every_file_of_an_extractor_is_in_the_lock(tmp_path, key):
 
 
 def test_each_of_several_files_of_regions_is_in_the_lock(tmp_path):
-    text = f"stages:\n  - concepts: {{as: a, regions: '{tmp_path / 'train.json'},{tmp_path / 'val.json'}'}}\n"
+    """Also where a file goes."""
+    text = f"stages:\n  - concepts: {{as: a, regions: [{tmp_path / 'train.json'}, {tmp_path / 'val.json'}]}}\n"
     seen = []
     for written in ("12", "32", "34"):
         for name, one in zip(("train.json", "val.json"), written, strict=True):
             (tmp_path / name).write_text(one)
         seen.append(locks_of(tmp_path, text)["a"])
-    assert len(set(seen)) == 3
+    (tmp_path / "train.json").unlink()
+    seen.append(locks_of(tmp_path, text)["a"])
+    assert len(set(seen)) == 4
 
 
 def test_the_list_of_concepts_that_a_tuned_encoder_is_taught_by_is_in_the_lock(tmp_path):

@@ -386,6 +386,25 @@ def test_weights_that_can_only_be_a_path_are_missed_at_once(tmp_path, key, value
         pipeline.plan(wanted, tmp_path / "runs/chain", captions())
 
 
+@pytest.mark.parametrize(("section", "settings", "said"), [
+    ("data: {image_size: 8000}", (), "x.yaml:1: data.image_size is 8000; scenes are"),
+    ("data:\n  source: karpathy\n  captions: none.json", (), "x.yaml:3: data.captions: there is no file or folder none.json"),
+    ("data: {source: karpathy}", ("data.captions=none.json",), "--set data.captions=none.json: data.captions: there is no file or folder"),
+    ("data: {val_split: tset}", (), "x.yaml:1: scenes: there is no split 'tset'; there are: train (3), val (2)"),
+    ("student: {tokenizer: ./bert}", (), "x.yaml:1: section 'student', key 'tokenizer': there is no file or folder ./bert"),
+    ("student: {fusion_weights: ./bert}", (), "x.yaml:1: section 'student', key 'fusion_weights': there is no file"),
+])
+def test_what_a_section_names_in_vain_is_said_with_its_line(tmp_path, monkeypatch, section, settings, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text(f"{section}\nstages:\n  - train: {{as: teacher, preset: tiny}}\n")
+    few = () if "karpathy" in section else ("data.train_images=3", "data.val_images=2")
+    wanted = read_recipe("x.yaml", (*settings, *few))
+    with pytest.raises(DataError) as raised:
+        pipeline.plan(wanted, tmp_path / "runs/x")
+    assert raised.value.message.startswith(said)
+    assert pipeline.run(wanted, tmp_path / "runs/x", Progress(quiet=True)).error.message == raised.value.message
+
+
 def test_consensus_where_nobody_could_agree_is_refused_at_once(tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text(RECIPE.replace("from: teacher, seed", "from: teacher, consensus: 0.5, seed"))
     alone = tuple(dataclasses.replace(one, captions=one.captions[:1]) for one in captions().examples)

@@ -12,6 +12,11 @@ LABELLED = "expected is Visual Genome's objects.json (image_id, objects) or COCO
 SIZES = {"a.jpg": (200, 100), "b.jpg": (50, 50), "000000000009.jpg": (10, 20), "COCO_val2014_000000000042.jpg": (4, 4)}
 
 
+def labelled(path, *more):
+    """The regions of one file."""
+    return read_regions([path], *more)
+
+
 def thing(x, y, w, h, *names):
     return {"synsets": ["thing.n.01"], "h": h, "object_id": 1058549, "merged_object_ids": [], "names": list(names), "w": w, "y": y, "x": x}
 
@@ -99,7 +104,7 @@ def fails(read, *arguments):
 
 
 def test_visual_genome(genome):
-    found = read_regions(genome(), CONCEPTS)
+    found = labelled(genome(), CONCEPTS)
     assert found == {
         "1": (Region((0.1, 0.1, 0.6, 0.6), 0, 1.0),),
         "2407": (
@@ -112,11 +117,11 @@ def test_visual_genome(genome):
 
 
 def test_an_image_is_found_by_its_file_or_by_cocos_id(genome, instances):
-    found = read_regions(genome(), CONCEPTS)
+    found = labelled(genome(), CONCEPTS)
     for name in ("2407", "2407.jpg", "VG_100K/2407.jpg", "000000000007.jpg", "COCO_val2014_000000000007.jpg"):
         assert found.of_image(name) == found["2407"], name
     assert not any(found.of_image(name) for name in ("000000002407.jpg", "COCO_val2014_000000000001.jpg", "7.jpg", "dog.jpg"))
-    coco = read_regions(instances(), CONCEPTS)
+    coco = labelled(instances(), CONCEPTS)
     for name in ("000000000009.jpg", "COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000000009.jpg"):
         assert coco.of_image(name) == coco["000000000009.jpg"], name
     assert not coco.of_image("9.jpg") and not coco.of_image("000000000030.jpg")
@@ -125,10 +130,10 @@ def test_an_image_is_found_by_its_file_or_by_cocos_id(genome, instances):
 def test_image_sizes_may_lie_elsewhere(genome, tmp_path):
     path = genome()
     (tmp_path / "sizes").mkdir()
-    beside = read_regions(path, CONCEPTS)
+    beside = labelled(path, CONCEPTS)
     other = (tmp_path / "image_data.json").rename(tmp_path / "sizes" / "v1.json")
-    assert read_regions(str(path), CONCEPTS, str(other)) == beside
-    assert fails(read_regions, path, CONCEPTS) == (
+    assert labelled(str(path), CONCEPTS, str(other)) == beside
+    assert fails(labelled, path, CONCEPTS) == (
         f"{path} is of Visual Genome, which keeps the sizes of its images in image_data.json, and there is no {tmp_path}/image_data.json: "
         "put image_data.json beside objects.json, or name it"
     )
@@ -157,14 +162,14 @@ def test_image_sizes_may_lie_elsewhere(genome, tmp_path):
     ],
 )
 def test_wrong_entries_of_visual_genome(genome, tmp_path, change, message):
-    assert message.replace("{}", str(tmp_path)) in fails(read_regions, genome(change), CONCEPTS)
+    assert message.replace("{}", str(tmp_path)) in fails(labelled, genome(change), CONCEPTS)
 
 
 # COCO.
 
 
 def test_coco_instances(instances):
-    found = read_regions(instances(), CONCEPTS)
+    found = labelled(instances(), CONCEPTS)
     assert found == {
         "000000000009.jpg": (Region((0.1, 0.1, 0.6, 0.6), 3, 1.0), Region((0.0, 0.0, 0.01, 1.0), 2, 1.0)),
         "000000000025.jpg": (Region((0.0, 0.0, 1.0, 1.0), 2, 1.0),),
@@ -200,24 +205,27 @@ def test_coco_instances(instances):
 )
 def test_wrong_entries_of_coco(instances, change, message):
     path = instances(change)
-    assert fails(read_regions, path, CONCEPTS).startswith(f"{path}{message}")
+    assert fails(labelled, path, CONCEPTS).startswith(f"{path}{message}")
 
 
 # A detector's boxes.
 
 
 def test_several_files(genome, instances, tmp_path):
-    """As COCO's years are; also of both formats, and of one image in both."""
-    both = f"{instances()}, {genome()}"
-    found = read_regions(both, CONCEPTS)
-    one, other = read_regions(instances(), CONCEPTS), read_regions(genome(), CONCEPTS)
-    assert found == {**one, **other} and not one.keys() & other.keys()
-    assert found.unnamed == one.unnamed + other.unnamed and found.empty == one.empty + other.empty
-    assert found.of_image("COCO_val2014_000000000007.jpg") == other["2407"]
-    twice = read_regions(f"{instances()},{instances()}", CONCEPTS)
-    assert twice == {key: its + its for key, its in one.items()}
+    """As COCO's years are."""
+    first = instances()
+    one = read_regions([first], CONCEPTS)
+    other = tmp_path / "instances_val.json"
+    other.write_text(first.read_text().replace("000000000009.jpg", "000000000042.jpg"))
+    both = read_regions([first, str(other)], CONCEPTS)
+    assert both["000000000009.jpg"] == both["000000000042.jpg"] == one["000000000009.jpg"]
+    assert both["000000000025.jpg"] == 2 * one["000000000025.jpg"]
+    assert both.unnamed == one.unnamed + one.unnamed and both.empty == 2 * one.empty
+    assert both.of_image("COCO_val2014_000000000042.jpg") == one["000000000009.jpg"]
     with pytest.raises(DataError, match="there is no file .*none.json"):
-        read_regions(f"{instances()},{tmp_path / 'none.json'}", CONCEPTS)
+        read_regions([first, tmp_path / "none.json"], CONCEPTS)
+    with pytest.raises(DataError, match="objects.json is of Visual Genome, which is read by itself; several files are COCO's"):
+        read_regions([first, genome()], CONCEPTS)
 
 
 def test_boxes(tmp_path):
@@ -287,14 +295,14 @@ def test_wrong_boxes(tmp_path):
 def test_other_files_say_what_was_found_and_expected(tmp_path, content, found):
     path = tmp_path / "file.json"
     path.write_bytes(content)
-    for read, *more in ((read_regions, CONCEPTS), (read_sizes,), (read_boxes, SIZES)):
+    for read, *more in ((labelled, CONCEPTS), (read_sizes,), (read_boxes, SIZES)):
         message = fails(read, path, *more)
         assert message.startswith(f"{path} is {found}") and "expected is " in message
-    assert fails(read_regions, path, CONCEPTS).endswith(LABELLED)
+    assert fails(labelled, path, CONCEPTS).endswith(LABELLED)
 
 
 def test_absent_files_and_folders(tmp_path):
-    for read, *more in ((read_regions, CONCEPTS), (read_sizes,), (read_boxes, SIZES)):
+    for read, *more in ((labelled, CONCEPTS), (read_sizes,), (read_boxes, SIZES)):
         assert fails(read, tmp_path / "none.json", *more).startswith(f"there is no file {tmp_path}/none.json; expected is ")
         assert fails(read, tmp_path, *more).startswith(f"{tmp_path} is a folder; expected is ")
 
@@ -305,8 +313,8 @@ def test_formats_taken_for_another(genome, instances, tmp_path):
     boxes(tmp_path, box("a.jpg", [0, 0, 1, 1], 0.5))
     first = "a list whose first entry is a JSON object with"
     for name, read, more, found in (
-        ("boxes.json", read_regions, CONCEPTS, f"{first} 'image_id', 'category_id', 'bbox', 'score'"),
-        ("image_data.json", read_regions, CONCEPTS, f"{first} 'width', 'url', 'height', 'image_id', ..."),
+        ("boxes.json", labelled, CONCEPTS, f"{first} 'image_id', 'category_id', 'bbox', 'score'"),
+        ("image_data.json", labelled, CONCEPTS, f"{first} 'width', 'url', 'height', 'image_id', ..."),
         ("objects.json", read_boxes, SIZES, f"{first} 'image_id', 'image_url', 'objects'"),
         ("instances_val2017.json", read_boxes, SIZES, "a JSON object with 'info', 'images', 'annotations', 'categories'"),
     ):

@@ -76,19 +76,14 @@ class Regions(dict[str, tuple[Region, ...]]):
         return ()
 
 
-def files_of(regions: str | Path) -> list[Path]:
-    """The files that a setting names, with commas between them: COCO's years are files of their own."""
-    return [Path(os.path.expanduser(name.strip())) for name in str(regions).split(",") if name.strip()]
+def sizes_beside(path: str | Path) -> Path:
+    """Where Visual Genome keeps the sizes of the images whose objects `path` lists, if nothing else is said."""
+    return Path(os.path.expanduser(path)).with_name("image_data.json")
 
 
-def sizes_beside(regions: str | Path) -> Path:
-    """Where Visual Genome keeps the sizes of the images whose objects are in `regions`, if nothing else is said."""
-    return files_of(regions)[0].with_name("image_data.json")
-
-
-def read_regions(files: str | Path, concepts: Sequence[str], image_data: str | Path | None = None) -> Regions:
-    """The labelled regions of a file, or of several with commas between them, with score 1, in the files' order; the content tells which
-    format it is.
+def read_regions(files: Sequence[str | Path], concepts: Sequence[str], image_data: str | Path | None = None) -> Regions:
+    """The labelled regions of a file, or of COCO's of several years, with score 1, in the files' order; the content tells which format it
+    is.
 
     A region's concept is what its name stands for (`Mentions.named`; of several names, the first that stands for one). `image_data`
     names Visual Genome's image_data.json, by default the one beside objects.json; COCO's file has the sizes itself.
@@ -96,26 +91,24 @@ def read_regions(files: str | Path, concepts: Sequence[str], image_data: str | P
     or category that is not listed, and where no region is left.
     """
     named = functools.cache(Mentions(concepts).named)  # Visual Genome repeats a few ten thousand names millions of times
-    regions = _together([_labelled(path, named, image_data) for path in files_of(files)])
-    if not regions:
-        names = ", ".join(f"'{name}'" for name, _ in regions.unnamed.most_common(5))
-        why = f" ({regions.empty} empty boxes; names that are no concept: {names})" if names else f" ({regions.empty} empty boxes)"
-        raise DataError(f"{files} has no region that is of a concept{why}: choose another file, or add concepts to the list")
-    return regions
-
-
-def _together(found: Sequence[Regions]) -> Regions:
+    found = [_labelled(Path(os.path.expanduser(path)), named, image_data, alone=len(files) == 1) for path in files]
     regions: dict[str, tuple[Region, ...]] = {}
-    for one in found:
-        for key, its in one.items():
-            regions[key] = regions.get(key, ()) + its
-    coco_ids = {coco: key for one in found for coco, key in one.coco_ids.items()}
-    return Regions(regions, sum((one.unnamed for one in found), Counter()), sum(one.empty for one in found), coco_ids)
+    for key, its in (pair for one in found for pair in one.items()):
+        regions[key] = regions.get(key, ()) + its
+    unnamed, empty = sum((one.unnamed for one in found), Counter()), sum(one.empty for one in found)
+    if not regions:
+        names = ", ".join(f"'{name}'" for name, _ in unnamed.most_common(5))
+        why = f" ({empty} empty boxes; names that are no concept: {names})" if names else f" ({empty} empty boxes)"
+        raise DataError(f"{', '.join(map(str, files))} has no region that is of a concept{why}: choose another file, or add concepts to "
+                        "the list")
+    return Regions(regions, unnamed, empty, {coco: key for one in found for coco, key in one.coco_ids.items()})
 
 
-def _labelled(path: Path, named: Callable[[str], int | None], image_data: str | Path | None) -> Regions:
+def _labelled(path: Path, named: Callable[[str], int | None], image_data: str | Path | None, alone: bool) -> Regions:
     found = _json(path, LABELLED)
     if isinstance(found, list) and found and isinstance(found[0], dict) and "objects" in found[0]:
+        if not alone:  # an image of COCO has a key of its own there
+            raise DataError(f"{path} is of Visual Genome, which is read by itself; several files are COCO's instances_*.json")
         return _visual_genome(path, found, named, image_data)
     if isinstance(found, dict) and all(isinstance(found.get(key), list) for key in ("images", "annotations", "categories")):
         return _coco(path, found, named)

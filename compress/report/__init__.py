@@ -76,6 +76,7 @@ def _chart(drawn: Sequence[tuple[Mapping, str, object]], title: str, cost, alike
         "width": WIDTH,
         "height": HEIGHT,
         "margin": MARGIN,
+        "line": LINE,
         "points": [point | label for point, label in zip(points, labels(points), strict=True)],
         "lines": [" ".join(f"{across['place'](x)},{up['place'](y)}" for x, y in frontier(group)) for group in groups.values()],
         "across": across["ticks"],
@@ -85,20 +86,24 @@ def _chart(drawn: Sequence[tuple[Mapping, str, object]], title: str, cost, alike
 
 def labels(points: Sequence[Mapping]) -> list[dict]:
     """Where each point's label stands: beside the point, or as far below as labels that stand there already leave room. Points at one place
-    with one name share a label (the others' is empty)."""
-    placed: list[tuple[float, float, float, str]] = []  # left, right, baseline, text
+    with one name share a label, and what finds no room above the axis has none: its `text` is empty."""
+    placed: list[tuple[float, float, float]] = []  # left, right, baseline
     found: list[dict] = [{}] * len(points)
+    known: set[tuple] = set()
     for number, point in sorted(enumerate(points), key=lambda pair: pair[1]["y"]):
         wide = LETTER * len(point["label"])
         after = point["x"] + 7 + wide <= WIDTH
         left = point["x"] + 7 if after else point["x"] - 7 - wide
         level = point["y"] + 4
-        among = [other for other in placed if other[0] < left + wide and left < other[1]]
-        text = "" if (left, left + wide, level, point["label"]) in placed else point["label"]
-        while text and (near := [other[2] for other in among if abs(other[2] - level) < LINE - 0.1]):  # but for the last digits
+        among = [other[2] for other in placed if other[0] < left + wide and left < other[1]]
+        while near := [other for other in among if abs(other - level) < LINE - 0.1]:  # but for the last digits
             level = round(max(near) + LINE, 1)
-        if text:
-            placed.append((left, left + wide, level, text))
+        place = (point["x"], point["y"], point["label"])
+        shown = level <= HEIGHT - MARGIN and place not in known
+        if shown:
+            known.add(place)
+            placed.append((left, left + wide, level))
+        text = point["label"] if shown else ""
         found[number] = {"text": text, "anchor": "start" if after else "end", "beside": left if after else left + wide, "level": level}
     return found
 

@@ -123,9 +123,9 @@ def prior(wanted: Tensor) -> Tensor:
 
 def labelled(config: Concepts, data: CaptionSet, names: tuple[str, ...], side: int) -> dict[int, tuple[Tensor, Tensor]]:
     """Pooling weights (R, side * side) and concepts (R,) of each training picture that has labelled regions, by its number."""
-    if config.regions is None:
+    if not config.regions:
         return {}
-    found = of_pictures(data, config.regions, "regions", read_regions(config.regions, names, config.image_sizes))
+    found = of_pictures(data, ", ".join(config.regions), "regions", read_regions(config.regions, names, config.image_sizes))
     return {row: (pooled(regions, side), torch.tensor([region.concept for region in regions])) for row, regions in found.items()}
 
 

@@ -141,14 +141,15 @@ def decode_caption(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 
 def pieces_added(tokenizer: Tokenizer) -> dict[int, str]:
-    """Id -> what the piece adds behind others to what `decode_caption` gives: " dog", "ing", ",". Of ASCII pieces, but for special ones and
-    those with ' or -, which may join their neighbours; of a tokenizer that joins pieces in another way, of none."""
+    """Id -> what the piece adds behind others to what `decode_caption` gives: " dog", "ing", ",". Of ASCII pieces without spaces, but for
+    added tokens and those with ' or -, which may join their neighbours; of a tokenizer that joins pieces in another way, of none."""
     prefix = getattr(tokenizer.model, "continuing_subword_prefix", None)
     known = [] if prefix is None else [joining(prefix), decoders.WordPiece(prefix=prefix, cleanup=True)]
     if tokenizer.decoder is None or all(tokenizer.decoder.__getstate__() != decoder.__getstate__() for decoder in known):
         return {}
     special, added = tokenizer.get_added_tokens_decoder(), {}
-    pieces = {piece: index for piece, index in tokenizer.get_vocab().items() if index not in special and piece.isascii()}
+    pieces = {piece: index for piece, index in tokenizer.get_vocab().items() if index not in special and piece.isascii()
+              and piece not in ("", prefix) and not any(map(str.isspace, piece))}
     before = next((index for piece, index in pieces.items() if piece.isalpha()), None)
     for piece, index in pieces.items():
         text = piece[len(prefix) :] if piece.startswith(prefix) else f" {piece}"
