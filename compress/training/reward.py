@@ -104,7 +104,7 @@ class CiderReward:
     def _text(self, ids: Sequence[int]) -> str:
         """What `decode_caption` gives, sooner where each piece is known to add the same wherever it stands."""
         parts = [self.added.get(index) for index in ids]
-        if not parts or None in parts or parts[0][0] != " ":  # a piece that continues nothing keeps its prefix
+        if not parts or None in parts or not parts[0].startswith(" "):  # a piece that continues nothing keeps its prefix
             return decode_caption(self.tokenizer, ids)
         return "".join(parts).strip()
 
