@@ -293,7 +293,8 @@ def _check_files(wanted: Recipe) -> None:
             if missing is not None:
                 line = wanted.places.get(f"student.{key}", f"{wanted.name}: ") if settings is wanted.student else ""
                 what = "file" if key in lock.READ else "file or folder"
-                raise DataError(f"{line}{place}key '{key}': there is no {what} {missing}; put it there, or name another "
+                several = ", several as [A,B]" if key == "regions" and "," in missing else ""
+                raise DataError(f"{line}{place}key '{key}': there is no {what} {missing}{several}; put it there, or name another "
                                 f"with --set {owner}.{key}={'FILE' if key in lock.READ else 'PATH'}")
 
 

@@ -1,4 +1,4 @@
-"""The report as a browser lays it out: nothing is cut off, and no label hides another. Where a Chromium is installed."""
+"""The report as a browser lays it out: nothing is cut off, and no label hides another. Needs a Chromium (Debian: apt install chromium)."""
 
 import json
 import re
@@ -24,9 +24,9 @@ document.getElementById("seen").textContent = JSON.stringify({ charts, cut, fetc
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_report_in_a_browser(tmp_path):
     """Two runs, most rows of one size and nearly one CIDEr, as teachers by several seeds are: too many for all to have a label."""
+    assert CHROMIUM, "no Chromium is installed; the report cannot be looked at without one (Debian: apt install chromium)"
     teachers = [made(f"teacher-{seed}", 50.0 + seed / 10, 40.0, 100.0 + seed) for seed in range(30)]
     again = [row | {"seconds": 1.0} for row in teachers]  # other rows, at the same places
     runs = [{"run": "runs/photos", "rows": [*ROWS, *teachers]}, {"run": "runs/photos-pruned.macs-0.5", "rows": [*ROWS, *again]}]

@@ -374,6 +374,8 @@ def test_a_file_that_a_later_stage_reads_is_missed_at_once(tmp_path):
     assert isinstance(result.error, DataError) and stages.runs == [] and not (tmp_path / "runs").exists()
     assert result.error.message.endswith("stage 'extractor', key 'regions': there is no file objects.json; put it there, or name another "
                                          "with --set extractor.regions=FILE")
+    result, *_ = go(tmp_path, read(tmp_path, text.replace("objects.json", "'a.json,b.json'")))  # as data.captions are written
+    assert "key 'regions': there is no file a.json,b.json, several as [A,B]; put it there" in result.error.message
 
 
 @pytest.mark.parametrize("key, value", [("encoder_weights", "clip/RN50.safetensors"), ("tokenizer", "./bert"), ("fusion_weights", "a/b/c")])

@@ -144,19 +144,20 @@ def pieces_added(tokenizer: Tokenizer) -> dict[int, str]:
     """Id -> what the piece adds behind others to what `decode_caption` gives: " dog", "ing", ",". Of ASCII pieces without spaces, but for
     added tokens and those with ' or -, which may join their neighbours; of a tokenizer that joins pieces in another way, of none."""
     prefix = getattr(tokenizer.model, "continuing_subword_prefix", None)
-    known = [] if prefix is None else [joining(prefix), decoders.WordPiece(prefix=prefix, cleanup=True)]
-    if tokenizer.decoder is None or all(tokenizer.decoder.__getstate__() != decoder.__getstate__() for decoder in known):
+    joined = [] if prefix is None else [joining(prefix), decoders.WordPiece(prefix=prefix, cleanup=True)]
+    if tokenizer.decoder is None or all(tokenizer.decoder.__getstate__() != decoder.__getstate__() for decoder in joined):
         return {}
     special, added = tokenizer.get_added_tokens_decoder(), {}
     pieces = {piece: index for piece, index in tokenizer.get_vocab().items() if index not in special and piece.isascii()
               and piece not in ("", prefix) and not any(map(str.isspace, piece))}
     before = next((index for piece, index in pieces.items() if piece.isalpha()), None)
+    known = 0 if before is None else len(tokenizer.decode([before]))
     for piece, index in pieces.items():
         text = piece[len(prefix) :] if piece.startswith(prefix) else f" {piece}"
         if text.lstrip().isalpha():
             added[index] = text
         elif before is not None and not {"'", "-"} & {*piece}:  # the decoder takes the space before some marks
-            added[index] = tokenizer.decode([before, index])[len(tokenizer.decode([before])) :]
+            added[index] = tokenizer.decode([before, index])[known:]
     return added
 
 
