@@ -18,7 +18,8 @@ MASK = 0  # stands for the id of [MASK], which the tokenizer knows
 
 
 def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
-    """By name of the stage, with `vocabulary` word pieces. Pruned shapes are not known before: they are the parent's.
+    """By name of the stage, with `vocabulary` word pieces; of a captioner that others made, none. Pruned shapes are not known before: they
+    are the parent's.
 
     RecipeError, with the line of the key or of the stage, for sizes that no captioner can have and for settings that do not fit its parent
     or teachers.
@@ -27,6 +28,8 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
     encoders: dict[str, str] = {}
     narrowed: dict[str, bool] = {}
     for stage in recipe.stages:
+        if stage.kind == "pretrained":
+            continue
         try:
             models[stage.name] = _architecture(recipe, stage, models, vocabulary)
             encoders[stage.name] = _encoder(recipe, stage, encoders)
@@ -46,7 +49,8 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
     if isinstance(config, Distill):
         model = _student(recipe, config, parent, models, vocabulary)
         _check_heads(config, model.heads)
-        _check_states(config, model, models[config.teachers[0]])
+        if "captions" not in config.match:
+            _check_states(config, model, models[config.teachers[0]])
     elif parent is None:
         like = models.get(getattr(config, "extractor", None))
         name = getattr(config, "preset", None) or recipe.student.preset
@@ -85,7 +89,7 @@ def _encoder(recipe: Recipe, stage: Stage, encoders: Mapping[str, str]) -> str:
     """The stage that last changed the encoder of what `stage` makes; "" where that is still the pretrained one. ValueError for a teacher
     with another encoder than its student, whose grid it reads."""
     config = stage.config
-    if isinstance(config, Distill):
+    if isinstance(config, Distill) and "captions" not in config.match:
         first = stage.parent or config.teachers[0]
         for teacher in config.teachers:
             if encoders[teacher] != encoders[first]:
@@ -107,6 +111,8 @@ def _narrowed(stage: Stage, models: Mapping[str, LightCapConfig], narrowed: Mapp
     pieces, or a teacher's tokens from a captioner of others."""
     own = isinstance(stage.config, Vocabulary) or (stage.parent is not None and narrowed[stage.parent])
     for name in references(stage.config):
+        if name not in models:
+            continue
         takes = name != getattr(stage.config, "extractor", None) or models[name].concepts  # of one without concepts, the encoder alone
         if narrowed[name] != own and takes:
             which = "cut by a 'vocabulary' stage, and its own are not" if narrowed[name] else "whole, and its own are cut ('vocabulary')"
@@ -117,6 +123,12 @@ def _narrowed(stage: Stage, models: Mapping[str, LightCapConfig], narrowed: Mapp
 def _student(
     recipe: Recipe, config: Distill, parent: LightCapConfig | None, models: Mapping[str, LightCapConfig], vocabulary: int
 ) -> LightCapConfig:
+    if parent is None and "captions" in config.match:
+        student = dataclasses.replace(recipe.student, heads=config.heads or recipe.student.heads)
+        like, modulator = models.get(config.extractor), config.modulator
+        if modulator and (like is None or not like.concepts):
+            raise ValueError("a modulator is steered by concepts, but this student reads none (extractor: NAME gives it some)")
+        return captioner_config(student, student.preset, recipe.data.image_size, 0.0, vocabulary, like, modulator)
     if parent is None:
         teacher = models[config.teachers[0]]
         ffn = feed_forward(recipe.student.ffn, config.ffn_share, teacher.ffn)

@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from compress.errors import ModelError
+from teachers.finished import FILES, kind_of
 
 WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", WEIGHTS)
@@ -37,7 +38,12 @@ class Artifact:
 
     @cached_property
     def config(self) -> dict:
-        return read_json(self.path / "config.json")
+        return read_json(self.path / (FILES[self.foreign][0] if self.foreign else "config.json"))
+
+    @cached_property
+    def foreign(self) -> str | None:
+        """Of a captioner that others made its kind, such as blip (`teachers.finished`)."""
+        return kind_of(self.path)
 
     @property
     def quantized(self) -> bool:
@@ -56,7 +62,8 @@ class Artifact:
 
     def files(self) -> list[Path]:
         """The files needed to caption, in order of name: what the digest is over, and what `bytes` in the ledger counts."""
-        found = {self.path / name for name in MODEL_FILES if (self.path / name).is_file()}
+        named = FILES[self.foreign] if self.foreign else MODEL_FILES
+        found = {self.path / name for name in named if (self.path / name).is_file()}
         for pattern in GRAPH_PATTERNS:
             found.update(self.path.glob(pattern))
         return sorted(found, key=lambda path: path.name)
@@ -86,9 +93,13 @@ class Artifact:
 
     def check(self) -> Artifact:
         """Itself, if it looks complete; ModelError naming the file that is missing, cut short, or a pickle."""
+        if self.foreign:
+            return self._check_foreign(FILES[self.foreign])
         if not (self.path / "config.json").is_file():
             raise ModelError(f"{self.path} is not an artifact: it has no config.json{pickles(self.path)}")
-        _ = self.config
+        if (kind := self.config.get("model_type", "lightcap")) != "lightcap":
+            raise ModelError(f"{self.path} is a '{kind}' (model_type of its config.json): lightcap runs its own captioners, and of others' "
+                             f"{', '.join(FILES)}")
         if missing := [name for name in MODEL_FILES[1:3] if not (self.path / name).is_file()]:
             raise ModelError(f"{self.path} has no {missing[0]}{self._anew}")
         weights = self.path / WEIGHTS
@@ -99,6 +110,12 @@ class Artifact:
         needed = () if weights.is_file() else (*GRAPHS, *(["concepts.onnx"] if self.config.get("concepts") else []))
         if missing := [name for name in needed if not (self.path / name).is_file()]:
             raise ModelError(f"{self.path} has encoder.onnx but no {missing[0]}{self._anew}")
+        return self
+
+    def _check_foreign(self, needed: Sequence[str]) -> Artifact:
+        if missing := [name for name in needed if not (self.path / name).is_file()]:
+            raise ModelError(f"{self.path} is a {self.foreign} without {missing[0]}{pickles(self.path)}")
+        check_safetensors(self.path / next(name for name in needed if name.endswith(".safetensors")))
         return self
 
 

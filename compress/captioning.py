@@ -33,7 +33,7 @@ def photos(names: Sequence[str]) -> list[Path]:
 
 
 def captions(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[dict]:
-    return (without_torch if chosen.graphs else with_torch)(chosen, photos, beam)
+    return (without_torch if chosen.graphs else elsewhere if chosen.foreign else with_torch)(chosen, photos, beam)
 
 
 def without_torch(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[dict]:
@@ -51,6 +51,14 @@ def with_torch(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[
     least = OVERSAMPLED * evaluate.settings_of(chosen)["image_size"]
     opened = functools.partial(open_photo, least=least)
     yield from answers(photos, opened, evaluate.caption_of_image(chosen, beam))
+
+
+def elsewhere(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[dict]:
+    from compress import hub
+    from compress.runtime import OVERSAMPLED, open_photo
+
+    caption, side = hub.caption_of_image(chosen, beam)
+    yield from answers(photos, functools.partial(open_photo, least=OVERSAMPLED * side), caption)
 
 
 def answers(photos: Sequence[Path], opened: Callable, caption_of: Callable) -> Iterator[dict]:

@@ -12,6 +12,7 @@ from compress.lock import FILES
 from compress.recipe import entry
 
 MADE = {
+    "pretrained": "a finished captioner as it is, with what it says of the training images",
     "concepts": "a concept extractor; its captions were not trained",
     "train": "trained with cross-entropy on captions",
     "distill": "distilled from its teachers",

@@ -26,6 +26,7 @@ RECIPE = "RECIPE is the name of a shipped recipe, or a YAML file."
 ARTIFACT = "a run's folder (its last artifact), an artifact's folder"
 OF_ONE = "lightcap: CIDEr of one image is 0 whatever is said: it weighs words by how few of several images have them"
 MODEL = f"MODEL is {ARTIFACT}, or OWNER/NAME on the hub."
+ANY_MODEL = f"MODEL is {ARTIFACT}, or OWNER/NAME on the hub; BLIP, GIT and CoCa, too, in a folder or there."
 LAYOUTS = [source for source in CHOICES["data", "source"] if source != "scenes"]
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE",
                         help="Change one value of a section or stage of the recipe, or seed=N; repeatable.")
@@ -243,7 +244,7 @@ def fit_command(
         ctx.exit(1)
 
 
-@cli.command("caption", epilog=MODEL)
+@cli.command("caption", epilog=ANY_MODEL)
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER...")
 @beam_width
@@ -272,7 +273,7 @@ def caption_command(ctx: click.Context, model: str, images: tuple[str, ...], bea
         ctx.exit(1)
 
 
-@cli.command("eval", epilog=MODEL)
+@cli.command("eval", epilog=ANY_MODEL)
 @click.argument("model")
 @click.option("--captions", required=True, help="Karpathy or COCO JSON, Flickr8k's text, metadata.csv, or a column's name.")
 @click.option("--images", required=True, help="The folder that holds the images, or a data set's name.")
@@ -302,9 +303,10 @@ def eval_command(
             raise DataError(_as_options(error.message) + ("" if source else "; a column of a data set: --source datasets")) from None
         if wanted.left_out:
             click.echo(f"lightcap: {wanted.left_out}", err=True)
-        from compress import evaluate
+        from compress import evaluate, hub
 
-        scores = evaluate.evaluate(chosen, wanted, beam, Progress(), _java if java else None)
+        captions_of = hub.captions if chosen.foreign else evaluate.captions
+        scores = evaluate.evaluate(chosen, wanted, beam, Progress(), _java if java else None, captions_of)
     if scores["images"] == 1:
         click.echo(OF_ONE, err=True)
     answer(as_json, scores, lambda: show.scores(scores))
@@ -346,7 +348,7 @@ def score_command(candidates: Path, references: Path, subset: bool, java: bool, 
     answer(as_json, scores, lambda: show.scores(scores))
 
 
-@cli.command("profile", epilog=f"MODEL is {ARTIFACT}, OWNER/NAME on the hub, or a preset, such as lightcap.")
+@cli.command("profile", epilog=f"{ANY_MODEL} Or a preset, such as lightcap.")
 @click.argument("model")
 @click.option("--tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Length of the caption that is counted.")
 @as_json

@@ -75,6 +75,14 @@ class Encoding(Optimisation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A finished captioner: BLIP, GIT or CoCa, or one of lightcap's own. It is measured, and writes a caption of each training image, from
+    which students can learn."""
+
+    model: str | None = None  # an artifact's or a run's folder, or OWNER/NAME on the hub
+
+
+@dataclass(frozen=True, kw_only=True)
 class Concepts(Encoding):
     """The concept extractor: from the words of the captions, and from labelled regions where there are some. A tuned encoder learns with
     it to find what captions speak of."""
@@ -112,16 +120,18 @@ class Train(Encoding):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Optimisation):
-    """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher."""
+    """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher. Of teachers that are
+    `pretrained`, whose word pieces, layers and encoders are not a student's, it learns the captions that they wrote."""
 
     teachers: tuple[str, ...] = ()
+    extractor: str | None = None  # of `pretrained` teachers: the stage whose image encoder and concept extractor a new student takes
     ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
     heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
     modulator: int | None = None  # inner width of a new student's (its first teacher's if absent); 0: none
     init: str = "teacher"  # the first teacher's layers; weights: the student section's fusion_weights; random, as weights where it has none
     ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
     label_smoothing: float = 0.1
-    match: tuple[str, ...] = ("tokens",)
+    match: tuple[str, ...] = ("tokens",)  # of pretrained teachers, captions
     match_epochs: float = 1.0  # the first ones, in which hidden states and attention are matched
     temperature: float = 1.0  # of the teachers' and the student's distributions
     top_k: int = 16  # pieces of a teacher's distribution that are kept; the rest is one class
@@ -157,7 +167,7 @@ class Average:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Keeps the word pieces that training captions use, and every single character."""
+    """Keeps the word pieces that training captions use, those that a teacher's captions taught, and every single character."""
 
     keep: str = "seen"
     min_count: int = 1  # in all training captions
@@ -243,6 +253,7 @@ STAGES = {
     "prune": Prune,
     "quantize": Quantize,
     "export": Export,
+    "pretrained": Pretrained,
 }
 
 CHOICES = {  # of presets and encoders, those of students/lightcap, whose import would load torch
@@ -254,7 +265,7 @@ CHOICES = {  # of presets and encoders, those of students/lightcap, whose import
     ("train", "objective"): ("causal", "masked"),
     ("distill", "init"): ("teacher", "weights", "random"),
     ("distill", "ensemble"): ("each", "all", "running"),
-    ("distill", "match"): ("tokens", "hidden", "attention"),
+    ("distill", "match"): ("tokens", "hidden", "attention", "captions"),
     ("scst", "draw"): ("samples", "beams"),
     ("scst", "baseline"): ("mean", "greedy"),
     ("prune", "importance"): ("caption", "distillation", "magnitude"),
@@ -350,7 +361,7 @@ class Stage:
     kind: str
     name: str
     parent: str | None
-    config: Concepts | Train | Distill | Scst | Average | Vocabulary | Prune | Quantize | Export | None  # None: the baseline
+    config: Pretrained | Concepts | Train | Distill | Scst | Average | Vocabulary | Prune | Quantize | Export | None  # None: the baseline
     against: str | None = None
     place: str = field(default="", compare=False)
 
@@ -373,7 +384,8 @@ def vocabulary_of(recipe: Recipe, stage: Stage) -> str | None:
     """The file of concepts that the captioner of `stage` was taught to find; None for the shipped ones, and where it finds none."""
     stages = {other.name: other for other in recipe.stages}
     while stage.kind != "concepts":
-        if not (before := [stage.parent] if stage.parent else references(stage.config)):
+        before = stage.parent or getattr(stage.config, "extractor", None) or next(iter(references(stage.config)), None)
+        if before is None:
             return None
-        stage = stages[before[0]]
+        stage = stages[before]
     return stage.config.vocabulary

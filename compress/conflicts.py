@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from compress.config import Average, Concepts, Distill, Encoding, Prune, Quantize, Scst, Train
+from compress.config import Average, Concepts, Distill, Encoding, Pretrained, Prune, Quantize, Scst, Train
 
 TARGETS = ("macs", "params", "mb", "ms")
 
@@ -23,6 +23,11 @@ def conflicts(config, parent: str | None) -> Iterator[tuple[str, str]]:
     """(key, what is wrong with it) of a stage's settings; `parent` is the stage that it goes on from, None where it starts anew."""
     find = FINDERS.get(type(config))
     return iter(()) if find is None else find(config, parent)
+
+
+def _pretrained(config: Pretrained, parent: str | None) -> Iterator[tuple[str, str]]:
+    if not config.model:
+        yield "model", "'pretrained' is a finished captioner: name its folder, or OWNER/NAME on the hub (model: NAME)"
 
 
 def _concepts(config: Concepts, parent: str | None) -> Iterator[tuple[str, str]]:
@@ -73,6 +78,8 @@ def _of_tuned_encoder(config: Encoding) -> Iterator[tuple[str, str]]:
 
 
 def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
+    if not config.match:
+        yield "match", "nothing is learned; name at least one of tokens, hidden, attention, captions"
     if config.modulator is not None and parent is not None:
         yield "modulator", f"is of a new student, but this stage goes on from '{parent}'; leave it out"
     if config.ffn_share and parent is not None:
@@ -94,6 +101,19 @@ def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
     for of in ("hidden", "attention"):
         if getattr(config, f"{of}_weight") != getattr(Distill, f"{of}_weight") and of not in config.match:
             yield f"{of}_weight", f"is of matching {of}; add {of} to 'match', or leave it out"
+
+
+def against_teachers(config: Distill, teachers: Sequence[str], others: Sequence[str], new: bool) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with it) where `others` of the `teachers` came finished; `new`: of a new student."""
+    if "captions" in config.match and len(others) < len(teachers):
+        own = next(name for name in teachers if name not in others)
+        yield "match", f"captions are what pretrained teachers wrote, and '{own}' was trained here: match tokens, hidden or attention"
+    if others and config.match != ("captions",):
+        yield "match", f"of '{others[0]}' only what it wrote is known (pretrained): match: captions, and nothing else"
+    if others and new and config.init == "teacher":
+        yield "init", f"of '{others[0]}' no layers are taken (pretrained): set init: weights, or random"
+    if config.extractor is not None and not others:
+        yield "extractor", "is of pretrained teachers; this student takes image encoder and concepts of its first teacher: leave it out"
 
 
 def _scst(config: Scst, parent: str | None) -> Iterator[tuple[str, str]]:
@@ -134,4 +154,5 @@ def _quantize(config: Quantize, parent: str | None) -> Iterator[tuple[str, str]]
         yield "tune_learning_rate", "nothing is tuned without 'tune_epochs'"
 
 
-FINDERS = {Concepts: _concepts, Train: _train, Distill: _distill, Scst: _scst, Average: _average, Prune: _prune, Quantize: _quantize}
+FINDERS = {Pretrained: _pretrained, Concepts: _concepts, Train: _train, Distill: _distill, Scst: _scst, Average: _average, Prune: _prune,
+           Quantize: _quantize}

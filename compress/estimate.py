@@ -42,13 +42,16 @@ class Amount:
 COCO = Amount(images=113_287, captions=5.0, words=10.0, vocabulary=30_000, evaluated=5_000)
 
 
-def tmacs(recipe: Recipe, data: CaptionSet | None) -> dict[str, float]:
-    """{stage: multiply-accumulates x 1e-12 of making and of evaluating its artifact}, on `COCO` where there is no data. RecipeError as
-    `architectures`."""
+def tmacs(recipe: Recipe, data: CaptionSet | None) -> dict[str, float | None]:
+    """{stage: multiply-accumulates x 1e-12 of making and of evaluating its artifact}, on `COCO` where there is no data; None of a finished
+    captioner, whose sizes are its own. RecipeError as `architectures`."""
     amount = COCO if data is None else Amount.of(data, recipe.data.val_split)
     models = architectures(recipe, amount.vocabulary)
     spent = {}
     for stage in recipe.stages:
+        if stage.kind == "pretrained":
+            spent[stage.name] = None
+            continue
         config = models[stage.name]
         macs = count_macs(config)
         spent[stage.name] = (making(stage, config, macs, models, amount) + evaluating(stage, macs, amount)) / 1e12
@@ -78,6 +81,9 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
             return amount.images * passes * (3 * macs.encoder + finding + 3 * pack)
         return amount.images * (known + passes * 3 * pack)
     if isinstance(settings, Distill):
+        if "captions" in settings.match:
+            written = language(config, amount, len(settings.teachers), amount.words, config.heads)
+            return amount.images * (known + passes * 3 * written)
         taught = [language(models[name], amount, amount.captions, amount.words, probes=True) for name in settings.teachers]
         shown = language(models[settings.teachers[0]], amount, amount.captions, amount.words)
         beside = min(settings.match_epochs, passes) * shown if {"hidden", "attention"} & set(settings.match) else 0.0

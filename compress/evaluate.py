@@ -49,15 +49,12 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     against, parent = (  # none that is a concept extractor, which says nothing yet
         one if one is not None and captions_file(one.path, split).is_file() else None for one in (against, parent)
     )
+    parent = None if parent is not None and parent.foreign else parent  # which is timed as its own library runs it, on its own
     data = context.data.split(split)
     said, scores = scored(artifact, data, context.cache, context.progress)
     if broken := senseless(data, said):
         raise StageError(f"the log-probabilities of {len(broken)} captions, the first of {broken[0]}, are not finite; lower learning_rate")
-    spoken = [
-        {"image": example.image_id, "caption": text, "logprob": round(logprob, 4), "cider": round(float(value), 4)}
-        for example, (text, logprob), value in zip(data.examples, said, scores.per_image, strict=True)
-    ]
-    write_json(captions_file(artifact.path, split), spoken)
+    spoken = written_down(artifact, data, said, scores)
     row = accuracy(scores) | {"split": split} | costs(artifact)
     if against is not None:
         if (mend := MENDS.get("quantize" if artifact.quantized else context.stage.kind)) is not None and recovered(context):
@@ -66,6 +63,16 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
         pair = paired(np.array([item["cider"] for item in spoken]), ciders(against, data, context.cache, context.progress))
         row |= {"delta_cider": pair.delta, "delta_ci95": list(pair.ci95), "p_value": pair.p_value}
     return row | timed(artifact, parent, context)
+
+
+def written_down(artifact: Artifact, data: CaptionSet, said: Sequence[tuple[str, float]], scores: metrics.Scores) -> list[dict]:
+    """What `artifact` said of `data`, as its file of captions has it from here on."""
+    spoken = [
+        {"image": example.image_id, "caption": text, "logprob": round(logprob, 4), "cider": round(float(value), 4)}
+        for example, (text, logprob), value in zip(data.examples, said, scores.per_image, strict=True)
+    ]
+    write_json(captions_file(artifact.path, data.examples[0].split), spoken)
+    return spoken
 
 
 def sizes(artifact: Artifact, context: Context) -> dict:
@@ -222,8 +229,10 @@ def settings_of(artifact: Artifact) -> dict:
         raise ModelError(f"{file}, which says what is done to a picture, is absent or not whole; copy it again") from None
 
 
-def evaluate(artifact: Artifact, data: CaptionSet, beam: int, progress: Progress, also: Callable | None = None) -> dict:
-    """`lightcap eval`: scores of `data`, one split, x100; `also(captions, references)` gives more of them."""
+def evaluate(
+    artifact: Artifact, data: CaptionSet, beam: int, progress: Progress, also: Callable | None = None, captions: Callable = captions
+) -> dict:
+    """`lightcap eval`: scores, x100, of what `captions` gives of `data`, one split; `also(captions, references)` gives more of them."""
     with tempfile.TemporaryDirectory() as cache, progress.task("captions", len(data)) as task:
         said = captions(artifact, data, beam, Path(cache), progress, task.advance)
     if broken := senseless(data, said):

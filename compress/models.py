@@ -1,4 +1,5 @@
-"""What MODEL means: an artifact's folder, a run's folder (that of the last captioner in its ledger), or a name on the hub."""
+"""What MODEL means: an artifact's folder, a run's folder (that of the last captioner in its ledger), or a name on the hub. An artifact may
+be a captioner that others made, in its makers' layout (`teachers.finished`)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from compress import ledger
 from compress.artifact import GRAPH_PATTERNS, MODEL_FILES, Artifact, pickles, refuse_pickle
 from compress.config import CHOICES
 from compress.errors import ModelError, beside
+from teachers.finished import FILES
 
 PRESETS = CHOICES[("preset",)]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,7 +34,7 @@ def resolve(model: str | Path) -> Artifact:
             raise ModelError(f"'{model}' is a preset, which has no weights and which `lightcap profile` alone takes; name a run's or an "
                              f"artifact's folder, or OWNER/NAME on the hub{_near(path)}")
         raise ModelError(f"no model '{model}': neither an artifact's folder nor a run's folder{_near(path)}")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or Artifact(path).foreign:
         return Artifact(path).check()
     if (path / "ledger.jsonl").is_file():
         rows = [row for row in ledger.read(path / "ledger.jsonl") if row["stage"] not in ("baseline", "concepts")]
@@ -52,8 +54,9 @@ def fetched(name: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *GRAPH_PATTERNS]))
-        if (folder / "config.json").is_file():
+        others = {file for files in FILES.values() for file in files}
+        folder = Path(snapshot_download(name, allow_patterns=sorted({*MODEL_FILES, *GRAPH_PATTERNS} | others)))
+        if (folder / "config.json").is_file() or Artifact(folder).foreign:
             return folder
         why = "the hub's repository of that name holds no captioner (no config.json)"
     except RepositoryNotFoundError:

@@ -80,7 +80,8 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
         name = names.get(stage.name)
         cached = name is not None and finished(cache / name)
         against = [names[stage.against]] if cached and stage.against else []
-        measured = cached and finished(cache / name, making.measuring(wanted, against, data.split(wanted.data.val_split).fingerprint))
+        mark = data.split(wanted.data.val_split).fingerprint if cached else ""
+        measured = cached and finished(cache / name, making.measuring(wanted, stage.kind, against, mark))
         if cached:
             seconds, tmacs = Artifact(cache / name).row()["seconds"], noted(cache / name).get("tmacs")
         else:
@@ -142,7 +143,7 @@ def run(
 def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     rows: list[dict] = []
     artifacts: dict[str, Artifact] = {}
-    threads = thread_count()
+    seen, threads = False, thread_count()
     parts = lock.of_stages(run_.recipe, run_.data, threads, run_.share.size)
     run_.share.agrees(lock.digest(parts))
     if run_.data.left_out:
@@ -157,11 +158,12 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
             label = f"[{number}/{len(run_.recipe.stages)}] {stage.name}"
             row, built = _stage_row(run_, stage, label, parts[stage.name], artifacts)
             artifacts[stage.name] = Artifact(run_.cache / row["lock"]).check()
-            if number == 1:
+            if not seen and stage.kind != "pretrained":  # the first image encoder of our own
+                seen = True
                 first = lock.baseline_parts(row["lock"], run_.measured, threads)
                 baseline = Stage(kind="baseline", name=BASELINE, parent=stage.name, config=None)
                 nearest_row, _ = _stage_row(run_, baseline, BASELINE, first, artifacts)
-                rows.append(nearest_row)
+                rows.insert(0, nearest_row)
             if gates:
                 _gate(stage, row, artifacts[stage.name])
             rows.append(row)
@@ -235,7 +237,7 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
 
     built = False
     against = [artifacts[stage.against].path.name] if stage.against else []
-    wanted = making.measuring(run_.recipe, against, run_.measured, stage.name in run_.sizes_only)
+    wanted = making.measuring(run_.recipe, stage.kind, against, run_.measured, stage.name in run_.sizes_only)
     if not finished(target, wanted):
         with only_writer(run_.cache / f"{name}.writer", wait):
             if not finished(target, wanted):
@@ -310,6 +312,8 @@ def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
     fusion, text = {}, {}  # {source: where it is named}
     for stage in stages:
         place = f"{stage.place}stage '{stage.name}', "
+        if stage.kind == "pretrained":
+            _find_captioner(stage.config.model, f"{place}key 'model': ")
         if getattr(stage.config, "text_encoder", None):
             text.setdefault(stage.config.text_encoder, f"{place}key 'text_encoder': ")
         if getattr(stage.config, "fusion_weights", None):
@@ -328,6 +332,16 @@ def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
                 find(source)
             except FileNotFoundError as error:
                 raise ModelError(f"{place}{error}") from None
+
+
+def _find_captioner(model: str, place: str) -> None:
+    """ModelError for a `model` that is none; one of the hub is fetched."""
+    from compress import models
+
+    try:
+        models.resolve(os.path.expanduser(model))
+    except ModelError as error:
+        raise ModelError(f"{place}{error.message}") from None
 
 
 def _only_a_path(value: str) -> bool:

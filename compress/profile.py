@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import models
+from compress import appraisal, hub, models
+from compress.artifact import Artifact
 from compress.cost import TOKENS, costs, costs_of
 from compress.errors import ModelError, UsageError
 from compress.evaluate import settings_of
@@ -18,8 +19,8 @@ from students.lightcap.config import PREFIX_POSITION
 
 def profile(model: str, tokens: int = TOKENS) -> dict:
     """Parameters, MACs, bytes and time of a caption of `tokens` word pieces, as a ledger row, and two sums of parts that papers name:
-    `params_fusion` (embeddings and layers) and `params_without_alignment`. ModelError where `model` names nothing; UsageError for a
-    longer caption than there are positions for."""
+    `params_fusion` (embeddings and layers) and `params_without_alignment`; of a captioner that others made, without these sums. ModelError
+    where `model` names nothing; UsageError for a longer caption than there are positions for."""
     _check(tokens, PREFIX_POSITION)
     if model in PRESETS and not Path(model).exists():
         return summed(row({"stage": "profile", "name": model} | costs_of(preset(model), tokens=tokens)))
@@ -27,12 +28,22 @@ def profile(model: str, tokens: int = TOKENS) -> dict:
         found = models.resolve(model)
     except ModelError as error:
         raise ModelError(f"{error.message}; presets: {', '.join(PRESETS)}") from None
+    if found.foreign:
+        noise = pictures(hub.read(found).image_size)
+        return row(named_of(found) | appraisal.costs(found, tokens) | appraisal.latency(found, noise, tokens))
     if found.config.get("mask_piece") is not None:
         _check(tokens, PREFIX_POSITION - 1)  # a [MASK] stands behind the last piece
-    size = settings_of(found)["image_size"]
-    noise = np.random.default_rng(0).integers(0, 256, (TIMED_IMAGES, size, size, 3), dtype=np.uint8)
-    timed = latency(found, None, noise, tokens)
-    return summed(row({"stage": "profile", "name": found.path.name, "artifact": str(found.path)} | costs(found, tokens) | timed))
+    timed = latency(found, None, pictures(settings_of(found)["image_size"]), tokens)
+    return summed(row(named_of(found) | costs(found, tokens) | timed))
+
+
+def pictures(size: int) -> np.ndarray:
+    """Noise, to be timed with."""
+    return np.random.default_rng(0).integers(0, 256, (TIMED_IMAGES, size, size, 3), dtype=np.uint8)
+
+
+def named_of(found: Artifact) -> dict:
+    return {"stage": "profile", "name": found.path.name, "artifact": str(found.path)}
 
 
 def _check(tokens: int, most: int) -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from compress.artifact import PICKLES
 from compress.config import STAGES, Data, Recipe, Stage, Student
-from compress.conflicts import conflicts
+from compress.conflicts import against_teachers, conflicts
 from compress.document import Located, parse, read
 from compress.errors import RecipeError, nearest
 from compress.values import config_of, keys_of, value_of
@@ -30,6 +30,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 SECTIONS = {"data": Data, "student": Student}
 TOP = ("name", "extends", "after", "seed", "data", "student", "stages")
 NEW = ("concepts", "train")  # kinds that can start a captioner from nothing
+OTHERS = "pretrained"  # the kind of captioners that came finished, on which no stage works
 SPOKEN = ("scst", "average", "prune", "quantize", "export")  # kinds that work on a captioner that was taught
 MOST_PARENTS = 16  # that extend one another
 GRAPHS = ("quantize", "export")  # kinds whose artifacts are ONNX graphs, which no later training can change
@@ -280,6 +281,9 @@ class _Above:
             there = f"earlier stages: {', '.join(self.kinds) or 'none'}"
             raise RecipeError(f"{located.place}key '{key}': '{value}' {why}; {there}{nearest(value, self.kinds)}")
         its = self.kinds[value]
+        if its == OTHERS and key not in ("teachers", "against"):
+            raise RecipeError(f"{located.place}key '{key}': '{value}' is a finished captioner ({OTHERS}): it can teach ('distill', "
+                              "teachers), and nothing else is made of it")
         if its in GRAPHS and (kind not in GRAPHS or its == "export" or kind == "quantize"):
             made = f"'{value}' is already ONNX graphs ({its})"
             raise RecipeError(f"{located.place}{made}, which '{kind}' cannot work on; name an earlier stage with 'from:'")
@@ -299,10 +303,10 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
             raise RecipeError(f"{label.place if label else place}a second stage is named '{name}'; give it its own 'as: NAME'")
         config = config_of(STAGES[kind], settings, kind, also=("as", "from", "against"))
         settings = {key: value for key, value in settings.items() if key != "from" or value.value is not None}  # as if not written
-        before = stages[-1].name if stages else None
+        before = next((stage.name for stage in reversed(stages) if stage.kind != OTHERS), None)
         parent = _parent(kind, config, settings, before, place, above)
         if kind == "distill":
-            config = _with_teachers(config, settings, before, place, student, above)
+            config = _with_teachers(config, settings, stages[-1].name if stages else None, place, student, above)
         for other in getattr(config, "others", ()):
             above.check(kind, other, settings["others"], "others")
         for key, what in conflicts(config, parent):
@@ -318,6 +322,10 @@ def _stages(tree: Located, student: Student) -> tuple[Stage, ...]:
 def _parent(kind: str, config, settings: dict[str, Located], before: str | None, place: str, above: _Above) -> str | None:
     """The stage that this one works on: what `from:` names, else the one `before`; None where it starts anew."""
     start, extractor = settings.get("from"), getattr(config, "extractor", None)
+    if kind == OTHERS:
+        if start is not None:
+            raise RecipeError(f"{start.place}key 'from': a finished captioner is made of no stage; leave it out")
+        return None
     if start is not None:
         parent = value_of(start, str, kind, "from")
         above.check(kind, parent, start, "from")
@@ -377,4 +385,12 @@ def _with_teachers(config, settings: dict[str, Located], before: str | None, pla
         )
     if "init" not in settings and "from" not in settings and student.fusion_weights:
         config = replace(config, init="weights")
+    others = [teacher for teacher in teachers if above.kinds[teacher] == OTHERS]
+    if others and "match" not in settings:
+        config = replace(config, match=("captions",))
+    new = "from" not in settings
+    if others and new and "init" not in settings:
+        config = replace(config, init="weights" if student.fusion_weights else "random")
+    for key, what in against_teachers(config, teachers, others, new):
+        raise RecipeError(f"{settings[key].place if key in settings else place}key '{key}': {what}")
     return replace(config, teachers=teachers)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import other_captioners
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -41,6 +42,12 @@ TINY = ("student.preset=tiny", "student.encoder=resnet-small", "student.encoder_
         "extractor.inner=16", "extractor.epochs=2", "data.captions=dataset.json", "data.images=images")
 SMALL = (*TINY, "student.tokenizer=vocab.txt", "extractor.vocabulary=concepts.txt")  # 30,000 pieces would be read at each row
 SMALL_PHOTOS = (*SMALL, *PHOTOS, "extractor.preset=tiny", "frozen.preset=tiny", "frozen.fusion_weights=null")
+PRETRAINED = (
+    *SMALL, "teacher.model=blip", "student.fusion_weights=null", "extractor.preset=tiny",
+    *(f"{name}.epochs=1" for name in ("distilled", "student", "student-cider", "pruned-cider")),
+    "pruned.recover_epochs=1", "pruned.recover_encoder_epochs=1", "int8.calibration_images=8", "pruned.max_drop_cider=1000",
+    "int8.max_drop_cider=1000",
+)
 CAPTIONERS = [stage for stage in read_recipe("ablation").stages if stage.kind != "concepts"]
 MADE_SMALL = [stage.name for stage in CAPTIONERS if stage.kind != "average"]
 PLAIN = ("frozen", "baseline", "concepts", "modulator", "modulator-18", "modulator-19", "masked")
@@ -167,7 +174,7 @@ def check(name: str, values: tuple[str, ...], folder: Path, stages: list[str]) -
 
 
 def test_every_shipped_recipe_is_tested_here():
-    assert {entry[0] for entry in recipes()} == {"quickstart", "photos", "ablation", "undistilled", "lightcap-coco"}
+    assert {entry[0] for entry in recipes()} == {"quickstart", "photos", "pretrained", "ablation", "undistilled", "lightcap-coco"}
 
 
 @pytest.mark.parametrize(("name", "last"), [("ablation", "teacher-cider"), ("undistilled", "student-cider")])
@@ -184,7 +191,7 @@ def locks(name: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["photos", "ablation", "undistilled"])
+@pytest.mark.parametrize("name", ["photos", "pretrained", "ablation", "undistilled"])
 def test_pretrained_weights_fit_every_student_that_starts_from_them(name):
     """The runs below are made small without them."""
     recipe = read_recipe(name)
@@ -320,6 +327,15 @@ def test_photos(tmp_path, sizes):
     assert len(rows) == 8 and rows[()]["delta"] is None
     assert rows[()]["cider"] == pytest.approx(ciders["vocabulary"], abs=1e-4)
     assert rows["encoder", "concepts", "fusion"]["cider"] == pytest.approx(ciders["pruned"], abs=1e-4)
+
+
+@pytest.mark.timeout(1200)
+def test_pretrained(tmp_path):
+    karpathy(tmp_path)
+    other_captioners.blip(tmp_path / "blip")
+    names = ["teacher", "extractor", "distilled", "student", "student-cider", "vocabulary", "pruned", "pruned-cider", "int8", "export"]
+    rows = {row["name"]: row for row in check("pretrained", PRETRAINED, tmp_path, names)}
+    assert rows["student"]["against"] == rows["student-cider"]["against"] == "teacher"
 
 
 @pytest.mark.slow

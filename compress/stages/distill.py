@@ -2,6 +2,7 @@
 
 Token distributions are read from targets computed once per teacher. Hidden states and attention are compared during the first
 `match_epochs` epochs, in which the first teacher runs beside the student: the paper's first phase; tokens are compared throughout.
+Teachers that others made have written captions instead (`compress.stages.pretrained`).
 """
 
 from __future__ import annotations
@@ -10,24 +11,29 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 
-from compress.artifact import Artifact
+from tokenizers import Tokenizer
+
+from compress.artifact import Artifact, read_json
 from compress.config import Distill
 from compress.context import Context
 from compress.errors import RecipeError
-from compress.training.corpus import UNSEEN_BIAS, corpus
+from compress.training.corpus import UNSEEN_BIAS, Corpus, check_tokenizer, corpus
 from compress.training.distillation import Goal, distil, feed_forward, teach
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.bert import copy_layers
 from students.lightcap.dropout import set_dropout
 from students.lightcap.tokenizer import pieces_of
-from teachers.teacher import load
+from teachers.finished import WRITTEN
+from teachers.teacher import Teacher, load
 
 
 def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     """Writes the student, taught by the artifacts that `config.teachers` names."""
     seed = context.seed
     sources = [context.artifacts[name] for name in config.teachers]
+    if "captions" in config.match:
+        return from_captions(parent, config, sources, context)
     first, _, settings = read_captioner(sources[0].path)
     student = context.recipe.student
     student = dataclasses.replace(
@@ -61,12 +67,39 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
         taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
     guide = teachers[0] if {"hidden", "attention"} & set(config.match) else None
     del first, teacher, teachers  # of several, large ones, only one is asked while the student is trained
+    return taught_by(taught, guide, model, tokenizer, settings, data, config, context)
+
+
+def from_captions(parent: Artifact | None, config: Distill, sources: Sequence[Artifact], context: Context) -> Artifact:
+    """The student of `sources` that others made: it learns the captions that they wrote of the training images."""
+    if parent is not None:
+        model, tokenizer, settings = read_captioner(parent.path)
+        set_dropout(model, config.dropout)
+    else:
+        student = dataclasses.replace(context.recipe.student, heads=config.heads or context.recipe.student.heads)
+        weights = student.fusion_weights if config.init == "weights" else None
+        like = read_captioner(context.artifacts[config.extractor].path)[0] if config.extractor else None
+        model, tokenizer, settings = new_captioner(
+            student, student.preset, weights, context.recipe.data.image_size, config.dropout, context.seed, like, config.modulator
+        )
+        check_tokenizer(tokenizer, context)
+    written = [{item["image"]: item["caption"] for item in read_json(source.path / WRITTEN, list)} for source in sources]
+    said = [[texts[example.image_id] for texts in written] for example in context.data.split("train").examples]
+    data = corpus(model, tokenizer, settings, context, said=said)
+    return taught_by(None, None, model, tokenizer, settings, data, config, context)
+
+
+def taught_by(
+    taught: list | None, guide: Teacher | None, model: LightCap, tokenizer: Tokenizer, settings: dict, data: Corpus, config: Distill,
+    context: Context,
+) -> Artifact:
+    """Trains and writes `model`, by what its teachers say of `data` and by what `guide` shows."""
     full = model.word.detach().clone()
     model.narrow(data.keep)
     weights = config.token_weight, config.hidden_weight, config.attention_weight
     goal = Goal(config.match, config.match_epochs, config.temperature, *weights, config.ensemble)
     steps = data.steps(config.epochs, config.batch_images)
-    distil(model, data, taught, guide, goal, config, steps, seed, context.stage.name, context)
+    distil(model, data, taught, guide, goal, config, steps, context.seed, context.stage.name, context)
     model.widen(data.keep, full, UNSEEN_BIAS)
     if context.share.rank == 0:
         write_captioner(context.output, model, tokenizer, settings)

@@ -10,7 +10,7 @@ import torch
 from compress.artifact import Artifact, write_json
 from compress.config import Vocabulary
 from compress.context import Context
-from compress.training.corpus import UNSEEN_BIAS
+from compress.training.corpus import UNSEEN_BIAS, learned
 from compress.training.start import read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.tokenizer import encode_captions, keep_pieces, narrowed
@@ -19,13 +19,15 @@ KEPT = "vocabulary.json"  # piece i of this artifact was piece kept[i] of its pa
 
 
 def run(parent: Artifact, config: Vocabulary, context: Context) -> Artifact:
-    """Writes the parent over the pieces that occur `min_count` times in training captions, and every single character, so that any word
-    can still be spelled. The kept pieces keep their order: vocabulary.json lists their ids in the parent's vocabulary."""
+    """Writes the parent over the pieces that occur `min_count` times in training captions, those that a teacher's captions taught it, and
+    every single character, so that any word can still be spelled. The kept pieces keep their order: vocabulary.json lists their ids in the
+    parent's vocabulary."""
     model, tokenizer, settings = read_captioner(parent.path)
     captions = [caption for example in context.data.split("train").examples for caption in example.captions]
     counts = Counter(piece for ids in encode_captions(tokenizer, captions, model.config.max_tokens) for piece in ids)
     seen = [piece for piece, count in counts.items() if count >= config.min_count]
-    keep = keep_pieces(tokenizer, [*seen, *model.own_pieces()])
+    taught = [piece for piece in learned(model) if piece not in counts]  # by a teacher that has words of its own
+    keep = keep_pieces(tokenizer, [*seen, *taught, *model.own_pieces()])
     context.progress.log(f"{context.stage.name}: {len(keep)} of {model.config.vocabulary} word pieces kept")
     before = model.config.vocabulary
     model.narrow(torch.tensor(keep))
@@ -40,6 +42,6 @@ def learnable(model: LightCap, used: Iterable[int]) -> None:
     """Pieces `used` to spell words whose own pieces are gone, and that no caption held before, get the least bias of those that were
     learned: at UNSEEN_BIAS they would cost a hundred nats each in whatever is trained next, and never come back."""
     bias = model.heads.bias.data
-    learned = bias > UNSEEN_BIAS / 2
-    new = [piece for piece in used if not learned[piece]]
-    bias[new] = bias[learned].min()
+    known = bias > UNSEEN_BIAS / 2
+    new = [piece for piece in used if not known[piece]]
+    bias[new] = bias[known].min()

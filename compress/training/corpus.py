@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,19 +74,27 @@ def disturbed(pictures: Tensor, flip: bool, crop: float) -> Tensor:
 
 def corpus(
     model: LightCap, tokenizer: Tokenizer, settings: dict, context: Context, tuned: bool = False, flip: bool = False, crop: float = 0.0,
-    beside: Iterable[int] = (),
+    beside: Iterable[int] = (), said: Sequence[Sequence[str]] | None = None,
 ) -> Corpus:
     """The train split of `context.data` for `model`. `tuned`: pictures are encoded in every step, after `disturbed`, by the encoder
-    as it then is; otherwise their grids are computed once. `beside`: word pieces that are kept for others, such as a teacher's own."""
+    as it then is; otherwise their grids are computed once. `beside`: word pieces that are kept for others, such as a teacher's own.
+    `said`: captions of each picture, in place of people's."""
     data = context.data.split("train")
-    encoded = [encode_captions(tokenizer, example.captions, model.config.max_tokens) for example in data.examples]
-    used = {piece for captions in encoded for caption in captions for piece in caption}
+    texts = [example.captions for example in data.examples] if said is None else said
+    encoded = [encode_captions(tokenizer, captions, model.config.max_tokens) for captions in texts]
+    used = {piece for captions in encoded for caption in captions for piece in caption}.union(learned(model))
     end = tokenizer.token_to_id("[SEP]")  # which no caption has where all are cut off
     keep = torch.tensor(sorted(used.union(model.own_pieces(), beside, [end])))
     place = {int(piece): index for index, piece in enumerate(keep)}
     captions = Captions.of([[[place[piece] for piece in caption] for caption in captions] for captions in encoded])
     key = "" if tuned else grids_key(model, data, settings)
     return Corpus(captions, keep, grids_of(model, data, settings, context, tuned, flip, crop), key)
+
+
+def learned(model: LightCap) -> list[int]:
+    """The word pieces that `model` was trained to say, these captions' or a teacher's; none where nothing has trained it yet."""
+    can = model.heads.bias.detach() > UNSEEN_BIAS / 2
+    return [] if can.all() else can.nonzero().flatten().tolist()
 
 
 def check_tokenizer(tokenizer: Tokenizer, context: Context) -> None:

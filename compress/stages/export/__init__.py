@@ -14,6 +14,7 @@ from compress import graphs, runtime
 from compress.artifact import Artifact
 from compress.config import Export
 from compress.context import Context
+from compress.errors import ModelError
 from compress.runtime import SETTINGS
 from compress.stages.export.decoder import prefix_graph, step_graph, write_decoder
 from compress.stages.export.encoder import encoder_graph
@@ -29,6 +30,8 @@ def export(artifact, out: str | Path) -> None:
     `artifact` has a `.path`. ModelError where it cannot be read.
     """
     source, out = Artifact(artifact.path).check(), Path(out)
+    if source.foreign:
+        raise ModelError(f"{source.path} is a {source.foreign}, and lightcap exports its own captioners alone: distil one from it")
     out.mkdir(parents=True, exist_ok=True)
     if source.graphs:
         copied = [path.name for path in source.files()]

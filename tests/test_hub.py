@@ -1,0 +1,280 @@
+"""Captioners that others made: read from their makers' files, measured as our own, and taught from."""
+
+import dataclasses
+import json
+
+import numpy as np
+import other_captioners as other
+import pytest
+import tiny_captioner as tiny
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from stage_context import context
+
+from compress import appraisal, cli, cost, evaluate, hub, metrics, models, pipeline
+from compress.artifact import Artifact
+from compress.config import Distill, Pretrained, Student, Vocabulary
+from compress.context import Progress
+from compress.errors import ModelError, RecipeError
+from compress.recipe import read_recipe
+from compress.stages import distill, pretrained, vocabulary
+from compress.training.corpus import UNSEEN_BIAS
+from compress.training.start import read_captioner
+
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders by kind, and `taught`, a GIT that knows the colours."""
+    folder = tmp_path_factory.mktemp("others")
+    return {name: make(folder / name) for name, make in (other.MAKERS | {"taught": other.taught_git}).items()}
+
+
+def images(count=3):
+    return [Image.fromarray(picture) for picture in tiny.pictures(count, seed=3)]
+
+
+def next_logits(captioner, kind, pixels, pieces):
+    """(n, V) of the piece behind each of `pieces` (1, n), by one pass over all of them, without any cache."""
+    if kind == "blip":
+        seen = captioner.model.vision_model(pixel_values=pixels).last_hidden_state
+        return captioner.model.text_decoder(input_ids=pieces, encoder_hidden_states=seen).logits[0]
+    if kind == "git":
+        return captioner.model(input_ids=pieces, pixel_values=pixels).logits[0, -pieces.shape[1] :]
+    latent, seen = captioner.model._encode_image(pixels)
+    return captioner.model(None, pieces, image_latent=latent, image_embs=seen, output_labels=False)["logits"][0]
+
+
+@pytest.mark.parametrize("kind", ["blip", "git", "coca"])
+def test_captions_are_the_most_probable_pieces_and_have_their_probability(made, kind):
+    """Against one pass over the whole caption: in no cache, and in no beam of another picture, does anything get lost."""
+    captioner = hub.read(Artifact(made["taught" if kind == "git" else kind]))
+    start = captioner.start if kind == "coca" else captioner.writer.generation_config.bos_token_id
+    pixels = captioner.pixels(images())
+    assert pixels.shape == (3, 3, other.SIDE, other.SIDE)
+    for beam in (1, 3):
+        said = captioner.captions(pixels, beam, hub.TOKENS)
+        if kind == "coca":  # whose pieces, spelled and read again, are others
+            pieces = [list(ids) for ids, _ in hub.search(captioner, captioner.encode(pixels), start, captioner.end, beam, hub.TOKENS)]
+            assert [captioner.tokenizer.decode(ids).strip() for ids in pieces] == [text for text, _ in said]
+        else:
+            pieces = [captioner.tokenizer.encode(text, add_special_tokens=False).ids for text, _ in said]
+        for picture, ids, (_, logprob) in zip(pixels, pieces, said, strict=True):
+            ids += [captioner.end] if len(ids) < hub.TOKENS else []
+            assert 1 < len(ids) <= hub.TOKENS
+            with torch.no_grad():
+                logs = next_logits(captioner, kind, picture[None], torch.tensor([[start, *ids[:-1]]])).log_softmax(-1)
+            assert logprob == pytest.approx(float(logs[range(len(ids)), ids].sum()), abs=2e-3)
+            if beam == 1:
+                assert logs.argmax(-1).tolist() == ids
+    [(text, _)] = captioner.captions(pixels[:1], 1, 3, exactly=True)
+    [(longer, _)] = captioner.captions(pixels[:1], 1, 4, exactly=True)
+    assert longer.startswith(text) and len(longer) > len(text)
+
+
+def test_pictures_are_prepared_as_their_makers_do(made):
+    """A colour of its own in each corner: BLIP squashes a wide picture, GIT and CoCa cut its sides off."""
+    wide = np.zeros((64, 128, 3), np.uint8)
+    wide[:, :32], wide[:, 96:] = (255, 0, 0), (0, 255, 0)
+    found = {kind: hub.read(Artifact(made[kind])).pixels([Image.fromarray(wide)])[0] for kind in other.MAKERS}
+    black = -torch.tensor(other.MEAN) / torch.tensor(other.STD)
+    for kind in ("git", "coca"):
+        assert torch.allclose(found[kind][:, 32, 0], black, atol=0.05) and torch.allclose(found[kind][:, 32, -1], black, atol=0.05)
+    assert found["blip"][0, 32, 0] > 1.5 and found["blip"][1, 32, -1] > 1.5
+
+
+def test_what_they_cost_is_counted_as_they_run(made):
+    """BLIP's closed form: a caption of T pieces at beam 1, with keys and values kept."""
+    found = appraisal.costs(Artifact(made["blip"]))
+    text, t, pieces, h, f = 17, cost.TOKENS, tiny.tokenizer().get_vocab_size() + 2, 32, 64  # 17: the grid, and [CLS]
+    block = 4 * h * h + 2 * h * f
+    encoder = 16 * 3 * 16 * 16 * h + 2 * (text * block + 2 * text * text * h)
+    crossing = 2 * 2 * text * h * h + t * 2 * (2 * h * h + 2 * text * h)  # keys and values of the grid once, then each piece's own
+    itself = t * 2 * block + 2 * 2 * h * t * (t + 1) // 2
+    heads = t * (h * h + h * pieces)
+    assert found["gmacs_encoder"] == encoder / 1e9
+    assert found["gmacs_caption"] == pytest.approx((encoder + crossing + itself + heads) / 1e9, rel=1e-6)
+    assert found["gflops_caption"] == 2 * found["gmacs_caption"] and found["gbops_caption"] == 1024 * found["gmacs_caption"]
+    for kind in other.MAKERS:
+        costs = appraisal.costs(Artifact(made[kind]))
+        assert costs["params"] == sum(costs["params_by_part"].values()) and costs["gmacs_caption"] > costs["gmacs_encoder"] > 0
+        assert costs["bytes"] == sum((made[kind] / name).stat().st_size for name in Artifact(made[kind]).files()) > 4 * costs["params"]
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.cli, [str(argument) for argument in arguments])
+
+
+def test_the_commands_take_them(made, tmp_path):
+    names = [f"{number}.png" for number in range(8)]
+    listed = []
+    for number, (name, picture) in enumerate(zip(names, tiny.pictures(8, seed=3), strict=True)):
+        Image.fromarray(picture).save(tmp_path / name)
+        listed.append({"filename": name, "split": "val", "sentences": [{"raw": tiny.caption(number)}]})
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": listed}))
+    found = invoke("caption", made["taught"], tmp_path / names[0], tmp_path / names[1], "--json")
+    assert found.exit_code == 0
+    assert [item["caption"] for item in json.loads(found.stdout)] == [tiny.caption(0), tiny.caption(1)]
+    found = invoke("eval", made["taught"], "--captions", tmp_path / "dataset.json", "--images", tmp_path, "--json")
+    assert found.exit_code == 0 and json.loads(found.stdout)["images"] == 8
+    right = metrics.score([tiny.caption(i) for i in range(8)], [[tiny.caption(i)] for i in range(8)])
+    assert json.loads(found.stdout)["cider"] == pytest.approx(right.cider, abs=1e-6)
+    found = invoke("profile", made["coca"], "--json", "--tokens", 3)
+    row = json.loads(found.stdout)
+    assert found.exit_code == 0 and row["latency_ms"]["runtime"] == "torch" and row["params"] > 0 and row["cider"] is None
+    found = invoke("export", made["blip"], "--out", tmp_path / "out")
+    assert found.exit_code == 2 and "is a blip, and lightcap exports its own captioners alone: distil one from it" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_of_the_hub(made, hub):
+    there = hub("someone/blip")
+    for file in Artifact(made["blip"]).files():
+        (there / file.name).write_bytes(file.read_bytes())
+    assert models.resolve("someone/blip").digest() == Artifact(made["blip"]).digest()
+
+
+def copied(folder, source):
+    folder.mkdir()
+    for file in Artifact(source).files():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_what_is_not_whole_is_one_line(made, tmp_path):
+    def said(folder):
+        with pytest.raises(ModelError) as raised:
+            hub.read(models.resolve(folder))
+        assert "\n" not in raised.value.message
+        return raised.value.message
+
+    pickled = copied(tmp_path / "pickled", made["blip"])
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "is a blip without model.safetensors; pytorch_model.bin is a pickle" in said(pickled)
+    half = copied(tmp_path / "half", made["coca"])
+    (half / "open_clip_model.safetensors").write_bytes((half / "open_clip_model.safetensors").read_bytes()[:-100])
+    assert "is not a whole safetensors file" in said(half)
+    lacking = copied(tmp_path / "lacking", made["git"])
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["output.bias"]
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    assert "is no whole git: its weights lack output.bias" in said(lacking)
+    (lacking / "tokenizer.json").write_text("{")
+    assert "is no whole git" in said(lacking)
+    wider = copied(tmp_path / "wider", made["coca"])
+    config = json.loads((wider / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["width"] = 64
+    (wider / "open_clip_config.json").write_text(json.dumps(config))
+    assert "is no whole coca" in said(wider)
+    another = copied(tmp_path / "another", made["git"])
+    (another / "config.json").write_text('{"model_type": "blip-2"}')
+    line = "is a 'blip-2' (model_type of its config.json): lightcap runs its own captioners, and of others' blip, git, coca"
+    assert line in said(another)
+
+
+# ---- as teachers
+
+
+@pytest.fixture(scope="module")
+def taught(made, tmp_path_factory):
+    """The stage `pretrained` on pictures of which people only say that they are something."""
+    colours = tiny.captioned("train", "val")
+    vague = tuple(dataclasses.replace(example, captions=("it is something",)) for example in colours.examples)
+    people = dataclasses.replace(colours, examples=vague)
+    settings = context(tmp_path_factory.mktemp("taught"), people, "pretrained", Pretrained(model=str(made["taught"])))
+    return people, settings, pretrained.run(None, settings.stage.config, settings)
+
+
+def test_the_stage_keeps_the_captioner_and_what_it_says(made, taught):
+    _, settings, teacher = taught
+    assert teacher.check().digest() == Artifact(made["taught"]).digest()
+    written = json.loads((teacher.path / "written.json").read_text())
+    assert [item["caption"] for item in written] == [tiny.caption(i) for i in range(16)]
+    assert [item["image"] for item in written] == [str(i) for i in range(16)]
+    assert len(list((settings.cache / "written").glob("*.npy"))) == 1
+
+
+def test_a_student_says_what_its_teacher_wrote(taught, tmp_path):
+    """Of other word pieces, with an encoder of its own, by captions alone; and later stages keep its words."""
+    people, _, teacher = taught
+    config = Distill(teachers=("git",), match=("captions",), init="random", epochs=200, batch_images=16, learning_rate=3e-3, dropout=0.0,
+                     label_smoothing=0.0, precision="fp32")
+    student = Student(preset="tiny", tokenizer="english", image_size=80)
+    settings = context(tmp_path, people, "distill", config, student, artifacts={"git": teacher})
+    found = distill.run(None, config, settings)
+    said = evaluate.captions(found, people.split("train"), 1, tmp_path / "cache", QUIET)
+    assert [text for text, _ in said] == [tiny.caption(i) for i in range(16)]
+    model, tokenizer, _ = read_captioner(found.path)
+    learned = {tokenizer.id_to_token(int(i)) for i in (model.heads.bias > UNSEEN_BIAS / 2).nonzero()}
+    assert {"red", "house", "dog"} <= learned and "something" not in learned
+    cut = context(tmp_path / "cut", people, "vocabulary", Vocabulary(), student)
+    vocabulary.run(found, Vocabulary(), cut)
+    smaller = read_captioner(cut.output)[1]
+    assert {"red", "house", "dog", "something"} <= smaller.get_vocab().keys()
+
+
+def test_a_recipe_with_such_a_teacher(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(f"""
+name: small
+data: {{source: scenes, train_images: 12, val_images: 4, image_size: 64}}
+student: {{preset: tiny, tokenizer: english}}
+stages:
+  - pretrained: {{as: teacher, model: {made["git"]}}}
+  - concepts: {{as: blind, pieces: 0, from: null}}
+""")
+    with pytest.raises(RecipeError, match="key 'pieces': 0 takes an extractor away"):
+        read_recipe("small.yaml")
+    text = (tmp_path / "small.yaml").read_text()
+    (tmp_path / "small.yaml").write_text(text.replace("  - concepts: {as: blind, pieces: 0, from: null}\n", """
+  - distill: {as: student, teachers: teacher, epochs: 1, batch_images: 6}
+  - scst: {epochs: 1, batch_images: 6}
+"""))
+    wanted = read_recipe("small.yaml")
+    assert wanted.stages[1].config.match == ("captions",) and wanted.stages[1].config.init == "random"
+    rows = pipeline.run(wanted, tmp_path / "runs" / "small", QUIET).check().rows
+    assert [row["name"] for row in rows] == ["nearest", "teacher", "student", "scst"]
+    assert rows[1]["params"] == appraisal.costs(Artifact(made["git"]))["params"] and rows[1]["latency_ms"]["p50"] > 0
+    assert rows[1]["cider"] is not None and rows[2]["against"] == "teacher" and rows[2]["delta_cider"] is not None
+    assert rows[2]["parent_latency_ms"] is None
+    planned = pipeline.plan(wanted, tmp_path / "runs" / "small")
+    assert all(stage["cached"] and stage["measured"] for stage in planned["stages"])
+    other_bytes = copied(tmp_path / "edited", made["git"])
+    (other_bytes / "tokenizer.json").write_text((other_bytes / "tokenizer.json").read_text() + "\n")
+    edited = read_recipe("small.yaml", [f"teacher.model={other_bytes}"])
+    assert not any(stage["cached"] for stage in pipeline.plan(edited, tmp_path / "runs" / "small")["stages"])
+    moved = read_recipe("small.yaml", [f"teacher.model={copied(tmp_path / 'moved', made['git'])}"])
+    assert all(stage["cached"] for stage in pipeline.plan(moved, tmp_path / "runs" / "small")["stages"])
+    absent = pipeline.run(read_recipe("small.yaml", ["teacher.model=someone/nothing"]), tmp_path / "runs" / "none", QUIET)
+    assert "key 'model': no model 'someone/nothing'" in absent.error.message and absent.error.exit_code == 2
+    student = tmp_path / "runs" / ".cache" / rows[2]["lock"]
+    again = pipeline.run(read_recipe("small.yaml", [f"teacher.model={student}"]), tmp_path / "runs" / "own", QUIET).check().rows
+    assert {key: again[1][key] for key in ("cider", "params", "bytes")} == {key: rows[2][key] for key in ("cider", "params", "bytes")}
+    assert again[2]["against"] == "teacher" and again[2]["lock"] != rows[2]["lock"]
+
+
+@pytest.mark.parametrize(("stages", "said"), [
+    ("- scst: {from: git}", "key 'from': 'git' is a finished captioner (pretrained): it can teach"),
+    ("- distill: {teachers: git, match: tokens}", "key 'match': of 'git' only what it wrote is known (pretrained): match: captions"),
+    ("- distill: {teachers: [git, own], heads: 2}", "captions are what pretrained teachers wrote, and 'own' was trained here"),
+    ("- distill: {teachers: git, init: teacher}", "key 'init': of 'git' no layers are taken (pretrained)"),
+    ("- distill: {teachers: own, extractor: own}", "key 'extractor': is of pretrained teachers"),
+    ("- distill: {teachers: git, token_weight: 0.5}", "key 'token_weight': is of matching tokens"),
+    ("- distill: {teachers: git, modulator: 8}", "a modulator is steered by concepts, but this student reads none"),
+    ("- pretrained: {as: two, from: own, model: x}", "key 'from': a finished captioner is made of no stage"),
+    ("- pretrained: {as: two}", "'pretrained' is a finished captioner: name its folder, or OWNER/NAME on the hub (model: NAME)"),
+    ("- distill: {teachers: own, match: []}", "key 'match': nothing is learned"),
+])
+def test_what_a_recipe_cannot_ask(tmp_path, stages, said):
+    from compress.estimate import tmacs
+
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: r\nstudent: {{preset: tiny, tokenizer: english}}\nstages:\n  - pretrained: {{as: git, model: x/y}}\n"
+                    f"  - train: {{as: own}}\n  {stages}\n")
+    with pytest.raises(RecipeError) as raised:
+        tmacs(read_recipe(path), None)
+    assert said in raised.value.message and raised.value.message.startswith(f"{path}:6: ") and "\n" not in raised.value.message
