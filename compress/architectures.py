@@ -49,7 +49,7 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
     if isinstance(config, Distill):
         model = _student(recipe, config, parent, models, vocabulary)
         _check_heads(config, model.heads)
-        if "captions" not in config.match:
+        if config.teachers[0] in models:
             _check_states(config, model, models[config.teachers[0]])
     elif parent is None:
         like = models.get(getattr(config, "extractor", None))
@@ -89,7 +89,7 @@ def _encoder(recipe: Recipe, stage: Stage, encoders: Mapping[str, str]) -> str:
     """The stage that last changed the encoder of what `stage` makes; "" where that is still the pretrained one. ValueError for a teacher
     with another encoder than its student, whose grid it reads."""
     config = stage.config
-    if isinstance(config, Distill) and "captions" not in config.match:
+    if isinstance(config, Distill) and config.teachers[0] in encoders:
         first = stage.parent or config.teachers[0]
         for teacher in config.teachers:
             if encoders[teacher] != encoders[first]:
@@ -123,7 +123,7 @@ def _narrowed(stage: Stage, models: Mapping[str, LightCapConfig], narrowed: Mapp
 def _student(
     recipe: Recipe, config: Distill, parent: LightCapConfig | None, models: Mapping[str, LightCapConfig], vocabulary: int
 ) -> LightCapConfig:
-    if parent is None and "captions" in config.match:
+    if parent is None and config.teachers[0] not in models:  # finished ones
         student = dataclasses.replace(recipe.student, heads=config.heads or recipe.student.heads)
         like, modulator = models.get(config.extractor), config.modulator
         if modulator and (like is None or not like.concepts):

@@ -121,7 +121,8 @@ class Train(Encoding):
 @dataclass(frozen=True, kw_only=True)
 class Distill(Optimisation):
     """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher. Of teachers that are
-    `pretrained`, whose word pieces, layers and encoders are not a student's, it learns the captions that they wrote."""
+    `pretrained`, whose layers and encoders are not a student's, it learns the captions that they wrote (or, without `captions`, people's),
+    and of those that have its word pieces the tokens."""
 
     teachers: tuple[str, ...] = ()
     extractor: str | None = None  # of `pretrained` teachers: the stage whose image encoder and concept extractor a new student takes
@@ -131,7 +132,7 @@ class Distill(Optimisation):
     init: str = "teacher"  # the first teacher's layers; weights: the student section's fusion_weights; random, as weights where it has none
     ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
     label_smoothing: float = 0.1
-    match: tuple[str, ...] = ("tokens",)  # of pretrained teachers, captions
+    match: tuple[str, ...] = ("tokens",)  # of pretrained teachers captions, tokens
     match_epochs: float = 1.0  # the first ones, in which hidden states and attention are matched
     temperature: float = 1.0  # of the teachers' and the student's distributions
     top_k: int = 16  # pieces of a teacher's distribution that are kept; the rest is one class

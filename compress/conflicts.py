@@ -105,11 +105,13 @@ def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
 
 def against_teachers(config: Distill, teachers: Sequence[str], others: Sequence[str], new: bool) -> Iterator[tuple[str, str]]:
     """(key, what is wrong with it) where `others` of the `teachers` came finished; `new`: of a new student."""
-    if "captions" in config.match and len(others) < len(teachers):
-        own = next(name for name in teachers if name not in others)
+    own = next((name for name in teachers if name not in others), None)
+    if others and own:
+        yield "teachers", f"'{own}' was trained here and '{others[0]}' came finished (pretrained): a student has teachers of one kind"
+    if own and "captions" in config.match:
         yield "match", f"captions are what pretrained teachers wrote, and '{own}' was trained here: match tokens, hidden or attention"
-    if others and config.match != ("captions",):
-        yield "match", f"of '{others[0]}' only what it wrote is known (pretrained): match: captions, and nothing else"
+    if others and not set(config.match) <= {"captions", "tokens"}:
+        yield "match", f"of '{others[0]}' there are captions, and tokens of BLIP and GIT (pretrained): match: [captions, tokens], or one"
     if others and new and config.init == "teacher":
         yield "init", f"of '{others[0]}' no layers are taken (pretrained): set init: weights, or random"
     if config.extractor is not None and not others:

@@ -81,9 +81,9 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
             return amount.images * passes * (3 * macs.encoder + finding + 3 * pack)
         return amount.images * (known + passes * 3 * pack)
     if isinstance(settings, Distill):
-        if "captions" in settings.match:
-            written = language(config, amount, len(settings.teachers), amount.words, config.heads)
-            return amount.images * (known + passes * 3 * written)
+        if settings.teachers[0] not in models:  # finished ones, whose own work is not known
+            each = len(settings.teachers) if "captions" in settings.match else amount.captions
+            return amount.images * (known + passes * 3 * language(config, amount, each, amount.words, config.heads))
         taught = [language(models[name], amount, amount.captions, amount.words, probes=True) for name in settings.teachers]
         shown = language(models[settings.teachers[0]], amount, amount.captions, amount.words)
         beside = min(settings.match_epochs, passes) * shown if {"hidden", "attention"} & set(settings.match) else 0.0

@@ -1,8 +1,8 @@
-"""Captioners that others made (`teachers.hub`): what they say of photos."""
+"""Captioners that others made (`teachers.hub`): what they say of photos, and how likely they find what people say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,11 @@ from compress.data import CaptionSet
 from compress.decode import Special, beam_search
 from compress.errors import ModelError
 from compress.sources import made_by
+from compress.training.corpus import Corpus
 from compress.training.features import device, digest
+from compress.training.loop import autocast
 from compress.training.store import stored
+from compress.training.targets import best_of
 from teachers.hub import Finished, load
 
 TOKENS = 20  # word pieces of a caption at most, its end among them, as of lightcap's own
@@ -74,6 +77,30 @@ def written(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progres
     with progress.task("captions of train", len(data)) as task:
         lines = stored(cache / "written", key, (len(data), WIDTH), "uint8", BATCH, fill, task)
     return [bytes(line).rstrip(b"\0").decode(errors="ignore") for line in lines]
+
+
+def targets(
+    artifact: Artifact, pieces: Sequence[str], train: CaptionSet, data: Corpus, precision: str, top_k: int, temperature: float, cache: Path,
+    label: str, progress: Progress,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `compress.training.targets.targets`; `pieces` are the student's, by id. ModelError where not all of them are the captioner's."""
+    captioner, where = read(artifact), device()
+    theirs = {piece: number for number, piece in enumerate(captioner.vocabulary)}
+    if lacking := next((piece for piece in pieces if piece not in theirs), None):
+        raise ModelError(f"teacher '{label}' does not have the student's word pieces, such as '{lacking}': match: captions learns what it "
+                         "wrote; to match tokens give the student the teacher's own (student.tokenizer)")
+    keep = torch.tensor([theirs[pieces[number]] for number in data.keep.tolist()])
+    captioner.model.to(where)
+
+    def logits_of(start: int, stop: int) -> Tensor:
+        pictures = [Image.fromarray(train.image(example)) for example in train.examples[start:stop]]
+        of_images = data.captions.images[start:stop]
+        own = [[keep[list(data.captions.pieces[caption])].tolist() for caption in captions] for captions in of_images]
+        with autocast(precision, where):
+            return captioner.logits(captioner.pixels(pictures).to(where), own)[:, keep.to(where)]
+
+    how = artifact.digest(), precision, made_by("teachers.hub"), train.fingerprint
+    return best_of(logits_of, BATCH, how, data, top_k, temperature, cache, label, progress)
 
 
 def caption_of_image(artifact: Artifact, beam: int) -> tuple[Callable[[Image.Image], tuple[str, float]], int]:

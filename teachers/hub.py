@@ -13,14 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from students.lightcap.tokenizer import read_tokenizer
 from teachers.finished import FILES, kind_of
 
 CLASSES = {"blip": "BlipForConditionalGeneration", "git": "GitForCausalLM"}  # of transformers
 
 
 class Finished(Protocol):
-    """A captioner to which nothing is taught. `encoder` is its image encoder, `image_size` the side in pixels of what that takes."""
+    """A captioner to which nothing is taught. `encoder` is its image encoder, `image_size` the side in pixels of what that takes,
+    `vocabulary` its word pieces by id, as BERT writes them; empty of one that has others, and has no `logits`."""
 
+    vocabulary: tuple[str | None, ...]
     model: nn.Module
     encoder: nn.Module
     image_size: int
@@ -35,6 +38,11 @@ class Finished(Protocol):
 
     def captions(self, pixels: Tensor, beam: int, tokens: int, exactly: bool = False) -> list[tuple[str, float]]:
         """(caption, log-probability) of each image, of at most `tokens` word pieces with the end; or, at beam 1, of `exactly` so many."""
+        ...
+
+    def logits(self, pixels: Tensor, captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """pixels of B images, and the captions of each as ids from [CLS] on -> (n, V), what is said behind each piece but a caption's
+        last, image by image."""
         ...
 
 
@@ -54,7 +62,6 @@ class Transformers:
 
     def __init__(self, folder: Path, kind: str) -> None:
         import transformers
-        from tokenizers import Tokenizer
 
         with silent(transformers):
             try:
@@ -67,7 +74,7 @@ class Transformers:
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"{folder} is no whole {kind}: its weights lack {missing[0]}, and {len(missing) - 1} more")
         self.model.eval()
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = read_tokenizer(folder / "tokenizer.json")
         blip = kind == "blip"
         text = self.model.config.text_config if blip else self.model.config
         self.encoder = self.model.vision_model if blip else self.model.git.image_encoder
@@ -77,6 +84,8 @@ class Transformers:
             bos_token_id=text.bos_token_id, eos_token_id=self.end, pad_token_id=text.pad_token_id
         )
         self.image_size = self.model.config.vision_config.image_size
+        self.start, self.blip = text.bos_token_id, blip
+        self.vocabulary = tuple(self.tokenizer.id_to_token(number) for number in range(text.vocab_size))
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         return self.processor(images=list(images), return_tensors="pt")["pixel_values"]
@@ -98,9 +107,27 @@ class Transformers:
         texts = self.tokenizer.decode_batch(said.masked_fill(over, self.end).tolist(), skip_special_tokens=True)
         return list(zip(texts, total.tolist(), strict=True))
 
+    @torch.no_grad()
+    def logits(self, pixels: Tensor, captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        most, longest = max(map(len, captions)), max(len(ids) for own in captions for ids in own) - 1
+        pieces = torch.zeros(most, len(captions), longest, dtype=torch.long)  # first all images' first captions: GIT repeats grids so
+        for image, own in enumerate(captions):
+            for number, ids in enumerate(own):
+                pieces[number, image, : len(ids) - 1] = torch.tensor(ids[:-1])
+        pieces[..., 0] = self.start  # which is not [CLS] in BLIP
+        flat = pieces.flatten(0, 1).to(pixels.device)
+        if self.blip:
+            found = self.model.text_decoder(input_ids=flat, encoder_hidden_states=self.encode(pixels).repeat(most, 1, 1)).logits
+        else:
+            found = self.model(input_ids=flat, pixel_values=pixels).logits[:, -longest:]
+        places = [(number, image, at) for image, own in enumerate(captions) for number, ids in enumerate(own) for at in range(len(ids) - 1)]
+        return found.unflatten(0, (most, len(captions)))[tuple(torch.tensor(places, device=pixels.device).T)]
+
 
 class CoCa:
     """CoCa. What open_clip itself generates with is gone from transformers 5; here each step reads the whole caption so far, as there."""
+
+    vocabulary = ()
 
     def __init__(self, folder: Path, search) -> None:
         import open_clip

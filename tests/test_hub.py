@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import other_captioners as other
@@ -20,8 +21,9 @@ from compress.context import Progress
 from compress.errors import ModelError, RecipeError
 from compress.recipe import read_recipe
 from compress.stages import distill, pretrained, vocabulary
-from compress.training.corpus import UNSEEN_BIAS
+from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.start import read_captioner
+from students.lightcap.tokenizer import encode_captions, pieces_of, read_tokenizer
 
 QUIET = Progress(quiet=True)
 
@@ -217,6 +219,53 @@ def test_a_student_says_what_its_teacher_wrote(taught, tmp_path):
     assert {"red", "house", "dog", "something"} <= smaller.get_vocab().keys()
 
 
+@pytest.mark.parametrize("kind", ["blip", "git"])
+def test_tokens_are_what_the_captioner_says_behind_each_piece(made, tmp_path, kind):
+    """Of pictures with different numbers of captions of different lengths, over the pieces that the captions use."""
+    folder = made["taught" if kind == "git" else kind]
+    colours = tiny.captioned("train")
+    texts = [("a red house", "the dog"), ("a blue tree on the street",), ("white",)]
+    several = tuple(dataclasses.replace(one, captions=own) for one, own in zip(colours.examples[:3], texts, strict=True))
+    data = dataclasses.replace(colours, examples=several)
+    settings = context(tmp_path, data, "distill", Distill(teachers=("x",)), Student(preset="tiny"))
+    model, tokenizer = tiny.build(), read_tokenizer(folder / "tokenizer.json")
+    seen = corpus(model, tokenizer, tiny.SETTINGS, settings)
+    ids, best = hub.targets(Artifact(folder), pieces_of(tokenizer), data, seen, "fp32", 4, 2.0, tmp_path, "x", QUIET)
+    captioner = hub.read(Artifact(folder))
+    begin, place, keep = captioner.start, 0, seen.keep
+    for example, own in zip(several, texts, strict=True):
+        pixels = captioner.pixels([Image.fromarray(data.image(example))])
+        for pieces in encode_captions(tokenizer, own, 20):
+            with torch.no_grad():
+                logits = next_logits(captioner, kind, pixels, torch.tensor([[begin, *pieces[1:-1]]]))
+            wanted, places = (logits[:, keep] / 2.0).softmax(-1).topk(4)
+            stop = place + len(wanted)
+            assert np.abs(best[place:stop] - wanted.numpy()).max() < 2e-3 and (ids[place:stop, 0] == places[:, 0].numpy()).all()
+            place = stop
+    assert place == len(ids) == seen.captions.predicted
+
+
+def test_a_student_learns_tokens_of_captions_that_its_teacher_wrote(made, taught, tmp_path):
+    people, _, teacher = taught
+    config = Distill(teachers=("git",), match=("captions", "tokens"), token_weight=1.0, init="random", epochs=300, batch_images=16,
+                     learning_rate=3e-3, dropout=0.0, precision="fp32")
+    student = Student(preset="tiny", tokenizer=str(made["taught"] / "tokenizer.json"), image_size=80)
+    settings = context(tmp_path, people, "distill", config, student, artifacts={"git": teacher})
+    found = distill.run(None, config, settings)
+    said = evaluate.captions(found, people.split("train"), 1, tmp_path / "cache", QUIET)
+    assert [text for text, _ in said] == [tiny.caption(i) for i in range(16)]
+    english = context(tmp_path / "english", people, "distill", config, dataclasses.replace(student, tokenizer="english"),
+                      artifacts={"git": teacher})
+    with pytest.raises(ModelError, match="teacher 'git' does not have the student's word pieces, such as .*: match: captions learns what"):
+        distill.run(None, config, english)
+    own = tmp_path / "own"
+    shutil.copytree(found.path, own)
+    shutil.copyfile(teacher.path / "written.json", own / "written.json")
+    again = context(tmp_path / "again", people, "distill", config, student, artifacts={"git": Artifact(own)})
+    with pytest.raises(ModelError, match="teacher 'git' is lightcap's own and reads grids of its own encoder: match: captions"):
+        distill.run(None, config, again)
+
+
 def test_a_recipe_with_such_a_teacher(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(f"""
@@ -259,8 +308,9 @@ stages:
 
 @pytest.mark.parametrize(("stages", "said"), [
     ("- scst: {from: git}", "key 'from': 'git' is a finished captioner (pretrained): it can teach"),
-    ("- distill: {teachers: git, match: tokens}", "key 'match': of 'git' only what it wrote is known (pretrained): match: captions"),
-    ("- distill: {teachers: [git, own], heads: 2}", "captions are what pretrained teachers wrote, and 'own' was trained here"),
+    ("- distill: {teachers: git, match: [tokens, hidden]}", "key 'match': of 'git' there are captions, and tokens of BLIP and GIT"),
+    ("- distill: {teachers: own, match: captions}", "captions are what pretrained teachers wrote, and 'own' was trained here"),
+    ("- distill: {teachers: [git, own], heads: 2}", "key 'teachers': 'own' was trained here and 'git' came finished (pretrained)"),
     ("- distill: {teachers: git, init: teacher}", "key 'init': of 'git' no layers are taken (pretrained)"),
     ("- distill: {teachers: own, extractor: own}", "key 'extractor': is of pretrained teachers"),
     ("- distill: {teachers: git, token_weight: 0.5}", "key 'token_weight': is of matching tokens"),

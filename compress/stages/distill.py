@@ -2,13 +2,14 @@
 
 Token distributions are read from targets computed once per teacher. Hidden states and attention are compared during the first
 `match_epochs` epochs, in which the first teacher runs beside the student: the paper's first phase; tokens are compared throughout.
-Teachers that others made have written captions instead (`compress.stages.pretrained`).
+Of finished teachers (`compress.stages.pretrained`) there are the captions that they wrote, and of BLIP and GIT tokens.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
@@ -16,9 +17,11 @@ from tokenizers import Tokenizer
 from compress.artifact import Artifact, read_json
 from compress.config import Distill
 from compress.context import Context
-from compress.errors import RecipeError
+from compress.errors import ModelError, RecipeError
 from compress.training.corpus import UNSEEN_BIAS, Corpus, check_tokenizer, corpus
 from compress.training.distillation import Goal, distil, feed_forward, teach
+from compress.training.features import device
+from compress.training.loop import settled
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.bert import copy_layers
@@ -27,13 +30,16 @@ from students.lightcap.tokenizer import pieces_of
 from teachers.finished import WRITTEN
 from teachers.teacher import Teacher, load
 
+FINISHED = "compress.hub"  # not imported by its name: it is in the lock of the stage that brought the teacher, and other students' have no
+# use for the version of transformers
+
 
 def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     """Writes the student, taught by the artifacts that `config.teachers` names."""
     seed = context.seed
     sources = [context.artifacts[name] for name in config.teachers]
-    if "captions" in config.match:
-        return from_captions(parent, config, sources, context)
+    if all((source.path / WRITTEN).is_file() for source in sources):
+        return of_finished(parent, config, sources, context)
     first, _, settings = read_captioner(sources[0].path)
     student = context.recipe.student
     student = dataclasses.replace(
@@ -70,11 +76,15 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     return taught_by(taught, guide, model, tokenizer, settings, data, config, context)
 
 
-def from_captions(parent: Artifact | None, config: Distill, sources: Sequence[Artifact], context: Context) -> Artifact:
-    """The student of `sources` that others made: it learns the captions that they wrote of the training images."""
+def of_finished(parent: Artifact | None, config: Distill, sources: Sequence[Artifact], context: Context) -> Artifact:
+    """The student of finished captioners: of the captions that they wrote of the training images, or of people's; by their tokens, too, if
+    it matches them. ModelError for tokens of a captioner with other word pieces than the student's, or of lightcap's own, whose grids are
+    of its own encoder."""
     if parent is not None:
         model, tokenizer, settings = read_captioner(parent.path)
         set_dropout(model, config.dropout)
+        if config.heads:
+            multiply_heads(model, config.heads)
     else:
         student = dataclasses.replace(context.recipe.student, heads=config.heads or context.recipe.student.heads)
         weights = student.fusion_weights if config.init == "weights" else None
@@ -83,10 +93,20 @@ def from_captions(parent: Artifact | None, config: Distill, sources: Sequence[Ar
             student, student.preset, weights, context.recipe.data.image_size, config.dropout, context.seed, like, config.modulator
         )
         check_tokenizer(tokenizer, context)
-    written = [{item["image"]: item["caption"] for item in read_json(source.path / WRITTEN, list)} for source in sources]
-    said = [[texts[example.image_id] for texts in written] for example in context.data.split("train").examples]
+    train, said, taught = context.data.split("train"), None, None
+    if "captions" in config.match:
+        written = [{item["image"]: item["caption"] for item in read_json(source.path / WRITTEN, list)} for source in sources]
+        said = [[texts[example.image_id] for texts in written] for example in train.examples]
     data = corpus(model, tokenizer, settings, context, said=said)
-    return taught_by(None, None, model, tokenizer, settings, data, config, context)
+    if config.asks_tokens:
+        if own := next((name for name, source in zip(config.teachers, sources, strict=True) if not source.foreign), None):
+            raise ModelError(f"teacher '{own}' is lightcap's own and reads grids of its own encoder: match: captions learns what it wrote")
+        hub = importlib.import_module(FINISHED)
+        chosen, pieces = settled(config.precision, device(), context.work, context.share), pieces_of(tokenizer)
+        asked = chosen, config.top_k, config.temperature, context.cache
+        taught = [hub.targets(source, pieces, train, data, *asked, name, context.progress)
+                  for name, source in zip(config.teachers, sources, strict=True)]
+    return taught_by(taught, None, model, tokenizer, settings, data, config, context)
 
 
 def taught_by(
