@@ -19,7 +19,7 @@ from compress.sources import made_by
 from compress.training.corpus import Corpus
 from compress.training.features import device, digest
 from compress.training.loop import autocast
-from compress.training.store import stored
+from compress.training.store import found, stored
 from compress.training.targets import best_of
 from teachers.hub import Finished, load
 
@@ -63,19 +63,21 @@ def written(artifact: Artifact, data: CaptionSet, cache: Path, progress: Progres
     """The caption of each picture of `data` by beam search of BEAM, kept in `cache` as they come: large captioners take hours."""
     images = [example.image_id for example in data.examples]
     key = digest("written", artifact.digest(), BEAM, TOKENS, made_by("teachers.hub"), data.fingerprint, images)
-    captioner, where = read(artifact), device()
-    captioner.model.to(where)
+    lines = found(cache / "written", key)
+    if lines is None:
+        captioner, where = read(artifact), device()
+        captioner.model.to(where)
 
-    def fill(start: int, stop: int) -> np.ndarray:
-        said = captions_of(captioner, data, range(start, stop), BEAM, where)
-        block = np.zeros((stop - start, WIDTH), np.uint8)
-        for line, (text, _) in zip(block, said, strict=True):
-            letters = text.encode()[:WIDTH]
-            line[: len(letters)] = np.frombuffer(letters, np.uint8)
-        return block
+        def fill(start: int, stop: int) -> np.ndarray:
+            said = captions_of(captioner, data, range(start, stop), BEAM, where)
+            block = np.zeros((stop - start, WIDTH), np.uint8)
+            for line, (text, _) in zip(block, said, strict=True):
+                letters = text.encode()[:WIDTH]
+                line[: len(letters)] = np.frombuffer(letters, np.uint8)
+            return block
 
-    with progress.task("captions of train", len(data)) as task:
-        lines = stored(cache / "written", key, (len(data), WIDTH), "uint8", BATCH, fill, task)
+        with progress.task("captions of train", len(data)) as task:
+            lines = stored(cache / "written", key, (len(data), WIDTH), "uint8", BATCH, fill, task)
     return [bytes(line).rstrip(b"\0").decode(errors="ignore") for line in lines]
 
 
@@ -105,10 +107,11 @@ def targets(
 
 def caption_of_image(artifact: Artifact, beam: int) -> tuple[Callable[[Image.Image], tuple[str, float]], int]:
     """A function from a decoded image to (caption, log-probability), and the side in pixels of what is looked at."""
-    captioner = read(artifact)
+    captioner, where = read(artifact), device()
+    captioner.model.to(where)
 
     def caption(image: Image.Image) -> tuple[str, float]:
-        [said] = captioner.captions(captioner.pixels([image.convert("RGB")]), beam, TOKENS)
+        [said] = captioner.captions(captioner.pixels([image.convert("RGB")]).to(where), beam, TOKENS)
         return said
 
     return caption, captioner.image_size

@@ -71,6 +71,8 @@ class Transformers:
                 self.processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             except (OSError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{folder} is no whole {kind}: {first_line(error)}") from None
+        if CLASSES[kind] not in (said := self.model.config.architectures or [CLASSES[kind]]):
+            raise ValueError(f"{folder} is a {kind} that does not caption ({', '.join(said)}); {CLASSES[kind]} does")
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"{folder} is no whole {kind}: its weights lack {missing[0]}, and {len(missing) - 1} more")
         self.model.eval()

@@ -165,8 +165,13 @@ def test_what_is_not_whole_is_one_line(made, tmp_path):
     del tensors["output.bias"]
     save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
     assert "is no whole git: its weights lack output.bias" in said(lacking)
-    (lacking / "tokenizer.json").write_text("{")
-    assert "is no whole git" in said(lacking)
+    whole = copied(tmp_path / "whole", made["git"])
+    (whole / "tokenizer.json").write_text("{")
+    assert "not a tokenizer.json" in said(whole)
+    answering = copied(tmp_path / "answering", made["blip"])
+    config = json.loads((answering / "config.json").read_text())
+    (answering / "config.json").write_text(json.dumps(config | {"architectures": ["BlipForQuestionAnswering"]}))
+    assert "is a blip that does not caption (BlipForQuestionAnswering)" in said(answering)
     wider = copied(tmp_path / "wider", made["coca"])
     config = json.loads((wider / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["width"] = 64
