@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from compress.errors import ModelError
-from teachers.finished import FILES, kind_of
+from teachers.finished import FILES, files_of, kind_of
 
 WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", WEIGHTS)
@@ -62,8 +62,8 @@ class Artifact:
 
     def files(self) -> list[Path]:
         """The files needed to caption, in order of name: what the digest is over, and what `bytes` in the ledger counts."""
-        named = FILES[self.foreign] if self.foreign else MODEL_FILES
-        found = {self.path / name for name in named if (self.path / name).is_file()}
+        named = files_of(self.path, self.foreign) if self.foreign else [self.path / name for name in MODEL_FILES]
+        found = {path for path in named if path.is_file()}
         for pattern in GRAPH_PATTERNS:
             found.update(self.path.glob(pattern))
         return sorted(found, key=lambda path: path.name)
@@ -94,7 +94,7 @@ class Artifact:
     def check(self) -> Artifact:
         """Itself, if it looks complete; ModelError naming the file that is missing, cut short, or a pickle."""
         if self.foreign:
-            return self._check_foreign(FILES[self.foreign])
+            return self._check_foreign(files_of(self.path, self.foreign))
         if not (self.path / "config.json").is_file():
             raise ModelError(f"{self.path} is not an artifact: it has no config.json{pickles(self.path)}")
         if (kind := self.config.get("model_type", "lightcap")) != "lightcap":
@@ -112,10 +112,11 @@ class Artifact:
             raise ModelError(f"{self.path} has encoder.onnx but no {missing[0]}{self._anew}")
         return self
 
-    def _check_foreign(self, needed: Sequence[str]) -> Artifact:
-        if missing := [name for name in needed if not (self.path / name).is_file()]:
-            raise ModelError(f"{self.path} is a {self.foreign} without {missing[0]}{pickles(self.path)}")
-        check_safetensors(self.path / next(name for name in needed if name.endswith(".safetensors")))
+    def _check_foreign(self, needed: Sequence[Path]) -> Artifact:
+        if missing := [path.name for path in needed if not path.is_file()]:
+            raise ModelError(f"{self.path} is a {self.foreign} without {missing[0]}")
+        if needed[-1].suffix == ".safetensors":
+            check_safetensors(needed[-1])
         return self
 
 

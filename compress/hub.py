@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_model
 from torch import Tensor
 
 from compress.artifact import Artifact
@@ -21,6 +22,7 @@ from compress.training.features import device, digest
 from compress.training.loop import autocast
 from compress.training.store import found, stored
 from compress.training.targets import best_of
+from teachers.finished import WEIGHTS
 from teachers.hub import Finished, load
 
 TOKENS = 20  # word pieces of a caption at most, its end among them, as of lightcap's own
@@ -103,6 +105,11 @@ def targets(
 
     how = artifact.digest(), precision, made_by("teachers.hub"), train.fingerprint
     return best_of(logits_of, BATCH, how, data, top_k, temperature, cache, label, progress)
+
+
+def rewrite(artifact: Artifact, folder: Path) -> None:
+    """Its weights as safetensors, into `folder`."""
+    save_model(read(artifact).model, str(folder / WEIGHTS[artifact.foreign][0]), metadata={"format": "pt"})
 
 
 def caption_of_image(artifact: Artifact, beam: int) -> tuple[Callable[[Image.Image], tuple[str, float]], int]:

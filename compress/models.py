@@ -12,7 +12,7 @@ from compress import ledger
 from compress.artifact import GRAPH_PATTERNS, MODEL_FILES, Artifact, pickles, refuse_pickle
 from compress.config import CHOICES
 from compress.errors import ModelError, beside
-from teachers.finished import FILES
+from teachers.finished import FILES, WEIGHTS
 
 PRESETS = CHOICES[("preset",)]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -54,8 +54,10 @@ def fetched(name: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        others = {file for files in FILES.values() for file in files}
+        others = {file for kind, files in FILES.items() for file in (*files, WEIGHTS[kind][0])}
         folder = Path(snapshot_download(name, allow_patterns=sorted({*MODEL_FILES, *GRAPH_PATTERNS} | others)))
+        if (kind := Artifact(folder).foreign) and not (folder / WEIGHTS[kind][0]).is_file():
+            folder = Path(snapshot_download(name, allow_patterns=[*FILES[kind], WEIGHTS[kind][1]]))
         if (folder / "config.json").is_file() or Artifact(folder).foreign:
             return folder
         why = "the hub's repository of that name holds no captioner (no config.json)"

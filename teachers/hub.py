@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from students.lightcap.tokenizer import read_tokenizer
-from teachers.finished import FILES, kind_of
+from teachers.finished import FILES, files_of, kind_of
 
 CLASSES = {"blip": "BlipForConditionalGeneration", "git": "GitForCausalLM"}  # of transformers
 
@@ -52,7 +52,7 @@ def load(folder: Path, search) -> Finished:
     kind = kind_of(folder)
     if kind is None:
         raise ValueError(f"{folder} holds none of {', '.join(FILES)}")
-    if missing := [name for name in FILES[kind] if not (folder / name).is_file()]:
+    if missing := [file.name for file in files_of(folder, kind) if not file.is_file()]:
         raise FileNotFoundError(f"{folder} is no whole {kind}: it has no {missing[0]}")
     return CoCa(folder, search) if kind == "coca" else Transformers(folder, kind)
 
@@ -66,10 +66,10 @@ class Transformers:
         with silent(transformers):
             try:
                 self.model, found = getattr(transformers, CLASSES[kind]).from_pretrained(
-                    folder, use_safetensors=True, local_files_only=True, output_loading_info=True, dtype=torch.float32
+                    folder, weights_only=True, local_files_only=True, output_loading_info=True, dtype=torch.float32
                 )
                 self.processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # of broken files and of pickles that hold more than tensors both libraries raise anything
                 raise ValueError(f"{folder} is no whole {kind}: {first_line(error)}") from None
         if CLASSES[kind] not in (said := self.model.config.architectures or [CLASSES[kind]]):
             raise ValueError(f"{folder} is a {kind} that does not caption ({', '.join(said)}); {CLASSES[kind]} does")
@@ -135,9 +135,9 @@ class CoCa:
         import open_clip
 
         try:
-            self.model, self.processor = open_clip.create_model_from_pretrained(f"local-dir:{folder}", precision="fp32")
+            self.model, self.processor = open_clip.create_model_from_pretrained(f"local-dir:{folder}", precision="fp32", weights_only=True)
             self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        except Exception as error:
             raise ValueError(f"{folder} is no whole coca: {first_line(error)}") from None
         self.model.eval()
         self.search, self.encoder = search, self.model.visual

@@ -24,6 +24,7 @@ from compress.stages import distill, pretrained, vocabulary
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.start import read_captioner
 from students.lightcap.tokenizer import encode_captions, pieces_of, read_tokenizer
+from teachers.finished import WEIGHTS
 
 QUIET = Progress(quiet=True)
 
@@ -147,6 +148,31 @@ def copied(folder, source):
     return folder
 
 
+RAN = []
+
+
+class Code:
+    """What a pickle can do where more than tensors is read."""
+
+    def __reduce__(self):
+        return RAN.append, ("code",)
+
+
+@pytest.mark.parametrize("kind", list(other.MAKERS))
+def test_weights_that_are_a_pickle_of_tensors_are_read_and_kept_as_safetensors(made, tmp_path, kind):
+    folder, (safe, pickled) = copied(tmp_path / kind, made[kind]), WEIGHTS[kind]
+    torch.save(load_file(folder / safe), folder / pickled)
+    (folder / safe).unlink()
+    data = dataclasses.replace(tiny.captioned("train"), examples=tiny.captioned("train").examples[:2])
+    settings = context(tmp_path, data, "pretrained", Pretrained(model=str(folder)))
+    stored = pretrained.run(None, settings.stage.config, settings)
+    assert {path.name for path in stored.files()} == {path.name for path in Artifact(made[kind]).files()}
+    said = [item["caption"] for item in json.loads((stored.path / "written.json").read_text())]
+    captioner = hub.read(stored)
+    pixels = captioner.pixels([Image.fromarray(data.image(example)) for example in data.examples])
+    assert said == [text for text, _ in captioner.captions(pixels, hub.BEAM, hub.TOKENS)]
+
+
 def test_what_is_not_whole_is_one_line(made, tmp_path):
     def said(folder):
         with pytest.raises(ModelError) as raised:
@@ -155,8 +181,10 @@ def test_what_is_not_whole_is_one_line(made, tmp_path):
         return raised.value.message
 
     pickled = copied(tmp_path / "pickled", made["blip"])
-    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    assert "is a blip without model.safetensors; pytorch_model.bin is a pickle" in said(pickled)
+    (pickled / "model.safetensors").unlink()
+    assert "is a blip without model.safetensors" in said(pickled)
+    torch.save({"text_decoder.bert.embeddings.word_embeddings.weight": Code()}, pickled / "pytorch_model.bin")
+    assert "is no whole blip" in said(pickled) and not RAN
     half = copied(tmp_path / "half", made["coca"])
     (half / "open_clip_model.safetensors").write_bytes((half / "open_clip_model.safetensors").read_bytes()[:-100])
     assert "is not a whole safetensors file" in said(half)

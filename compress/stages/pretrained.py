@@ -10,7 +10,7 @@ import os
 import shutil
 
 from compress import evaluate, hub
-from compress.artifact import Artifact, write_json
+from compress.artifact import PICKLES, Artifact, write_json
 from compress.config import Pretrained
 from compress.context import Context
 from compress.data import CaptionSet
@@ -22,7 +22,10 @@ def run(parent: Artifact | None, config: Pretrained, context: Context) -> Artifa
     """Writes the captioner's files and what it says."""
     source = resolve(os.path.expanduser(config.model))
     for file in source.files():
-        shutil.copyfile(file, context.output / file.name)
+        if file.suffix in PICKLES:
+            hub.rewrite(source, context.output)
+        else:
+            shutil.copyfile(file, context.output / file.name)
     data = context.data.split("train")
     pairs = zip(data.examples, said(source, data, context), strict=True)
     write_json(context.output / WRITTEN, [{"image": example.image_id, "caption": text} for example, text in pairs])
