@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from compress.errors import ModelError
-from teachers.finished import FILES, files_of, kind_of
+from teachers.layouts import CONFIGS, files_of, kind_of
 
 WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", WEIGHTS)
@@ -38,11 +38,11 @@ class Artifact:
 
     @cached_property
     def config(self) -> dict:
-        return read_json(self.path / (FILES[self.foreign][0] if self.foreign else "config.json"))
+        return read_json(self.path / CONFIGS.get(self.foreign, "config.json"))
 
     @cached_property
     def foreign(self) -> str | None:
-        """Of a captioner that others made its kind, such as blip (`teachers.finished`)."""
+        """Of a captioner that others made its kind, such as blip (`teachers.layouts`); None of lightcap's own."""
         return kind_of(self.path)
 
     @property
@@ -58,12 +58,13 @@ class Artifact:
     @property
     def graphs(self) -> bool:
         """Whether `compress.runtime` can run it, without torch."""
-        return (self.path / "encoder.onnx").is_file()
+        return self.foreign is None and (self.path / "encoder.onnx").is_file()
 
     def files(self) -> list[Path]:
         """The files needed to caption, in order of name: what the digest is over, and what `bytes` in the ledger counts."""
-        named = files_of(self.path, self.foreign) if self.foreign else [self.path / name for name in MODEL_FILES]
-        found = {path for path in named if path.is_file()}
+        if self.foreign:
+            return sorted(filter(Path.is_file, files_of(self.path, self.foreign)))
+        found = {self.path / name for name in MODEL_FILES if (self.path / name).is_file()}
         for pattern in GRAPH_PATTERNS:
             found.update(self.path.glob(pattern))
         return sorted(found, key=lambda path: path.name)
@@ -99,7 +100,7 @@ class Artifact:
             raise ModelError(f"{self.path} is not an artifact: it has no config.json{pickles(self.path)}")
         if (kind := self.config.get("model_type", "lightcap")) != "lightcap":
             raise ModelError(f"{self.path} is a '{kind}' (model_type of its config.json): lightcap runs its own captioners, and of others' "
-                             f"{', '.join(FILES)}")
+                             f"{', '.join(CONFIGS)}")
         if missing := [name for name in MODEL_FILES[1:3] if not (self.path / name).is_file()]:
             raise ModelError(f"{self.path} has no {missing[0]}{self._anew}")
         weights = self.path / WEIGHTS
@@ -114,7 +115,7 @@ class Artifact:
 
     def _check_foreign(self, needed: Sequence[Path]) -> Artifact:
         if missing := [path.name for path in needed if not path.is_file()]:
-            raise ModelError(f"{self.path} is a {self.foreign} without {missing[0]}")
+            raise ModelError(f"{self.path} is a {self.foreign} without {missing[0]} (weights in several files are not read); get it again")
         if needed[-1].suffix == ".safetensors":
             check_safetensors(needed[-1])
         return self

@@ -54,10 +54,10 @@ def with_torch(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[
 
 
 def elsewhere(chosen: Artifact, photos: Sequence[Path], beam: int) -> Iterator[dict]:
-    from compress import hub
+    from compress import foreign
     from compress.runtime import OVERSAMPLED, open_photo
 
-    caption, side = hub.caption_of_image(chosen, beam)
+    caption, side = foreign.caption_of_image(chosen, beam)
     yield from answers(photos, functools.partial(open_photo, least=OVERSAMPLED * side), caption)
 
 

@@ -44,7 +44,8 @@ def text(recipe: Recipe, stage: Stage, row: Mapping, warning: str | None = None)
     lines += [f"| {what} | {value} |" for what, value in _numbers(row) if value]
     if stage.config is not None:
         lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(_settings(stage), sort_keys=False, width=100).rstrip(), "```"]
-        lines += ["", f"Trained and measured on {_named(recipe.data)}; what those pictures do not show, it does not know."]
+        trained = f"Trained and measured on {_named(recipe.data)}; what those pictures do not show, it does not know."
+        lines += ["", f"Measured on {_named(recipe.data)}." if stage.kind == "pretrained" else trained]
     if stage.kind not in ("concepts", "baseline"):
         by_itself = ["python FOLDER/caption.py PHOTO"] if stage.kind == "export" else []
         lines += ["", "## Use", "", "```", *by_itself, "lightcap caption FOLDER PHOTO", "```"]

@@ -7,6 +7,7 @@ failed stage, a missed gate or limit, an unreadable image or a missing package; 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import sys
@@ -303,10 +304,10 @@ def eval_command(
             raise DataError(_as_options(error.message) + ("" if source else "; a column of a data set: --source datasets")) from None
         if wanted.left_out:
             click.echo(f"lightcap: {wanted.left_out}", err=True)
-        from compress import evaluate, hub
+        from compress import evaluate, foreign
 
-        captions_of = hub.captions if chosen.foreign else evaluate.captions
-        scores = evaluate.evaluate(chosen, wanted, beam, Progress(), _java if java else None, captions_of)
+        say = functools.partial(foreign.captions, foreign.read(chosen)) if chosen.foreign else None
+        scores = evaluate.evaluate(chosen, wanted, beam, Progress(), _java if java else None, say)
     if scores["images"] == 1:
         click.echo(OF_ONE, err=True)
     answer(as_json, scores, lambda: show.scores(scores))

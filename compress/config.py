@@ -128,7 +128,7 @@ class Distill(Optimisation):
     extractor: str | None = None  # of `pretrained` teachers: the stage whose image encoder and concept extractor a new student takes
     ensemble: str = "each"  # a head's teachers: its own; all of them; or its own and the mean of the heads before it
     heads: int | None = None  # of a new student (the student section's if absent), or copies of the one that its parent has
-    modulator: int | None = None  # inner width of a new student's (its first teacher's if absent); 0: none
+    modulator: int | None = None  # inner width of a new student's (its first teacher's if absent, of pretrained ones the preset's); 0: none
     init: str = "teacher"  # the first teacher's layers; weights: the student section's fusion_weights; random, as weights where it has none
     ffn_share: float | None = None  # a new student's feed-forward width over its first teacher's, where its section has no ffn
     label_smoothing: float = 0.1

@@ -112,6 +112,9 @@ def against_teachers(config: Distill, teachers: Sequence[str], others: Sequence[
         yield "match", f"captions are what pretrained teachers wrote, and '{own}' was trained here: match tokens, hidden or attention"
     if others and not set(config.match) <= {"captions", "tokens"}:
         yield "match", f"of '{others[0]}' there are captions, and tokens of BLIP and GIT (pretrained): match: [captions, tokens], or one"
+    for key in ("ffn_share", "hidden_weight", "attention_weight", "match_epochs"):
+        if others and getattr(config, key) != getattr(Distill, key):
+            yield key, f"is of a teacher's layers, and of '{others[0]}' none are seen (pretrained): leave it out"
     if others and new and config.init == "teacher":
         yield "init", f"of '{others[0]}' no layers are taken (pretrained): set init: weights, or random"
     if config.extractor is not None and not others:

@@ -49,7 +49,8 @@ def measure(artifact: Artifact, against: Artifact | None, context: Context) -> d
     against, parent = (  # none that is a concept extractor, which says nothing yet
         one if one is not None and captions_file(one.path, split).is_file() else None for one in (against, parent)
     )
-    parent = None if parent is not None and parent.foreign else parent  # which is timed as its own library runs it, on its own
+    if parent is not None and (parent.foreign or (parent.graphs and not artifact.graphs)):
+        parent = None  # a teacher that came finished, which another runtime runs
     data = context.data.split(split)
     said, scores = scored(artifact, data, context.cache, context.progress)
     if broken := senseless(data, said):
@@ -230,11 +231,12 @@ def settings_of(artifact: Artifact) -> dict:
 
 
 def evaluate(
-    artifact: Artifact, data: CaptionSet, beam: int, progress: Progress, also: Callable | None = None, captions: Callable = captions
+    artifact: Artifact, data: CaptionSet, beam: int, progress: Progress, also: Callable | None = None, say: Callable | None = None
 ) -> dict:
-    """`lightcap eval`: scores, x100, of what `captions` gives of `data`, one split; `also(captions, references)` gives more of them."""
+    """`lightcap eval`: scores of `data`, one split, x100; `also(captions, references)` gives more of them. Of a captioner that others made
+    `say(data, beam, advance)` gives the captions."""
     with tempfile.TemporaryDirectory() as cache, progress.task("captions", len(data)) as task:
-        said = captions(artifact, data, beam, Path(cache), progress, task.advance)
+        said = say(data, beam, task.advance) if say else captions(artifact, data, beam, Path(cache), progress, task.advance)
     if broken := senseless(data, said):
         raise ModelError(f"{artifact.path}: the log-probabilities of {len(broken)} captions, the first of {broken[0]}, are not finite: its "
                          "weights are damaged; make it anew")

@@ -21,7 +21,7 @@ from compress.config import Recipe, Stage, Student, references, vocabulary_of
 from compress.data import CaptionSet
 from compress.data.concepts import SHIPPED, default_text_encoder
 from compress.data.regions import sizes_beside
-from compress.errors import DataError
+from compress.errors import DataError, ModelError
 from compress.models import resolve
 from compress.recipe import entry, resolved
 from compress.sources import ROOT, changed_code, imported, versions
@@ -57,7 +57,7 @@ def parts(
         "kind": stage.kind,
         "settings": settings,
         "student": student,
-        "seed": recipe.seed,
+        "seed": None if stage.kind == "pretrained" else recipe.seed,  # where nothing is drawn
         "parent": locks[stage.parent] if stage.parent else None,
         "teachers": [locks[name] for name in references(stage.config)],
         "data": fingerprint,
@@ -76,7 +76,10 @@ def files_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
     finds = stage.kind == "concepts" or own.get("concept_weight")  # what the list of concepts names
     if finds:
         own["vocabulary"] = vocabulary_of(recipe, stage)
-    files = digests(student) | digests(own)
+    try:
+        files = digests(student) | digests(own)
+    except ModelError as error:
+        raise ModelError(f"{stage.place}stage '{stage.name}', key 'model': {error.message}") from None
     if finds and "vocabulary" not in files:
         files["vocabulary"] = file_digest(SHIPPED)
     return files

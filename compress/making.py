@@ -50,7 +50,7 @@ class Run:
     sizes_only: frozenset[str] = frozenset()  # stages whose captions nobody asks for
 
     @functools.cached_property
-    def tmacs(self) -> Mapping[str, float]:
+    def tmacs(self) -> Mapping[str, float | None]:
         return (self.evaluation or importlib.import_module("compress.estimate")).tmacs(self.recipe, self.data)
 
     @functools.cached_property
@@ -110,7 +110,7 @@ def context_of(run: Run, stage: Stage, artifacts: Mapping, output: Path, work: P
 
 def measured_by(kind: str) -> str:
     """The module whose `measure` makes the row of a stage of that kind."""
-    return "compress.appraisal" if kind == "pretrained" else "compress.evaluate"
+    return "compress.foreign_row" if kind == "pretrained" else "compress.evaluate"
 
 
 def measuring(recipe: Recipe, kind: str, against: Sequence[str], fingerprint: str, sizes_only: bool = False) -> str:

@@ -1,5 +1,5 @@
 """What MODEL means: an artifact's folder, a run's folder (that of the last captioner in its ledger), or a name on the hub. An artifact may
-be a captioner that others made, in its makers' layout (`teachers.finished`)."""
+be a captioner that others made, in its makers' layout (`teachers.layouts`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress import ledger
 from compress.artifact import GRAPH_PATTERNS, MODEL_FILES, Artifact, pickles, refuse_pickle
 from compress.config import CHOICES
 from compress.errors import ModelError, beside
-from teachers.finished import FILES, WEIGHTS
+from teachers.layouts import ALL, WEIGHTS
 
 PRESETS = CHOICES[("preset",)]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -54,13 +54,12 @@ def fetched(name: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        others = {file for kind, files in FILES.items() for file in (*files, WEIGHTS[kind][0])}
-        folder = Path(snapshot_download(name, allow_patterns=sorted({*MODEL_FILES, *GRAPH_PATTERNS} | others)))
+        folder = Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, *GRAPH_PATTERNS, *ALL]))
         if (kind := Artifact(folder).foreign) and not (folder / WEIGHTS[kind][0]).is_file():
-            folder = Path(snapshot_download(name, allow_patterns=[*FILES[kind], WEIGHTS[kind][1]]))
+            folder = Path(snapshot_download(name, allow_patterns=[*ALL, WEIGHTS[kind][1]]))
         if (folder / "config.json").is_file() or Artifact(folder).foreign:
             return folder
-        why = "the hub's repository of that name holds no captioner (no config.json)"
+        why = "the hub's repository of that name holds no captioner (no config.json or open_clip_config.json)"
     except RepositoryNotFoundError:
         why = "the hub has no such public repository"
     except LocalEntryNotFoundError:

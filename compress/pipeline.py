@@ -308,12 +308,13 @@ def _paths(key: str, value: str | Sequence[str] | None) -> list[str]:
 
 def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
     """ModelError for weights that one of `stages` will read and that are neither here nor on the hub, before any has taken its time; what
-    the hub has is fetched. Encoder and tokenizer are not looked for: the first stage reads them at once."""
+    the hub has is fetched. Encoder and tokenizer are not looked for, since the first stage reads them at once: but where that is a
+    finished captioner, which is asked for captions for hours."""
     fusion, text = {}, {}  # {source: where it is named}
     for stage in stages:
         place = f"{stage.place}stage '{stage.name}', "
         if stage.kind == "pretrained":
-            _find_captioner(stage.config.model, f"{place}key 'model': ")
+            _check_teacher(wanted, stage)
         if getattr(stage.config, "text_encoder", None):
             text.setdefault(stage.config.text_encoder, f"{place}key 'text_encoder': ")
         if getattr(stage.config, "fusion_weights", None):
@@ -334,12 +335,22 @@ def _find_weights(wanted: Recipe, stages: Sequence[Stage]) -> None:
                 raise ModelError(f"{place}{error}") from None
 
 
-def _find_captioner(model: str, place: str) -> None:
-    """ModelError for a `model` that is none; one of the hub is fetched."""
-    from compress import models
+def _check_teacher(wanted: Recipe, stage: Stage) -> None:
+    """ModelError where the finished captioner of `stage` is none, or is matched in tokens that it does not have, or where the student's own
+    encoder or tokenizer cannot be read. A captioner of the hub is fetched."""
+    from compress import foreign, models
+    from compress.training.start import new_captioner
+    from students.lightcap.tokenizer import pieces_of
 
+    place = f"{stage.place}stage '{stage.name}', key 'model': "
     try:
-        models.resolve(os.path.expanduser(model))
+        found = models.resolve(os.path.expanduser(stage.config.model))
+        place = ""
+        _, tokenizer, _ = new_captioner(wanted.student, wanted.student.preset, None, wanted.data.image_size, 0.0, wanted.seed)
+        for other in wanted.stages:
+            if stage.name in getattr(other.config, "teachers", ()) and other.config.asks_tokens:
+                place = f"{other.place}stage '{other.name}', key 'match': "
+                foreign.places_of(found, pieces_of(tokenizer), stage.name)
     except ModelError as error:
         raise ModelError(f"{place}{error.message}") from None
 

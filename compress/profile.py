@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import appraisal, hub, models
+from compress import foreign, foreign_row, models
 from compress.artifact import Artifact
 from compress.cost import TOKENS, costs, costs_of
 from compress.errors import ModelError, UsageError
@@ -29,8 +29,9 @@ def profile(model: str, tokens: int = TOKENS) -> dict:
     except ModelError as error:
         raise ModelError(f"{error.message}; presets: {', '.join(PRESETS)}") from None
     if found.foreign:
-        noise = pictures(hub.read(found).image_size)
-        return row(named_of(found) | appraisal.costs(found, tokens) | appraisal.latency(found, noise, tokens))
+        captioner = foreign.read(found)
+        counted = foreign_row.costs(captioner, tokens) | foreign_row.latency(captioner, pictures(captioner.image_size), tokens)
+        return row(named_of(found) | {"bytes": found.bytes()} | counted)
     if found.config.get("mask_piece") is not None:
         _check(tokens, PREFIX_POSITION - 1)  # a [MASK] stands behind the last piece
     timed = latency(found, None, pictures(settings_of(found)["image_size"]), tokens)

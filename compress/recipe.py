@@ -352,8 +352,9 @@ def _against(
     against = _compared(parent, config)
     chosen = settings.get("against")
     if chosen is not None and chosen.value is not None:
-        if kind == "concepts":
-            raise RecipeError(f"{chosen.place}key 'against': 'concepts' makes no captions to compare")
+        if kind in ("concepts", OTHERS):
+            what = "makes no captions to compare" if kind == "concepts" else "is compared with nothing: name it in the others' 'against'"
+            raise RecipeError(f"{chosen.place}key 'against': '{kind}' {what}")
         against = value_of(chosen, str, kind, "against")
         if against not in above.kinds or above.kinds[against] == "concepts":
             above.check(kind, against, chosen, "against")
@@ -383,13 +384,11 @@ def _with_teachers(config, settings: dict[str, Located], before: str | None, pla
             f"{where.place}key 'teachers' holds {len(teachers)} teachers for {heads} heads;"
             f" give one, or exactly one per head"
         )
-    if "init" not in settings and "from" not in settings and student.fusion_weights:
-        config = replace(config, init="weights")
     others = [teacher for teacher in teachers if above.kinds[teacher] == OTHERS]
     if others and "match" not in settings:
         config = replace(config, match=("captions",))
     new = "from" not in settings
-    if others and new and "init" not in settings:
+    if new and "init" not in settings and (others or student.fusion_weights):
         config = replace(config, init="weights" if student.fusion_weights else "random")
     for key, what in against_teachers(config, teachers, others, new):
         raise RecipeError(f"{settings[key].place if key in settings else place}key '{key}': {what}")

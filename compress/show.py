@@ -23,11 +23,13 @@ def plan(planned: Mapping) -> Group:
     ]
     waiting = [stage for stage in planned["stages"] if not stage["cached"]]
     known = [stage["seconds"] for stage in waiting if stage["seconds"] is not None]
+    counted = [stage for stage in waiting if stage["stage"] != "pretrained"]  # what a finished captioner takes is its own
     measured = sum(stage["cached"] and not stage["measured"] for stage in planned["stages"])
     if not waiting:
         last = "everything is cached" + (f"; {measured} to be measured again" if measured else "")
-    elif len(known) == len(waiting):
+    elif len(known) == len(counted):
         last = f"{len(waiting)} stages to do, about {_duration(sum(known))}"
+        last += ", and what the finished captioner takes" * (len(counted) < len(waiting))
     else:
         last = f"{len(waiting)} stages to do; times appear once a stage of the kind, and near in size, has run here"
     note = "TMACs: 1e12 multiply-accumulates, counted on the architectures, to make the artifact and to evaluate it"

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign_captioners
 import numpy as np
-import other_captioners
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -332,8 +332,8 @@ def test_photos(tmp_path, sizes):
 @pytest.mark.timeout(1200)
 def test_pretrained(tmp_path):
     karpathy(tmp_path)
-    other_captioners.blip(tmp_path / "blip")
-    names = ["teacher", "extractor", "distilled", "student", "student-cider", "vocabulary", "pruned", "pruned-cider", "int8", "export"]
+    foreign_captioners.blip(tmp_path / "blip")
+    names = ["extractor", "teacher", "distilled", "student", "student-cider", "vocabulary", "pruned", "pruned-cider", "int8", "export"]
     rows = {row["name"]: row for row in check("pretrained", PRETRAINED, tmp_path, names)}
     assert rows["student"]["against"] == rows["student-cider"]["against"] == "teacher"
 

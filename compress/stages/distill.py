@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from compress.artifact import Artifact, read_json
 from compress.config import Distill
 from compress.context import Context
-from compress.errors import ModelError, RecipeError
+from compress.errors import RecipeError
 from compress.training.corpus import UNSEEN_BIAS, Corpus, check_tokenizer, corpus
 from compress.training.distillation import Goal, distil, feed_forward, teach
 from compress.training.features import device
@@ -27,11 +27,11 @@ from students.lightcap import LightCap
 from students.lightcap.bert import copy_layers
 from students.lightcap.dropout import set_dropout
 from students.lightcap.tokenizer import pieces_of
-from teachers.finished import WRITTEN
+from teachers.layouts import WRITTEN
 from teachers.teacher import Teacher, load
 
-FINISHED = "compress.hub"  # not imported by its name: it is in the lock of the stage that brought the teacher, and other students' have no
-# use for the version of transformers
+FOREIGN = "compress.foreign"  # not imported by its name: it is in the lock of the stage that brought the teacher, and what other students'
+# stages depend on is not the version of transformers
 
 
 def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
@@ -99,12 +99,10 @@ def of_finished(parent: Artifact | None, config: Distill, sources: Sequence[Arti
         said = [[texts[example.image_id] for texts in written] for example in train.examples]
     data = corpus(model, tokenizer, settings, context, said=said)
     if config.asks_tokens:
-        if own := next((name for name, source in zip(config.teachers, sources, strict=True) if not source.foreign), None):
-            raise ModelError(f"teacher '{own}' is lightcap's own and reads grids of its own encoder: match: captions learns what it wrote")
-        hub = importlib.import_module(FINISHED)
+        foreign = importlib.import_module(FOREIGN)
         chosen, pieces = settled(config.precision, device(), context.work, context.share), pieces_of(tokenizer)
         asked = chosen, config.top_k, config.temperature, context.cache
-        taught = [hub.targets(source, pieces, train, data, *asked, name, context.progress)
+        taught = [foreign.targets(source, pieces, train, data, *asked, name, context.progress)
                   for name, source in zip(config.teachers, sources, strict=True)]
     return taught_by(taught, None, model, tokenizer, settings, data, config, context)
 

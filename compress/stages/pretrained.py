@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 
-from compress import evaluate, hub
+from compress import evaluate, foreign
 from compress.artifact import PICKLES, Artifact, write_json
 from compress.config import Pretrained
 from compress.context import Context
 from compress.data import CaptionSet
 from compress.models import resolve
-from teachers.finished import WRITTEN
+from teachers.layouts import WRITTEN
 
 
 def run(parent: Artifact | None, config: Pretrained, context: Context) -> Artifact:
@@ -23,7 +23,7 @@ def run(parent: Artifact | None, config: Pretrained, context: Context) -> Artifa
     source = resolve(os.path.expanduser(config.model))
     for file in source.files():
         if file.suffix in PICKLES:
-            hub.rewrite(source, context.output)
+            foreign.rewrite(source, context.output)
         else:
             shutil.copyfile(file, context.output / file.name)
     data = context.data.split("train")
@@ -35,6 +35,6 @@ def run(parent: Artifact | None, config: Pretrained, context: Context) -> Artifa
 def said(source: Artifact, data: CaptionSet, context: Context) -> list[str]:
     """Its caption of each image, by beam search of width 5."""
     if source.foreign:
-        return hub.written(source, data, context.cache, context.progress)
+        return foreign.written(source, data, context.cache, context.progress)
     with context.progress.task("captions of train", len(data)) as task:
         return [text for text, _ in evaluate.captions(source, data, evaluate.BEAM, context.cache, context.progress, task.advance)]

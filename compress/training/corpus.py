@@ -82,7 +82,10 @@ def corpus(
     data = context.data.split("train")
     texts = [example.captions for example in data.examples] if said is None else said
     encoded = [encode_captions(tokenizer, captions, model.config.max_tokens) for captions in texts]
-    used = {piece for captions in encoded for caption in captions for piece in caption}.union(learned(model))
+    used = {piece for captions in encoded for caption in captions for piece in caption}
+    if known := learned(model):
+        learnable(model, used)
+    used.update(known)
     end = tokenizer.token_to_id("[SEP]")  # which no caption has where all are cut off
     keep = torch.tensor(sorted(used.union(model.own_pieces(), beside, [end])))
     place = {int(piece): index for index, piece in enumerate(keep)}
@@ -92,9 +95,19 @@ def corpus(
 
 
 def learned(model: LightCap) -> list[int]:
-    """The word pieces that `model` was trained to say, these captions' or a teacher's; none where nothing has trained it yet."""
+    """The word pieces over which `model` was trained: of these captions or a teacher's, and of concepts; none where nothing has trained it
+    yet."""
     can = model.heads.bias.detach() > UNSEEN_BIAS / 2
     return [] if can.all() else can.nonzero().flatten().tolist()
+
+
+def learnable(model: LightCap, used: Iterable[int]) -> None:
+    """Pieces `used` that no caption held before get the least bias of those that were learned: at UNSEEN_BIAS they would cost a hundred
+    nats each in whatever is trained next, and never come back."""
+    bias = model.heads.bias.data
+    known = bias > UNSEEN_BIAS / 2
+    new = [piece for piece in used if not known[piece]]
+    bias[new] = bias[known].min()
 
 
 def check_tokenizer(tokenizer: Tokenizer, context: Context) -> None:

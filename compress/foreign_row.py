@@ -1,5 +1,5 @@
-"""The ledger row of a captioner that others made: how good it is, what it costs and how long it takes, counted and timed as lightcap's own
-are (which `compress.evaluate` measures)."""
+"""The ledger row of a finished captioner. Of one that others made: how good it is, what it costs and how long it takes, counted and timed
+as lightcap's own are, which `compress.evaluate` measures."""
 
 from __future__ import annotations
 
@@ -14,36 +14,42 @@ from compress.artifact import Artifact
 from compress.context import Context
 from compress.errors import StageError
 from compress.evaluate import BEAM, accuracy, senseless, written_down
-from compress.hub import captions, read
+from compress.foreign import captions, read
 from compress.latency import TIMED_IMAGES
+from teachers.foreign import Foreign
 
 
 def measure(artifact: Artifact, against: Artifact | None, context: Context) -> dict:
     """The ledger row, as `compress.evaluate.measure` gives it."""
     if not artifact.foreign:
         return evaluate.measure(artifact, None, context)
-    data = context.data.split(context.recipe.data.val_split)
-    with context.progress.task(f"captions of {context.recipe.data.val_split}", len(data)) as task:
-        said = captions(artifact, data, BEAM, context.cache, context.progress, task.advance)
+    captioner, split = read(artifact), context.recipe.data.val_split
+    data = context.data.split(split)
+    with context.progress.task(f"captions of {split}", len(data)) as task:
+        said = captions(captioner, data, BEAM, task.advance)
     if broken := senseless(data, said):
-        raise StageError(f"the log-probabilities of {len(broken)} captions, the first of {broken[0]}, are not finite")
+        raise StageError(f"the log-probabilities of {len(broken)} captions, the first of {broken[0]}, are not finite: its weights are "
+                         "damaged; get it again")
     scores = metrics.score([text for text, _ in said], [list(example.captions) for example in data.examples])
     written_down(artifact, data, said, scores)
-    return accuracy(scores) | sizes(artifact, context)
+    return accuracy(scores) | of_captioner(captioner, artifact, context)
 
 
 def sizes(artifact: Artifact, context: Context) -> dict:
     """Of `measure` what has no captions."""
-    if not artifact.foreign:
-        return evaluate.sizes(artifact, context)
-    data = context.data.split(context.recipe.data.val_split)
+    return of_captioner(read(artifact), artifact, context) if artifact.foreign else evaluate.sizes(artifact, context)
+
+
+def of_captioner(captioner: Foreign, artifact: Artifact, context: Context) -> dict:
+    split = context.recipe.data.val_split
+    data = context.data.split(split)
     pictures = [data.image(example) for example in data.examples[:TIMED_IMAGES]]
-    return {"split": context.recipe.data.val_split} | costs(artifact) | latency(artifact, pictures)
+    return {"split": split, "bytes": artifact.bytes()} | costs(captioner) | latency(captioner, pictures)
 
 
-def costs(artifact: Artifact, tokens: int = cost.TOKENS) -> dict:
-    """As `compress.cost.costs`: counted while it writes a caption of `tokens` pieces, and what it computes twice is counted twice."""
-    captioner = read(artifact)
+def costs(captioner: Foreign, tokens: int = cost.TOKENS) -> dict:
+    """As `compress.cost.costs`, but its bytes: counted while it writes a caption of `tokens` pieces, and what it computes twice is counted
+    twice."""
     pixels = torch.zeros(1, 3, captioner.image_size, captioner.image_size)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator, whose products no counter sees
@@ -60,14 +66,14 @@ def costs(artifact: Artifact, tokens: int = cost.TOKENS) -> dict:
         "gmacs_caption": whole / 1e9,
         "gflops_caption": 2 * whole / 1e9,
         "gbops_caption": 32 * 32 * whole / 1e9,
-        "bytes": artifact.bytes(),
     }
 
 
-def latency(artifact: Artifact, pictures: Sequence[np.ndarray], tokens: int = cost.TOKENS) -> dict:
-    """As `compress.latency`, in PyTorch: a decoded image in, a text of exactly `tokens` pieces out, beam 1, one thread."""
-    captioner = read(artifact)
-    images = [Image.fromarray(picture) for picture in pictures]
+def latency(captioner: Foreign, pictures: Sequence[np.ndarray], tokens: int = cost.TOKENS) -> dict:
+    """As `compress.latency`, in PyTorch: a decoded image of the side that is looked at in, a text of exactly `tokens` pieces out, beam 1,
+    one thread."""
+    size = captioner.image_size, captioner.image_size
+    images = [Image.fromarray(picture).resize(size) for picture in pictures]
     with cost.one_thread():
         [times] = cost.interleaved([lambda turn: captioner.captions(captioner.pixels([images[turn]]), 1, tokens, True)], len(images))
     return {"latency_ms": {**cost.quantiles(times), "threads": 1, "beam": 1, "runtime": "torch"}, "parent_latency_ms": None}

@@ -1,5 +1,5 @@
-"""Finished captioners that others made and trained, read from a folder in the layout that their hub repositories have: BLIP (Li et al.,
-2022) and GIT (Wang et al., 2022) by transformers, CoCa (Yu et al., 2022) by open_clip."""
+"""Captioners that others made and trained, read from a folder in the layout that their hub repositories have: BLIP (Li et al., 2022) and
+GIT (Wang et al., 2022) by transformers, CoCa (Yu et al., 2022) by open_clip."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from students.lightcap.tokenizer import read_tokenizer
-from teachers.finished import FILES, files_of, kind_of
+from teachers.layouts import WEIGHTS, files_of, kind_of
 
 CLASSES = {"blip": "BlipForConditionalGeneration", "git": "GitForCausalLM"}  # of transformers
 
 
-class Finished(Protocol):
-    """A captioner to which nothing is taught. `encoder` is its image encoder, `image_size` the side in pixels of what that takes,
-    `vocabulary` its word pieces by id, as BERT writes them; empty of one that has others, and has no `logits`."""
+class Foreign(Protocol):
+    """`encoder` is the image encoder of `model`, `image_size` the side in pixels of what it takes."""
 
-    vocabulary: tuple[str | None, ...]
     model: nn.Module
     encoder: nn.Module
     image_size: int
@@ -40,25 +38,20 @@ class Finished(Protocol):
         """(caption, log-probability) of each image, of at most `tokens` word pieces with the end; or, at beam 1, of `exactly` so many."""
         ...
 
-    def logits(self, pixels: Tensor, captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-        """pixels of B images, and the captions of each as ids from [CLS] on -> (n, V), what is said behind each piece but a caption's
-        last, image by image."""
-        ...
 
-
-def load(folder: Path, search) -> Finished:
+def load(folder: Path, search) -> Foreign:
     """The captioner in `folder`. `search(model, grid, start, end, beam, tokens)` is the beam search for one that brings none: for each
     image the pieces and their log-probability. Raises ValueError or FileNotFoundError, in one line."""
     kind = kind_of(folder)
     if kind is None:
-        raise ValueError(f"{folder} holds none of {', '.join(FILES)}")
+        raise ValueError(f"{folder} holds none of {', '.join(WEIGHTS)}")
     if missing := [file.name for file in files_of(folder, kind) if not file.is_file()]:
         raise FileNotFoundError(f"{folder} is no whole {kind}: it has no {missing[0]}")
     return CoCa(folder, search) if kind == "coca" else Transformers(folder, kind)
 
 
 class Transformers:
-    """BLIP or GIT, as transformers generates."""
+    """BLIP or GIT, as transformers generates. `vocabulary` are its word pieces by id, as BERT writes them."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         import transformers
@@ -66,28 +59,28 @@ class Transformers:
         with silent(transformers):
             try:
                 self.model, found = getattr(transformers, CLASSES[kind]).from_pretrained(
-                    folder, weights_only=True, local_files_only=True, output_loading_info=True, dtype=torch.float32
+                    folder, weights_only=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+                    dtype=torch.float32,
                 )
                 self.processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             except Exception as error:  # of broken files and of pickles that hold more than tensors both libraries raise anything
-                raise ValueError(f"{folder} is no whole {kind}: {first_line(error)}") from None
+                raise ValueError(f"{folder} is no whole {kind}: {cause(error)}") from None
         if CLASSES[kind] not in (said := self.model.config.architectures or [CLASSES[kind]]):
             raise ValueError(f"{folder} is a {kind} that does not caption ({', '.join(said)}); {CLASSES[kind]} does")
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(f"{folder} is no whole {kind}: its weights lack {missing[0]}, and {len(missing) - 1} more")
+        for what, key in (("have no", "missing_keys"), ("do not fit its config.json in", "mismatched_keys")):
+            if names := sorted(name if isinstance(name, str) else name[0] for name in found[key]):
+                more = f", and {len(names) - 1} more" * (len(names) > 1)
+                raise ValueError(f"{folder} is no whole {kind}: its weights {what} {names[0]}{more}")
         self.model.eval()
-        self.tokenizer = read_tokenizer(folder / "tokenizer.json")
-        blip = kind == "blip"
-        text = self.model.config.text_config if blip else self.model.config
-        self.encoder = self.model.vision_model if blip else self.model.git.image_encoder
-        self.writer = self.model.text_decoder if blip else self.model
-        self.end = text.sep_token_id if blip else text.eos_token_id
+        self.tokenizer, self.blip = read_tokenizer(folder / "tokenizer.json"), kind == "blip"
+        text = self.model.config.text_config if self.blip else self.model.config
+        self.encoder = self.model.vision_model if self.blip else self.model.git.image_encoder
+        self.writer = self.model.text_decoder if self.blip else self.model
+        self.start, self.end = text.bos_token_id, text.sep_token_id if self.blip else text.eos_token_id
         self.writer.generation_config = transformers.GenerationConfig(  # what a checkpoint's own says of lengths and beams is left out
-            bos_token_id=text.bos_token_id, eos_token_id=self.end, pad_token_id=text.pad_token_id
+            bos_token_id=self.start, eos_token_id=self.end, pad_token_id=text.pad_token_id
         )
         self.image_size = self.model.config.vision_config.image_size
-        self.start, self.blip = text.bos_token_id, blip
-        self.vocabulary = tuple(self.tokenizer.id_to_token(number) for number in range(text.vocab_size))
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         return self.processor(images=list(images), return_tensors="pt")["pixel_values"]
@@ -111,6 +104,8 @@ class Transformers:
 
     @torch.no_grad()
     def logits(self, pixels: Tensor, captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """pixels of B images, and the captions of each as ids from [CLS] on -> (n, V), what is said behind each piece but a caption's
+        last, image by image."""
         most, longest = max(map(len, captions)), max(len(ids) for own in captions for ids in own) - 1
         pieces = torch.zeros(most, len(captions), longest, dtype=torch.long)  # first all images' first captions: GIT repeats grids so
         for image, own in enumerate(captions):
@@ -129,19 +124,17 @@ class Transformers:
 class CoCa:
     """CoCa. What open_clip itself generates with is gone from transformers 5; here each step reads the whole caption so far, as there."""
 
-    vocabulary = ()
-
     def __init__(self, folder: Path, search) -> None:
         import open_clip
 
         try:
             self.model, self.processor = open_clip.create_model_from_pretrained(f"local-dir:{folder}", precision="fp32", weights_only=True)
             self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+            self.start, self.end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         except Exception as error:
-            raise ValueError(f"{folder} is no whole coca: {first_line(error)}") from None
+            raise ValueError(f"{folder} is no whole coca: {cause(error)}") from None
         self.model.eval()
         self.search, self.encoder = search, self.model.visual
-        self.start, self.end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         self.image_size = open_clip.get_model_preprocess_cfg(self.model)["size"][0]
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
@@ -206,5 +199,9 @@ def silent(transformers) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def cause(error: Exception) -> str:
+    """The line of a library's error that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if any("weights_only" in line or "Weights only" in line for line in lines):
+        return "its weights are a pickle that holds more than tensors; give safetensors instead"
+    return lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]

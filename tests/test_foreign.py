@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
+import foreign_captioners as other
 import numpy as np
-import other_captioners as other
 import pytest
 import tiny_captioner as tiny
 import torch
@@ -14,17 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from stage_context import context
 
-from compress import appraisal, cli, cost, evaluate, hub, metrics, models, pipeline
+from compress import cli, cost, evaluate, foreign, foreign_row, metrics, models, pipeline
 from compress.artifact import Artifact
-from compress.config import Distill, Pretrained, Student, Vocabulary
+from compress.config import Distill, Pretrained, Student, Train, Vocabulary
 from compress.context import Progress
 from compress.errors import ModelError, RecipeError
 from compress.recipe import read_recipe
-from compress.stages import distill, pretrained, vocabulary
+from compress.stages import distill, export, pretrained, train, vocabulary
 from compress.training.corpus import UNSEEN_BIAS, corpus
 from compress.training.start import read_captioner
 from students.lightcap.tokenizer import encode_captions, pieces_of, read_tokenizer
-from teachers.finished import WEIGHTS
+from teachers.layouts import PROCESSORS, WEIGHTS
 
 QUIET = Progress(quiet=True)
 
@@ -54,20 +55,21 @@ def next_logits(captioner, kind, pixels, pieces):
 @pytest.mark.parametrize("kind", ["blip", "git", "coca"])
 def test_captions_are_the_most_probable_pieces_and_have_their_probability(made, kind):
     """Against one pass over the whole caption: in no cache, and in no beam of another picture, does anything get lost."""
-    captioner = hub.read(Artifact(made["taught" if kind == "git" else kind]))
+    captioner = foreign.read(Artifact(made["taught" if kind == "git" else kind]))
     start = captioner.start if kind == "coca" else captioner.writer.generation_config.bos_token_id
     pixels = captioner.pixels(images())
     assert pixels.shape == (3, 3, other.SIDE, other.SIDE)
     for beam in (1, 3):
-        said = captioner.captions(pixels, beam, hub.TOKENS)
+        said = captioner.captions(pixels, beam, foreign.TOKENS)
         if kind == "coca":  # whose pieces, spelled and read again, are others
-            pieces = [list(ids) for ids, _ in hub.search(captioner, captioner.encode(pixels), start, captioner.end, beam, hub.TOKENS)]
+            grid = captioner.encode(pixels)
+            pieces = [list(ids) for ids, _ in foreign.search(captioner, grid, start, captioner.end, beam, foreign.TOKENS)]
             assert [captioner.tokenizer.decode(ids).strip() for ids in pieces] == [text for text, _ in said]
         else:
             pieces = [captioner.tokenizer.encode(text, add_special_tokens=False).ids for text, _ in said]
         for picture, ids, (_, logprob) in zip(pixels, pieces, said, strict=True):
-            ids += [captioner.end] if len(ids) < hub.TOKENS else []
-            assert 1 < len(ids) <= hub.TOKENS
+            ids += [captioner.end] if len(ids) < foreign.TOKENS else []
+            assert 1 < len(ids) <= foreign.TOKENS
             with torch.no_grad():
                 logs = next_logits(captioner, kind, picture[None], torch.tensor([[start, *ids[:-1]]])).log_softmax(-1)
             assert logprob == pytest.approx(float(logs[range(len(ids)), ids].sum()), abs=2e-3)
@@ -82,7 +84,7 @@ def test_pictures_are_prepared_as_their_makers_do(made):
     """A colour of its own in each corner: BLIP squashes a wide picture, GIT and CoCa cut its sides off."""
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, :32], wide[:, 96:] = (255, 0, 0), (0, 255, 0)
-    found = {kind: hub.read(Artifact(made[kind])).pixels([Image.fromarray(wide)])[0] for kind in other.MAKERS}
+    found = {kind: foreign.read(Artifact(made[kind])).pixels([Image.fromarray(wide)])[0] for kind in other.MAKERS}
     black = -torch.tensor(other.MEAN) / torch.tensor(other.STD)
     for kind in ("git", "coca"):
         assert torch.allclose(found[kind][:, 32, 0], black, atol=0.05) and torch.allclose(found[kind][:, 32, -1], black, atol=0.05)
@@ -91,7 +93,7 @@ def test_pictures_are_prepared_as_their_makers_do(made):
 
 def test_what_they_cost_is_counted_as_they_run(made):
     """BLIP's closed form: a caption of T pieces at beam 1, with keys and values kept."""
-    found = appraisal.costs(Artifact(made["blip"]))
+    found = foreign_row.costs(foreign.read(Artifact(made["blip"])))
     text, t, pieces, h, f = 17, cost.TOKENS, tiny.tokenizer().get_vocab_size() + 2, 32, 64  # 17: the grid, and [CLS]
     block = 4 * h * h + 2 * h * f
     encoder = 16 * 3 * 16 * 16 * h + 2 * (text * block + 2 * text * text * h)
@@ -102,9 +104,9 @@ def test_what_they_cost_is_counted_as_they_run(made):
     assert found["gmacs_caption"] == pytest.approx((encoder + crossing + itself + heads) / 1e9, rel=1e-6)
     assert found["gflops_caption"] == 2 * found["gmacs_caption"] and found["gbops_caption"] == 1024 * found["gmacs_caption"]
     for kind in other.MAKERS:
-        costs = appraisal.costs(Artifact(made[kind]))
+        costs = foreign_row.costs(foreign.read(Artifact(made[kind])))
         assert costs["params"] == sum(costs["params_by_part"].values()) and costs["gmacs_caption"] > costs["gmacs_encoder"] > 0
-        assert costs["bytes"] == sum((made[kind] / name).stat().st_size for name in Artifact(made[kind]).files()) > 4 * costs["params"]
+        assert Artifact(made[kind]).bytes() == sum(file.stat().st_size for file in Artifact(made[kind]).files()) > 4 * costs["params"]
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -129,6 +131,10 @@ def test_the_commands_take_them(made, tmp_path):
     found = invoke("profile", made["coca"], "--json", "--tokens", 3)
     row = json.loads(found.stdout)
     assert found.exit_code == 0 and row["latency_ms"]["runtime"] == "torch" and row["params"] > 0 and row["cider"] is None
+    found = invoke("profile", made["git"])
+    assert found.exit_code == 0 and "GMACs, caption" in found.stdout and "None" not in found.stdout
+    found = invoke("eval", made["git"], "--captions", tmp_path / "dataset.json", "--images", tmp_path)
+    assert found.exit_code == 0 and "CIDEr" in found.stdout
     found = invoke("export", made["blip"], "--out", tmp_path / "out")
     assert found.exit_code == 2 and "is a blip, and lightcap exports its own captioners alone: distil one from it" in found.stderr
     assert not (tmp_path / "out").exists()
@@ -141,6 +147,47 @@ def test_one_of_the_hub(made, hub):
     assert models.resolve("someone/blip").digest() == Artifact(made["blip"]).digest()
 
 
+@pytest.mark.parametrize("kind", list(other.MAKERS))
+def test_of_the_hub_no_more_is_fetched_than_is_read(made, tmp_path, monkeypatch, kind):
+    """Pickles only where there is nothing else."""
+    import huggingface_hub
+
+    theirs, here = copied(tmp_path / "theirs", made[kind]), tmp_path / "here"
+    (safe, pickled), asked = WEIGHTS[kind], []
+    for name in (pickled, "tf_model.h5"):
+        (theirs / name).write_bytes(b"large")
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        here.mkdir(exist_ok=True)
+        for file in theirs.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                (here / file.name).write_bytes(file.read_bytes())
+        return str(here)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = models.resolve("someone/captioner")
+    assert {path.name for path in here.iterdir()} == {path.name for path in found.files()} and len(asked) == 1
+    shutil.rmtree(here)
+    (theirs / safe).unlink()
+    found = models.resolve("someone/captioner")
+    assert {path.name for path in here.iterdir()} == {path.name for path in found.files()} and found.files()[-1].exists()
+    assert pickled in {path.name for path in found.files()} and len(asked) == 3
+
+
+def test_pictures_are_prepared_as_the_newer_file_says(made, tmp_path):
+    """transformers 5 writes how into processor_config.json, and reads it there first."""
+    folder = copied(tmp_path / "blip", made["blip"])
+    older = json.loads((folder / "preprocessor_config.json").read_text())
+    newer = older | {"size": {"height": 32, "width": 32}}
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "BlipProcessor", "image_processor": newer}))
+    assert foreign.read(Artifact(folder)).pixels(images(1)).shape[-1] == 32
+    assert {"processor_config.json"} == {path.name for path in Artifact(folder).files()} & {*PROCESSORS}
+    (folder / "preprocessor_config.json").unlink()
+    assert foreign.read(Artifact(folder).check()).pixels(images(1)).shape[-1] == 32
+
+
 def copied(folder, source):
     folder.mkdir()
     for file in Artifact(source).files():
@@ -148,14 +195,28 @@ def copied(folder, source):
     return folder
 
 
-RAN = []
-
-
 class Code:
-    """What a pickle can do where more than tensors is read."""
+    """What a pickle can do where more than tensors is read: make a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
 
     def __reduce__(self):
-        return RAN.append, ("code",)
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("kind", list(other.MAKERS))
+def test_no_code_of_a_pickle_runs(made, tmp_path, kind):
+    folder, (safe, pickled) = copied(tmp_path / kind, made[kind]), WEIGHTS[kind]
+    (folder / safe).unlink()
+    torch.save({"weight": Code(tmp_path / "ran")}, folder / pickled)
+    with pytest.raises(ModelError) as raised:
+        foreign.read(models.resolve(folder))
+    why = "its weights are a pickle that holds more than tensors; give safetensors instead"
+    assert raised.value.message == f"{folder} is no whole {kind}: {why}"
+    assert not (tmp_path / "ran").exists()
+    torch.load(folder / pickled, weights_only=False)
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", list(other.MAKERS))
@@ -168,23 +229,21 @@ def test_weights_that_are_a_pickle_of_tensors_are_read_and_kept_as_safetensors(m
     stored = pretrained.run(None, settings.stage.config, settings)
     assert {path.name for path in stored.files()} == {path.name for path in Artifact(made[kind]).files()}
     said = [item["caption"] for item in json.loads((stored.path / "written.json").read_text())]
-    captioner = hub.read(stored)
+    captioner = foreign.read(stored)
     pixels = captioner.pixels([Image.fromarray(data.image(example)) for example in data.examples])
-    assert said == [text for text, _ in captioner.captions(pixels, hub.BEAM, hub.TOKENS)]
+    assert said == [text for text, _ in captioner.captions(pixels, foreign.BEAM, foreign.TOKENS)]
 
 
 def test_what_is_not_whole_is_one_line(made, tmp_path):
     def said(folder):
         with pytest.raises(ModelError) as raised:
-            hub.read(models.resolve(folder))
+            foreign.read(models.resolve(folder))
         assert "\n" not in raised.value.message
         return raised.value.message
 
-    pickled = copied(tmp_path / "pickled", made["blip"])
-    (pickled / "model.safetensors").unlink()
-    assert "is a blip without model.safetensors" in said(pickled)
-    torch.save({"text_decoder.bert.embeddings.word_embeddings.weight": Code()}, pickled / "pytorch_model.bin")
-    assert "is no whole blip" in said(pickled) and not RAN
+    parts = copied(tmp_path / "parts", made["blip"])
+    (parts / "model.safetensors").rename(parts / "model-00001-of-00002.safetensors")
+    assert "is a blip without model.safetensors (weights in several files are not read); get it again" in said(parts)
     half = copied(tmp_path / "half", made["coca"])
     (half / "open_clip_model.safetensors").write_bytes((half / "open_clip_model.safetensors").read_bytes()[:-100])
     assert "is not a whole safetensors file" in said(half)
@@ -192,7 +251,10 @@ def test_what_is_not_whole_is_one_line(made, tmp_path):
     tensors = load_file(lacking / "model.safetensors")
     del tensors["output.bias"]
     save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
-    assert "is no whole git: its weights lack output.bias" in said(lacking)
+    assert "is no whole git: its weights have no output.bias" in said(lacking)
+    tensors["output.bias"] = torch.zeros(3)
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    assert "is no whole git: its weights do not fit its config.json in output.bias" in said(lacking)
     whole = copied(tmp_path / "whole", made["git"])
     (whole / "tokenizer.json").write_text("{")
     assert "not a tokenizer.json" in said(whole)
@@ -202,9 +264,9 @@ def test_what_is_not_whole_is_one_line(made, tmp_path):
     assert "is a blip that does not caption (BlipForQuestionAnswering)" in said(answering)
     wider = copied(tmp_path / "wider", made["coca"])
     config = json.loads((wider / "open_clip_config.json").read_text())
-    config["model_cfg"]["text_cfg"]["width"] = 64
+    config["model_cfg"]["embed_dim"] = 64
     (wider / "open_clip_config.json").write_text(json.dumps(config))
-    assert "is no whole coca" in said(wider)
+    assert "is no whole coca: Missing key(s) in state_dict: \"visual.attn_pool.attn.q_proj_weight\"" in said(wider)
     another = copied(tmp_path / "another", made["git"])
     (another / "config.json").write_text('{"model_type": "blip-2"}')
     line = "is a 'blip-2' (model_type of its config.json): lightcap runs its own captioners, and of others' blip, git, coca"
@@ -212,6 +274,10 @@ def test_what_is_not_whole_is_one_line(made, tmp_path):
 
 
 # ---- as teachers
+
+
+TOKENS_TOO = Distill(teachers=("git",), match=("captions", "tokens"), token_weight=1.0, init="random", epochs=1, batch_images=16,
+                     learning_rate=3e-3, dropout=0.0, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +316,26 @@ def test_a_student_says_what_its_teacher_wrote(taught, tmp_path):
     vocabulary.run(found, Vocabulary(), cut)
     smaller = read_captioner(cut.output)[1]
     assert {"red", "house", "dog", "something"} <= smaller.get_vocab().keys()
+    more = Train(epochs=60, batch_images=16, learning_rate=3e-3, dropout=0.0, precision="fp32")
+    onward = context(tmp_path / "onward", people, "train", more, student)
+    said = evaluate.captions(train.run(found, more, onward), people.split("train"), 1, tmp_path / "cache", QUIET)
+    assert {text for text, _ in said} == {"it is something"}  # words that its teacher never wrote
+
+
+@pytest.mark.parametrize("change", [{"heads": 2}, {"heads": 2, "teachers": ("git", "again")}, {"heads": 2, "ensemble": "all"}])
+def test_heads_of_finished_teachers(made, taught, tmp_path, change):
+    """With tokens, copies of one head that have teachers of their own, too."""
+    people, _, teacher = taught
+    config = dataclasses.replace(TOKENS_TOO, epochs=2.0, **change)
+    student = Student(preset="tiny", tokenizer=str(made["taught"] / "tokenizer.json"), image_size=80)
+    artifacts = {"git": teacher, "again": teacher}
+    settings = context(tmp_path, people, "distill", config, student, artifacts=artifacts)
+    assert read_captioner(distill.run(None, config, settings).path)[0].config.heads == 2
+    if len(config.teachers) == 2:
+        one = context(tmp_path / "one", people, "distill", dataclasses.replace(TOKENS_TOO, heads=1), student, artifacts=artifacts)
+        alone = distill.run(None, one.stage.config, one)
+        more = context(tmp_path / "more", people, "distill", config, student, artifacts=artifacts)
+        assert read_captioner(distill.run(alone, config, more).path)[0].config.heads == 2
 
 
 @pytest.mark.parametrize("kind", ["blip", "git"])
@@ -263,8 +349,8 @@ def test_tokens_are_what_the_captioner_says_behind_each_piece(made, tmp_path, ki
     settings = context(tmp_path, data, "distill", Distill(teachers=("x",)), Student(preset="tiny"))
     model, tokenizer = tiny.build(), read_tokenizer(folder / "tokenizer.json")
     seen = corpus(model, tokenizer, tiny.SETTINGS, settings)
-    ids, best = hub.targets(Artifact(folder), pieces_of(tokenizer), data, seen, "fp32", 4, 2.0, tmp_path, "x", QUIET)
-    captioner = hub.read(Artifact(folder))
+    ids, best = foreign.targets(Artifact(folder), pieces_of(tokenizer), data, seen, "fp32", 4, 2.0, tmp_path, "x", QUIET)
+    captioner = foreign.read(Artifact(folder))
     begin, place, keep = captioner.start, 0, seen.keep
     for example, own in zip(several, texts, strict=True):
         pixels = captioner.pixels([Image.fromarray(data.image(example))])
@@ -280,8 +366,7 @@ def test_tokens_are_what_the_captioner_says_behind_each_piece(made, tmp_path, ki
 
 def test_a_student_learns_tokens_of_captions_that_its_teacher_wrote(made, taught, tmp_path):
     people, _, teacher = taught
-    config = Distill(teachers=("git",), match=("captions", "tokens"), token_weight=1.0, init="random", epochs=300, batch_images=16,
-                     learning_rate=3e-3, dropout=0.0, precision="fp32")
+    config = dataclasses.replace(TOKENS_TOO, epochs=300)
     student = Student(preset="tiny", tokenizer=str(made["taught"] / "tokenizer.json"), image_size=80)
     settings = context(tmp_path, people, "distill", config, student, artifacts={"git": teacher})
     found = distill.run(None, config, settings)
@@ -320,7 +405,8 @@ stages:
     assert wanted.stages[1].config.match == ("captions",) and wanted.stages[1].config.init == "random"
     rows = pipeline.run(wanted, tmp_path / "runs" / "small", QUIET).check().rows
     assert [row["name"] for row in rows] == ["nearest", "teacher", "student", "scst"]
-    assert rows[1]["params"] == appraisal.costs(Artifact(made["git"]))["params"] and rows[1]["latency_ms"]["p50"] > 0
+    assert rows[1]["params"] == foreign_row.costs(foreign.read(Artifact(made["git"])))["params"] and rows[1]["latency_ms"]["p50"] > 0
+    assert rows[1]["bytes"] == Artifact(made["git"]).bytes()
     assert rows[1]["cider"] is not None and rows[2]["against"] == "teacher" and rows[2]["delta_cider"] is not None
     assert rows[2]["parent_latency_ms"] is None
     planned = pipeline.plan(wanted, tmp_path / "runs" / "small")
@@ -333,6 +419,18 @@ stages:
     assert all(stage["cached"] for stage in pipeline.plan(moved, tmp_path / "runs" / "small")["stages"])
     absent = pipeline.run(read_recipe("small.yaml", ["teacher.model=someone/nothing"]), tmp_path / "runs" / "none", QUIET)
     assert "key 'model': no model 'someone/nothing'" in absent.error.message and absent.error.exit_code == 2
+    nowhere = tmp_path / "nowhere"
+    nowhere.mkdir()
+    wrong = pipeline.run(read_recipe("small.yaml", [f"teacher.model={nowhere}"]), tmp_path / "runs" / "none", QUIET).error.message
+    assert wrong.startswith("small.yaml:6: stage 'teacher', key 'model': ") and "is neither an artifact" in wrong
+    lacks = "stage 'student', key 'match': teacher 'teacher' does not have the student's word pieces"
+    for setting, said in (("student.match=tokens", lacks), ("student.tokenizer=nowhere", "no tokenizer at 'nowhere'")):
+        early = pipeline.run(read_recipe("small.yaml", [setting, f"teacher.model={other_bytes}"]), tmp_path / "runs" / "none", QUIET)
+        assert said in early.error.message and not (tmp_path / "runs" / "none").exists()
+    exported = tmp_path / "exported"
+    export.export(Artifact(tmp_path / "runs" / ".cache" / rows[2]["lock"]), exported)
+    small = pipeline.run(read_recipe("small.yaml", [f"teacher.model={exported}"]), tmp_path / "runs" / "exported", QUIET).check().rows
+    assert small[1]["latency_ms"]["runtime"] == "onnxruntime" and small[2]["parent_latency_ms"] is None
     student = tmp_path / "runs" / ".cache" / rows[2]["lock"]
     again = pipeline.run(read_recipe("small.yaml", [f"teacher.model={student}"]), tmp_path / "runs" / "own", QUIET).check().rows
     assert {key: again[1][key] for key in ("cider", "params", "bytes")} == {key: rows[2][key] for key in ("cider", "params", "bytes")}
@@ -348,6 +446,8 @@ stages:
     ("- distill: {teachers: own, extractor: own}", "key 'extractor': is of pretrained teachers"),
     ("- distill: {teachers: git, token_weight: 0.5}", "key 'token_weight': is of matching tokens"),
     ("- distill: {teachers: git, modulator: 8}", "a modulator is steered by concepts, but this student reads none"),
+    ("- distill: {teachers: git, ffn_share: 0.5}", "key 'ffn_share': is of a teacher's layers, and of 'git' none are seen (pretrained)"),
+    ("- pretrained: {as: two, against: own, model: x}", "key 'against': 'pretrained' is compared with nothing"),
     ("- pretrained: {as: two, from: own, model: x}", "key 'from': a finished captioner is made of no stage"),
     ("- pretrained: {as: two}", "'pretrained' is a finished captioner: name its folder, or OWNER/NAME on the hub (model: NAME)"),
     ("- distill: {teachers: own, match: []}", "key 'match': nothing is learned"),
