@@ -27,7 +27,7 @@ RECIPE = "RECIPE is the name of a shipped recipe, or a YAML file."
 ARTIFACT = "a run's folder (its last artifact), an artifact's folder"
 OF_ONE = "lightcap: CIDEr of one image is 0 whatever is said: it weighs words by how few of several images have them"
 MODEL = f"MODEL is {ARTIFACT}, or OWNER/NAME on the hub."
-ANY_MODEL = f"MODEL is {ARTIFACT}, or OWNER/NAME on the hub; BLIP, GIT and CoCa, too, in a folder or there."
+ANY_MODEL = f"{MODEL.removesuffix('.')}; BLIP, GIT and CoCa, too, in a folder or there."
 LAYOUTS = [source for source in CHOICES["data", "source"] if source != "scenes"]
 settings = click.option("--set", "sets", multiple=True, metavar="NAME.KEY=VALUE",
                         help="Change one value of a section or stage of the recipe, or seed=N; repeatable.")

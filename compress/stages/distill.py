@@ -22,10 +22,9 @@ from compress.training.corpus import UNSEEN_BIAS, Corpus, check_tokenizer, corpu
 from compress.training.distillation import Goal, distil, feed_forward, teach
 from compress.training.features import device
 from compress.training.loop import settled
-from compress.training.start import new_captioner, read_captioner, write_captioner
+from compress.training.start import continued, new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.bert import copy_layers
-from students.lightcap.dropout import set_dropout
 from students.lightcap.tokenizer import pieces_of
 from teachers.layouts import WRITTEN
 from teachers.teacher import Teacher, load
@@ -46,10 +45,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
         student, heads=config.heads or student.heads, ffn=feed_forward(student.ffn, config.ffn_share, first.config.ffn)
     )
     if parent is not None:
-        model, tokenizer, settings = read_captioner(parent.path)
-        set_dropout(model, config.dropout)
-        if config.heads:
-            multiply_heads(model, config.heads)
+        model, tokenizer, settings = continued(parent.path, config.dropout)
+        multiply_heads(model, config.heads)
     else:
         weights = student.fusion_weights if config.init == "weights" else None
         modulator = first.config.modulator or 0 if config.modulator is None else config.modulator
@@ -81,10 +78,8 @@ def of_finished(parent: Artifact | None, config: Distill, sources: Sequence[Arti
     it matches them. ModelError for tokens of a captioner with other word pieces than the student's, or of lightcap's own, whose grids are
     of its own encoder."""
     if parent is not None:
-        model, tokenizer, settings = read_captioner(parent.path)
-        set_dropout(model, config.dropout)
-        if config.heads:
-            multiply_heads(model, config.heads)
+        model, tokenizer, settings = continued(parent.path, config.dropout)
+        multiply_heads(model, config.heads)
     else:
         student = dataclasses.replace(context.recipe.student, heads=config.heads or context.recipe.student.heads)
         weights = student.fusion_weights if config.init == "weights" else None
@@ -124,9 +119,9 @@ def taught_by(
     return Artifact(context.output)
 
 
-def multiply_heads(model: LightCap, count: int) -> None:
-    """A captioner of one head gets `count` copies of it; one that has as many stays as it is."""
-    if model.config.heads == count:
+def multiply_heads(model: LightCap, count: int | None) -> None:
+    """A captioner of one head gets `count` copies of it; one that has as many, or of which none are asked, stays as it is."""
+    if count in (None, model.config.heads):
         return
     model.heads.branches.extend(copy.deepcopy(model.heads.branches[0]) for _ in range(count - 1))
     model.config = dataclasses.replace(model.config, heads=count)

@@ -24,17 +24,15 @@ from compress.training.features import device
 from compress.training.loop import Group, fit
 from compress.training.reward import CiderReward
 from compress.training.softmax import logits_at
-from compress.training.start import language, read_captioner, write_captioner
+from compress.training.start import continued, language, write_captioner
 from students.lightcap import LightCap
-from students.lightcap.dropout import set_dropout
 from students.lightcap.norms import folded
 
 
 def run(parent: Artifact, config: Scst, context: Context) -> Artifact:
     """Writes the parent, further trained towards CIDEr-D."""
     seed = context.seed
-    model, tokenizer, settings = read_captioner(parent.path)
-    set_dropout(model, config.dropout)
+    model, tokenizer, settings = continued(parent.path, config.dropout)
     data = corpus(model, tokenizer, settings, context, bool(config.flip or config.crop), config.flip, config.crop)
     reward = CiderReward.of([example.captions for example in context.data.split("train").examples], tokenizer)
     full = model.word.detach().clone()

@@ -24,10 +24,9 @@ from compress.training.matching import Matching, replace
 from compress.training.mentions import concept_loss, mentioned
 from compress.training.reward import CiderReward
 from compress.training.softmax import logits_at
-from compress.training.start import language, new_captioner, read_captioner, ready, write_captioner
+from compress.training.start import continued, language, new_captioner, read_captioner, ready, write_captioner
 from compress.training.words import Words
 from students.lightcap import LightCap
-from students.lightcap.dropout import set_dropout
 from students.lightcap.norms import folded
 
 NEW = ("fusion.grid.", "modulator.", "heads.")  # what a language model's checkpoint does not fill
@@ -36,7 +35,7 @@ NEW = ("fusion.grid.", "modulator.", "heads.")  # what a language model's checkp
 def run(parent: Artifact | None, config: Train, context: Context) -> Artifact:
     """Writes a trained captioner: the preset's, or the parent's further trained with this stage's seed and order."""
     seed = context.seed
-    model, tokenizer, settings = started(config, context, seed) if parent is None else continued(parent, config)
+    model, tokenizer, settings = started(config, context, seed) if parent is None else continued(parent.path, config.dropout)
     tuned = config.encoder == "tuned"
     data = corpus(model, tokenizer, settings, context, tuned, config.flip, config.crop)
     full = model.word.detach().clone()
@@ -119,11 +118,4 @@ def started(config: Train, context: Context, seed: int) -> tuple[LightCap, Token
     check_tokenizer(tokenizer, context)
     if config.objective == "masked":
         model.config = dataclasses.replace(model.config, mask_piece=tokenizer.token_to_id("[MASK]"))
-    return model, tokenizer, settings
-
-
-def continued(parent: Artifact, config: Train) -> tuple[LightCap, Tokenizer, dict]:
-    """The parent, with the stage's dropout."""
-    model, tokenizer, settings = read_captioner(parent.path)
-    set_dropout(model, config.dropout)
     return model, tokenizer, settings

@@ -14,6 +14,7 @@ from compress.config import Student
 from compress.errors import ModelError
 from students.lightcap import LightCap, LightCapConfig, preset
 from students.lightcap.bert import load_bert
+from students.lightcap.dropout import set_dropout
 from students.lightcap.encoder import load_encoder, preprocessor
 from students.lightcap.tokenizer import load_tokenizer, pieces_of, read_tokenizer
 
@@ -82,6 +83,13 @@ def read_captioner(folder: Path) -> tuple[LightCap, Tokenizer, dict]:
         settings = json.loads((folder / "preprocessor_config.json").read_text())
     except (ValueError, FileNotFoundError) as error:
         raise ModelError(str(error)) from None
+    return model, tokenizer, settings
+
+
+def continued(folder: Path, dropout: float) -> tuple[LightCap, Tokenizer, dict]:
+    """`read_captioner`, to be trained on with a stage's dropout."""
+    model, tokenizer, settings = read_captioner(folder)
+    set_dropout(model, dropout)
     return model, tokenizer, settings
 
 
