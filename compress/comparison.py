@@ -22,7 +22,7 @@ def compared(runs: Sequence[str]) -> dict:
 def unbeaten(runs: Sequence[Mapping]) -> list[dict]:
     """{"run", "stage", "name"} of the rows of `runs` ([{"run", "rows", "images"}]) that no other beats."""
     flat = [(entry["run"], row) for entry in runs for row in entry["rows"]]
-    best = pareto([row for _, row in flat], [entry.get("images") or entry["run"] for entry in runs for _ in entry["rows"]])  # or unknown
+    best = pareto([row for _, row in flat], [entry.get("images") for entry in runs for _ in entry["rows"]])
     return [{"run": flat[index][0], "stage": flat[index][1]["stage"], "name": flat[index][1]["name"]} for index in best]
 
 
@@ -39,7 +39,7 @@ def drawn(value: Mapping) -> tuple[list[tuple[str, Mapping]], list[object], set[
     """Of what `compared` says, for people: the rows as (run, row), those of `side_by_side`; the images that each was measured on; and the
     places of those that nothing beats."""
     flat = [(run, row) for run, rows in side_by_side(value["runs"]) for row in rows]
-    images_of_run = {entry["run"]: entry.get("images") or entry["run"] for entry in value["runs"]}  # unknown: nobody else's
+    images_of_run = {entry["run"]: entry.get("images") for entry in value["runs"]}
     first = next(iter(images_of_run.values()), None)  # those of rows that all runs have
     images = [images_of_run.get(run, first) for run, _ in flat]
     best = {(entry["run"], entry["name"]) for entry in value["pareto"]}
@@ -49,13 +49,14 @@ def drawn(value: Mapping) -> tuple[list[tuple[str, Mapping]], list[object], set[
 
 def pareto(rows: Sequence[Mapping], images: Sequence[object] | None = None) -> list[int]:
     """Indices of the rows that no other row beats or equals in CIDEr, bytes and median latency at once, and beats in one of them. Times of
-    different runtimes are not compared: there CIDEr and bytes decide. Nor are rows of different splits, or of
-    different `images`, which say for each row what it was measured on."""
+    different runtimes are not compared: there CIDEr and bytes decide. Nor are rows of different splits, numbers of images,
+    or `images`, which say for each row what it was measured on: a digest, or None, where rows alone are left to say it."""
 
-    def point(values: Mapping, of: object) -> tuple[str | None, tuple[float, float, float], object] | None:
+    def point(values: Mapping, of: object) -> tuple[str | None, tuple[float, float, float], tuple] | None:
         latency = values.get("latency_ms") or {}
         numbers = (values.get("cider"), values.get("bytes"), latency.get("p50"))
-        return None if None in numbers else (latency.get("runtime"), (-numbers[0], numbers[1], numbers[2]), (values.get("split"), of))
+        measured = values.get("split"), values.get("images"), of
+        return None if None in numbers else (latency.get("runtime"), (-numbers[0], numbers[1], numbers[2]), measured)
 
     pairs = zip(rows, images or [None] * len(rows), strict=True)
     points = [None if values["stage"] == "baseline" else point(values, of) for values, of in pairs]

@@ -44,7 +44,9 @@ def pictures(size: int) -> np.ndarray:
 
 
 def named_of(found: Artifact) -> dict:
-    return {"stage": "profile", "name": found.path.name, "artifact": str(found.path)}
+    """An artifact of the cache is called by a hash there, and by its label in its row."""
+    name = found.row().get("name") if (found.path / "lock.json").is_file() else None
+    return {"stage": "profile", "name": name or found.path.name, "artifact": str(found.path)}
 
 
 def _check(tokens: int, most: int) -> None:

@@ -181,8 +181,8 @@ def test_compare(lightcap, tmp_path):
         row = {"stage": "train", "name": "teacher", "artifact": "../.cache/x", "cider": cider, "bytes": 1e6, "latency_ms": {"p50": 9.0}}
         (tmp_path / name).mkdir()
         ledger.write(tmp_path / name / "ledger.jsonl", [row])
-    alone = json.loads(lightcap("compare", "a", "b", "--json")[1])
-    assert len(alone["pareto"]) == 2  # what they were measured on is gone: each is compared with itself
+    alone = json.loads(lightcap("compare", "a", "b", "--json")[1])  # artifacts are gone: what rows say is all there is
+    assert alone["pareto"] == [{"run": "a", "stage": "train", "name": "teacher"}]
     (tmp_path / ".cache" / "x").mkdir(parents=True)
     (tmp_path / ".cache" / "x" / "lock.json").write_text('{"images": "f"}')
     status, output, error = lightcap("compare", "a", "b", "--html", "report.html", "--json")
@@ -273,6 +273,14 @@ def model(tmp_path_factory) -> Path:
     network, tokenizer, settings = new_captioner(Student(preset="tiny"), "tiny", None, None, 0.0, 17)
     write_captioner(folder, network.eval(), tokenizer, settings)
     return folder
+
+
+def test_profile_calls_an_artifact_of_a_run_by_its_label(lightcap, model, tmp_path):
+    shutil.copytree(model, tmp_path / "0f3c")
+    assert json.loads(lightcap("profile", "0f3c", "--json")[1])["name"] == "0f3c"
+    (tmp_path / "0f3c" / "lock.json").write_text("{}")
+    (tmp_path / "0f3c" / "metrics.json").write_text('{"name": "teacher"}')
+    assert json.loads(lightcap("profile", "0f3c", "--json")[1])["name"] == "teacher"
 
 
 @pytest.fixture(scope="module")

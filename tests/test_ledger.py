@@ -68,6 +68,8 @@ def test_times_of_different_runtimes_are_not_compared():
     assert comparison.pareto([rows[0], made("slow", 47.0, 5.0, 60.0)]) == [0, 1]
     splits = [made("float", 47.0, 20.0, 50.0) | {"split": "val"}, made("test", 57.0, 5.0, 5.0) | {"split": "test"}]
     assert comparison.pareto(splits) == [0, 1]  # nor is CIDEr of different splits
+    counts = [made("float", 47.0, 20.0, 50.0) | {"images": 1000}, made("few", 57.0, 5.0, 5.0) | {"images": 100}]
+    assert comparison.pareto(counts) == [0, 1]  # or of other images
 
 
 def compared(runs):

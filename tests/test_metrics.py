@@ -224,6 +224,7 @@ def test_paired_ends():
     assert (same.delta, same.ci95, same.p_value) == (0.0, (0.0, 0.0), 1.0)
     higher = bootstrap.paired(np.arange(50.0) + 0.3, np.arange(50.0), resamples=999)
     assert higher.delta == pytest.approx(0.3) and higher.p_value == pytest.approx(1 / 1000)
+    assert bootstrap.paired(np.arange(50.0) + 0.3, np.arange(50.0)).p_value == pytest.approx(1 / 10_001)
     assert bootstrap.paired([5.0], [4.9]).p_value == 1.0 and bootstrap.paired([5.0, 1.0, 2.0], np.zeros(3)).p_value == 0.25
     with pytest.raises(ValueError, match="paired values of 2 and 3"):
         bootstrap.paired(np.zeros(2), np.zeros(3))

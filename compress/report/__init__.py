@@ -55,7 +55,7 @@ def _chart(drawn: Sequence[tuple[Mapping, str, object]], title: str, cost, alike
         return None
     groups: dict[object, list[tuple[float, float]]] = {}
     for row, _, images, x in kept:
-        groups.setdefault((images, row.get("split"), alike(row)), []).append((x, row["cider"]))
+        groups.setdefault((images, row.get("split"), row.get("images"), alike(row)), []).append((x, row["cider"]))
     intervals = [row.get("cider_ci95") or (row["cider"], row["cider"]) for row, *_ in kept]
     across = _scale([x for *_, x in kept] + [0.0], MARGIN, WIDTH - 12)
     up = _scale([value for interval in intervals for value in interval], HEIGHT - MARGIN, 12)
