@@ -8,6 +8,7 @@ import numpy as np
 
 from compress import foreign, foreign_row, models
 from compress.artifact import Artifact
+from compress.cache import finished
 from compress.cost import TOKENS, costs, costs_of
 from compress.errors import ModelError, UsageError
 from compress.evaluate import settings_of
@@ -45,7 +46,7 @@ def pictures(size: int) -> np.ndarray:
 
 def named_of(found: Artifact) -> dict:
     """An artifact of the cache is called by a hash there, and by its label in its row."""
-    name = found.row().get("name") if (found.path / "lock.json").is_file() else None
+    name = found.row().get("name") if finished(found.path) else None
     return {"stage": "profile", "name": name or found.path.name, "artifact": str(found.path)}
 
 

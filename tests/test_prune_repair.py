@@ -169,8 +169,7 @@ def test_recovery_finds_more_of_what_the_parent_found(pruning, tmp_path, monkeyp
     write_captioner(tmp_path / "finder", model, tokenizer, preprocessing)
     gone = 48 * prices.savings(model, prices.PRICES["macs"])["concept", "alignment"]
     share = {"concepts": 1 - gone / prices.macs(model), "encoder": 0.6}[parts[0]]
-    # In fp32: the odds of an extractor that was never trained differ by less than bf16 resolves.
-    given = {"macs": share, "parts": parts, "batch_images": 8, "recover_epochs": 0.0, "recover_encoder_epochs": 0.0, "precision": "fp32"}
+    given = {"macs": share, "parts": parts, "batch_images": 8, "recover_epochs": 0.0, "recover_encoder_epochs": 0.0}
     parent = Artifact(tmp_path / "finder")
     both = [cut(parent, Prune(**given, recover_concepts_epochs=0.0), here)]
     both.append(cut(parent, Prune(**given, recover_concepts_epochs=60.0), context("recovered")))

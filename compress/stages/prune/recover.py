@@ -5,6 +5,8 @@ parent says."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -63,7 +65,8 @@ def recover_encoder(model: LightCap, parent: Artifact, settings: dict, config: P
 
 def recover_concepts(model: LightCap, parent: Artifact, settings: dict, config: Prune, seed: int, label: str, context: Context) -> None:
     """Minimises the binary cross-entropy of each concept's odds against the parent's, each by the grid of its own encoder. The odds choose
-    what the fusion is told of a picture, and no derivative of its own loss would come back through that choice."""
+    what the fusion is told of a picture, and no derivative of its own loss would come back through that choice. In fp32, as they choose:
+    where odds differ by less than bf16 resolves, recovery by it stays behind."""
     if config.recover_concepts_epochs == 0:
         return
     data = context.data.split("train")
@@ -79,10 +82,11 @@ def recover_concepts(model: LightCap, parent: Artifact, settings: dict, config: 
         rows = rows_of(step)
         whole, mine = (torch.from_numpy(features[rows]).to(where).float() for features in (known, seen))
         with torch.no_grad():
-            goal = own.concept_scores(whole).float().sigmoid()
-        return concept_loss(model.concept_scores(mine).float(), goal)
+            goal = own.concept_scores(whole).sigmoid()
+        return concept_loss(model.concept_scores(mine), goal)
 
     groups = [Group(list(model.alignment.parameters()), config.concepts_learning_rate)]
+    config = dataclasses.replace(config, precision="fp32")
     fit(nn.ModuleDict({"alignment": model.alignment}), groups, steps, loss_of, config, seed, context.work, label, context.progress)
     model.cpu()
 
