@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from compress import ledger
 from compress.artifact import Artifact, read_json
 from compress.errors import LightcapError, UsageError
 
@@ -30,6 +31,16 @@ def finished(folder: Path, measuring: str | None = None) -> bool:
 def noted(folder: Path) -> dict:
     """An artifact's lock.json. ModelError where it cannot be read."""
     return read_json(folder / "lock.json")
+
+
+def last_made(out: Path) -> dict[str, dict]:
+    """What the lock of each artifact is over, by name, that the ledger of a run's folder names and that is still there."""
+    found = {}
+    with contextlib.suppress(LightcapError):
+        for row in ledger.read(out / "ledger.jsonl"):
+            with contextlib.suppress(LightcapError, KeyError):
+                found[row["name"]] = noted(out / row["artifact"])["parts"]
+    return found
 
 
 def durations(cache: Path) -> dict[str, list[tuple[float, float]]]:

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -99,6 +99,48 @@ def of_stages(recipe: Recipe, data: CaptionSet, threads: int, processes: int = 1
         found[stage.name] = parts(recipe, stage, locks, trained, threads, processes=processes, measured=measured)
         locks[stage.name] = digest(found[stage.name])
     return found
+
+
+def differences(recipe: Recipe, before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> dict[str, list[str]]:
+    """What the lock of each stage is over (`now`, by name) that it was not before, a short phrase each: `threads 2 -> 1`. A stage that
+    either lacks is left out, and so are the locks of earlier stages, which have reasons of their own: nothing may be left to say."""
+    now = json.loads(json.dumps(now))  # as `before` was read
+    names = [{digest(of): name for name, of in known.items()} for known in (before, now)]
+    both = [stage.name for stage in recipe.stages if stage.name in before and stage.name in now]
+    return {name: list(_differences(before[name], now[name], names)) for name in both}
+
+
+def _differences(before: Mapping, now: Mapping, names: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    before, now = ({"processes": 1} | dict(known) for known in (before, now))
+    if before["kind"] != now["kind"]:
+        yield f"{before['kind']} -> {now['kind']}"
+        return
+    for key in (key for key in before | now if before.get(key) != now.get(key)):
+        old, new = before.get(key), now.get(key)
+        if key in ("parent", "teachers", "against"):
+            old, new = ([known.get(name, name[:12]) for name in ([of] if isinstance(of, str) else of or ())]
+                        for known, of in zip(names, (old, new), strict=True))
+            key = "from" if key == "parent" else key
+            if old == new:
+                continue
+        if key in ("settings", "student", "versions"):
+            yield from (f"{name} {_said(old.get(name))} -> {_said(new.get(name))}" for name in old | new if old.get(name) != new.get(name))
+        elif key == "files":
+            old, new = old or {}, new or {}
+            yield from (f"the file of '{name}'" for name in old | new if old.get(name) != new.get(name))
+        elif key == "sources":
+            others = [name for name in old | new if old.get(name) != new.get(name)]
+            yield f"the code of {', '.join(others[:3])}" + (f" and {len(others) - 3} more modules" if len(others) > 3 else "")
+        elif key == "data":
+            yield "the training images or their captions"
+        elif key == "images":
+            yield "the images that are measured on, or their captions"
+        else:
+            yield f"{key} {_said(old)} -> {_said(new)}"
+
+
+def _said(value) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def read_of_student(stage: Stage, student: Student) -> Sequence[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from compress import artifact, ledger, lock, making, recipe
 from compress.artifact import Artifact
-from compress.cache import cache_of, durations, expected_seconds, finished, noted
+from compress.cache import cache_of, durations, expected_seconds, finished, last_made, noted
 from compress.config import Recipe, Stage
 from compress.context import Progress
 from compress.errors import DataError, GateError, LightcapError, ModelError, StageError, UsageError
@@ -57,9 +57,10 @@ class Result:
 
 
 def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict:
-    """What `run` would do: each stage with its lock, whether it is cached, whether its numbers are, too (another split, or what a change
-    of the code reaches, is measured again), the 1e12 multiply-accumulates it takes to make and evaluate (None: not written down), and the
-    seconds it took, or may take as stages of its kind did here (None: none has run).
+    """What `run` would do: each stage with its lock, whether it is cached, whether its numbers are, too (another split, or what a change of
+    the code reaches, is measured again), the 1e12 multiply-accumulates it takes to make and evaluate (None: not written down), the seconds
+    it took, or may take as stages of its kind did here (None: none has run), and, of what is not cached, what is `changed` since the
+    folder's ledger was written (as `lock.differences`).
 
     Nothing is written but what reading the captions caches; torch is imported only to count what is not cached. With `imagine`, captions
     that are not there are counted as COCO's: locks are None then, and `imagined` says so.
@@ -76,6 +77,7 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
     stages, known, counted = [], durations(cache), None
     parts = {} if data is None else lock.of_stages(wanted, data, thread_count())
     names = {stage: lock.digest(of) for stage, of in parts.items()}
+    changed = lock.differences(wanted, last_made(out), parts)
     for stage in wanted.stages:
         name = names.get(stage.name)
         cached = name is not None and finished(cache / name)
@@ -89,6 +91,7 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
             tmacs = counted[stage.name]
             seconds = expected_seconds(known.get(stage.kind, ()), tmacs)
         known_now = {"cached": cached, "measured": measured, "lock": name, "tmacs": tmacs, "seconds": seconds}
+        known_now["changed"] = [] if cached else changed.get(stage.name, [])
         stages.append({"stage": stage.kind, "name": stage.name} | known_now)
     return {"recipe": wanted.name, "digest": recipe.digest(wanted), "stages": stages} | said
 
@@ -149,14 +152,14 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     if run_.data.left_out:
         run_.progress.log(run_.data.left_out)
     stage = run_.recipe.stages[0]
-    earlier = _earlier(run_, parts)
+    earlier, changed = _earlier(run_, parts), lock.differences(run_.recipe, last_made(run_.out), parts)
     (run_.out / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
     try:
         if run_.stages is None:
             _find_weights(run_.recipe, [stage for stage in run_.recipe.stages if not finished(run_.cache / lock.digest(parts[stage.name]))])
         for number, stage in enumerate(run_.recipe.stages, start=1):
             label = f"[{number}/{len(run_.recipe.stages)}] {stage.name}"
-            row, built = _stage_row(run_, stage, label, parts[stage.name], artifacts)
+            row, built = _stage_row(run_, stage, label, parts[stage.name], artifacts, "; ".join(changed.get(stage.name, ())))
             artifacts[stage.name] = Artifact(run_.cache / row["lock"]).check()
             if not seen and stage.kind != "pretrained":  # the first image encoder of our own
                 seen = True
@@ -227,8 +230,9 @@ def _save(run_: making.Run, rows: list[dict]) -> None:
     ledger.write(run_.out / "ledger.jsonl", rows)
 
 
-def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, artifacts: Mapping) -> tuple[dict, bool]:
-    """The ledger row of a stage, and whether it was made now. Two runs that want the same artifact at once make it once."""
+def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, artifacts: Mapping, changed: str = "") -> tuple[dict, bool]:
+    """The ledger row of a stage, and whether it was made now, since something is `changed`. Two runs that want the same artifact at once
+    make it once."""
     name = lock.digest(lock_parts)
     target = run_.cache / name
 
@@ -241,7 +245,8 @@ def _stage_row(run_: making.Run, stage: Stage, label: str, lock_parts: dict, art
     if not finished(target, wanted):
         with only_writer(run_.cache / f"{name}.writer", wait):
             if not finished(target, wanted):
-                run_.progress.log(f"{label}: {stage.kind}" + (", measured anew" if finished(target) else ""))
+                why = ", measured anew" if finished(target) else f", made anew ({changed})" if changed else ""
+                run_.progress.log(f"{label}: {stage.kind}{why}")
                 making.build(run_, stage, lock_parts, target, artifacts, wanted)
                 built = True
     if not built:

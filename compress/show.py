@@ -34,7 +34,17 @@ def plan(planned: Mapping) -> Group:
         last = f"{len(waiting)} stages to do; times appear once a stage of the kind, and near in size, has run here"
     note = "TMACs: 1e12 multiply-accumulates, counted on the architectures, to make the artifact and to evaluate it"
     drawn = _table(("name", "stage", "", "TMACs", "time", "lock"), rows, title=planned["recipe"])
-    return Group(drawn, last, note, *([planned["imagined"]] if "imagined" in planned else []))
+    return Group(drawn, *_changed(planned["stages"]), last, note, *([planned["imagined"]] if "imagined" in planned else []))
+
+
+def _changed(stages: Sequence[Mapping]) -> list[str]:
+    """A line for each difference from what the run's folder was last made by, with the stages that it reaches first."""
+    reached: dict[str, list[str]] = {}
+    for stage in stages:
+        for what in stage["changed"]:
+            reached.setdefault(what, []).append(stage["name"])
+    return [f"changed since the last run: {what} ({', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''})"
+            for what, names in reached.items()]
 
 
 HEADINGS = ("name", "CIDEr [95 %]", "delta [95 %]", "params", "GMACs", "MB", "ms (parent)")

@@ -105,7 +105,7 @@ def test_plan_of_a_shipped_recipe_without_its_photos(lightcap, tmp_path):
 
 def test_plan_says_times_in_a_unit_that_can_be_read(capsys):
     seconds = {99.4: "about 99 s", 99.6: "about 2 min", 5900: "about 98 min", 40_000: "about 11 h", 3_732_720: "about 43 days"}
-    stage = {"stage": "train", "lock": None, "cached": False, "measured": False, "tmacs": 1.0}
+    stage = {"stage": "train", "lock": None, "cached": False, "measured": False, "tmacs": 1.0, "changed": []}
     planned = {"recipe": "mine", "stages": [stage | {"name": str(length), "seconds": length} for length in seconds]}
     answer.print_drawn(show.plan(planned))
     output = capsys.readouterr().out

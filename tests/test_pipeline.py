@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import compress
-from compress import artifact, ledger, lock, making, pipeline, process
+from compress import answer, artifact, ledger, lock, making, pipeline, process, show
 from compress.artifact import Artifact
 from compress.context import Progress
 from compress.data import CaptionSet
@@ -217,6 +217,42 @@ def test_what_was_noted_of_an_artifact_and_is_broken_is_named(tmp_path):
     said.write_text("[")
     with pytest.raises(ModelError, match="captions.val.json: is not JSON"):
         pipeline.ledger.captions(tmp_path / "runs/chain", dict(result.rows[3]) | {"split": "val"})
+
+
+def test_plan_and_run_say_why_a_stage_is_made_anew(tmp_path, monkeypatch, capsys):
+    go(tmp_path)
+    lines = []
+    monkeypatch.setattr(Progress, "log", lambda progress, line: lines.append(line))
+
+    def changed(text=RECIPE, *settings, data=None):
+        planned = pipeline.plan(read(tmp_path, text, *settings), tmp_path / "runs/chain", data=data or captions())
+        assert not any(stage["cached"] and stage["changed"] for stage in planned["stages"])
+        return {stage["name"]: stage["changed"] for stage in planned["stages"] if not stage["cached"]}
+
+    assert changed() == {}
+    assert changed(RECIPE, "pruned.macs=0.5") == {"pruned": ["macs 0.7 -> 0.5"], "export": []}  # export: as its parent is another
+    assert changed(RECIPE, "seed=4")["teacher"] == ["seed 3 -> 4"]
+    assert changed(RECIPE.replace("from: teacher, seed: 18", "from: teacher, seed: 18, epochs: 2"))["student"] == []
+    moved = changed(RECIPE.replace("  - prune: {", "  - prune: {from: teacher, "))
+    assert moved == {"pruned": ["from student -> teacher"], "export": []}
+    taught = changed(RECIPE.replace("[teacher, teacher-2]", "[teacher-2, teacher]"))
+    assert taught["student"] == ["teachers teacher, teacher-2 -> teacher-2, teacher"]
+    kind = changed(RECIPE.replace("prune: {as: pruned, macs: 0.7, max_drop_cider: 2.0}", "vocabulary: {as: pruned}"))
+    assert kind["pruned"] == ["prune -> vocabulary"]
+    others = dataclasses.replace(captions(), fingerprint="e" * 64)
+    assert changed(data=others)["teacher"] == ["the training images or their captions"]
+    monkeypatch.setattr(pipeline, "thread_count", lambda: 7)
+    threads = changed()
+    assert len(threads) == 5 and len({tuple(one) for one in threads.values()}) == 1
+    assert threads["teacher"] == [f"threads {process.thread_count()} -> 7"]
+    answer.print_drawn(show.plan(pipeline.plan(read(tmp_path), tmp_path / "runs/chain", data=captions())))
+    assert f"changed since the last run: {threads['teacher'][0]} (teacher, teacher-2 and 3 more)" in capsys.readouterr().out
+
+    go(tmp_path)
+    assert lines[0].startswith("[1/5] teacher: train, made anew (threads ") and lines[0].endswith(" -> 7)"), lines
+    lines.clear()
+    go(tmp_path)
+    assert lines[0] == "[1/5] teacher: cached"
 
 
 def test_plan_says_what_is_cached(tmp_path):
