@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 
 import pytest
 import torch
@@ -136,4 +137,9 @@ def test_a_step_that_loses_too_much_is_taken_back(pruning, monkeypatch, drops, s
     made = LightCap.from_pretrained(here.output)
     share = prices.parameters(made) / prices.parameters(model)
     assert share <= 0.8 if steps == 2 else 0.8 < share <= 0.9
+    said, whole = json.loads((here.output / "target.json").read_text()), prices.parameters(model)
+    assert said == {
+        "target": "met" if steps == 2 else "not met", "steps": steps, "of": 2,
+        "params": {"parent": whole, "wanted": pytest.approx(0.8 * whole), "reached": prices.parameters(made)},
+    }
     assert Artifact(here.output).digest() == Artifact(here.work / f"step-{steps}").digest()

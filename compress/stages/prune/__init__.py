@@ -31,10 +31,11 @@ from students.lightcap import LightCap
 from students.lightcap.dropout import set_dropout
 
 SENSITIVITY = "sensitivity.json"  # part: how far captions' distributions move without half of what can leave there, in nats a piece
+TARGET = "target.json"  # `Target.reached`
 
 
 def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
-    """Writes the pruned captioner; its shapes stand in config.json."""
+    """Writes the pruned captioner; its shapes stand in config.json, and what it reached of the target in target.json."""
     seed = context.seed
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
@@ -48,7 +49,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
     moves = factors = taught = good = before = None
     encoder_cut = concepts_moved = False
     whole = units(model, config.parts)
-    gated = config.steps > 1 and config.max_drop_cider is not None
+    gated, kept = config.steps > 1 and config.max_drop_cider is not None, 0
     for step in range(1, config.steps + 1):
         label = f"{context.stage.name} {step}/{config.steps}"
         chosen: Sequence[Block] = ()
@@ -85,7 +86,9 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
                     model, _, _ = read_captioner(good.path)
                 break
             good = made
+        kept = step
     write_captioner(context.output, model, tokenizer, settings)
+    write_json(context.output / TARGET, target.reached(model, max(kept, 1), config.steps))
     if config.ratios == "sensitivity" and moves is not None:
         write_json(context.output / SENSITIVITY, moves)
     return Artifact(context.output)

@@ -82,6 +82,11 @@ class Target:
         measured = ((aim, aim.measure(model)) for aim in self.aims)
         return {aim: value for aim, value in measured if value > aim.at(share)}
 
+    def reached(self, model: LightCap, steps: int, of: int) -> dict:
+        """What is to be known of a model that has `steps` of the way's `of` behind it: whether they are all, and each measure."""
+        measures = {aim.name: {"parent": aim.before, "wanted": aim.wanted, "reached": aim.measure(model)} for aim in self.aims}
+        return {"target": "met" if steps == of else "not met", "steps": steps, "of": of} | measures
+
     def describe(self, model: LightCap) -> str:
         return "; ".join(aim.describe(model) for aim in self.aims) or f"{parameters(model):,.0f} parameters"
 
