@@ -346,5 +346,7 @@ def test_undistilled(tmp_path):
     rows = {row["name"]: row for row in lightcap("run", "undistilled", *settings(UNDISTILLED), cwd=tmp_path)["ledger"]}
     assert rows["plain"]["params"] == rows["student"]["params"] and rows["plain-cider-19"]["delta_ci95"] is not None
     gained = {row["name"]: row for row in benchmark("gains", "runs/undistilled", "--json", cwd=tmp_path)["rows"]}
-    assert gained["plain-cider"]["seeds"] == gained["student-cider-1"]["seeds"] == 3
-    assert gained["plain-cider"]["against"] == "student-cider-1"
+    assert gained["student-cider-1"]["seeds"] == 3
+    for name in ("plain-cider", "alone-cider"):
+        assert (gained[name]["seeds"], gained[name]["against"], gained[name]["against_seeds"]) == (3, "student-cider-1", 3)
+    assert rows["alone-cider"]["params"] > rows["student"]["params"]  # whole feed-forward layers: in its favour
