@@ -35,7 +35,7 @@ TARGET = "target.json"  # `Target.reached`
 
 
 def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
-    """Writes the pruned captioner; its shapes stand in config.json, and what it reached of the target in target.json."""
+    """Writes the pruned captioner; its shapes stand in config.json, and what it reached of a target in target.json."""
     seed = context.seed
     model, tokenizer, settings = read_captioner(parent.path)
     set_dropout(model, config.dropout)
@@ -88,7 +88,8 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
             good = made
         kept = step
     write_captioner(context.output, model, tokenizer, settings)
-    write_json(context.output / TARGET, target.reached(model, max(kept, 1), config.steps))
+    if target.aims:
+        write_json(context.output / TARGET, target.reached(model, max(kept, 1), config.steps))
     if config.ratios == "sensitivity" and moves is not None:
         write_json(context.output / SENSITIVITY, moves)
     return Artifact(context.output)
