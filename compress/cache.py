@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compress import ledger
 from compress.artifact import Artifact, read_json
 from compress.errors import LightcapError, UsageError
 
@@ -33,13 +32,12 @@ def noted(folder: Path) -> dict:
     return read_json(folder / "lock.json")
 
 
-def last_made(out: Path) -> dict[str, dict]:
-    """What the lock of each artifact is over, by name, that the ledger of a run's folder names and that is still there."""
+def last_made(out: Path, rows: Sequence[Mapping]) -> dict[str, dict]:
+    """What the lock of each artifact that `rows` of a run's folder name is over, by name, where it is still there."""
     found = {}
-    with contextlib.suppress(LightcapError):
-        for row in ledger.read(out / "ledger.jsonl"):
-            with contextlib.suppress(LightcapError, KeyError):
-                found[row["name"]] = noted(out / row["artifact"])["parts"]
+    for row in rows:
+        with contextlib.suppress(LightcapError, KeyError):
+            found[row["name"]] = noted(out / row["artifact"])["parts"]
     return found
 
 

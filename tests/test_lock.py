@@ -359,3 +359,29 @@ def test_the_version_of_a_package_with_weights_is_in_the_lock(tmp_path, monkeypa
             patch.setattr(sources.importlib.metadata, "version", lambda name, package=package: "9.9" if name == package else real(name))
             assert not set(locks_of(tmp_path, text).values()) & set(base.values())
             assert locks_of(tmp_path) == without
+
+
+def test_what_two_locks_differ_in_is_said(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    recipe = read_recipe(tmp_path / "r.yaml")
+    before = lock.of_stages(recipe, RINGS, 2)
+
+    def said(**parts) -> list[str]:
+        now = before | {"teacher": before["teacher"] | parts}
+        found = lock.differences(recipe, before, now)
+        assert set(found) == {"teacher", "student", "small"} and found["student"] == found["small"] == []
+        return found["teacher"]
+
+    teacher = before["teacher"]
+    assert said() == []
+    assert said(versions=teacher["versions"] | {"numpy": "0.1"}) == [f"numpy {teacher['versions']['numpy']} -> 0.1"]
+    assert said(student=teacher["student"] | {"heads": None}) == ["heads 1 -> none"]
+    assert said(files={"vocabulary": "1"}) == ["the file of 'vocabulary'"]
+    assert said(processes=4) == ["processes 1 -> 4"]
+    assert said(images="1") == ["the images that are measured on, or their captions"]
+    modules = list(teacher["sources"])
+    assert said(sources=teacher["sources"] | {modules[0]: "1"}) == [f"the code of {modules[0]}"]
+    assert said(sources=dict.fromkeys(modules, "1")) == [
+        f"the code of {', '.join(modules[:3])} and {len(modules) - 3} more modules"]
+    assert said(seed=4, threads=1) == ["seed 3 -> 4", "threads 2 -> 1"]
+    assert lock.differences(recipe, {}, before) == {} == lock.differences(recipe, before, {})

@@ -49,7 +49,7 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
     moves = factors = taught = good = before = None
     encoder_cut = concepts_moved = False
     whole = units(model, config.parts)
-    gated, kept = config.steps > 1 and config.max_drop_cider is not None, 0
+    gated = config.steps > 1 and config.max_drop_cider is not None
     for step in range(1, config.steps + 1):
         label = f"{context.stage.name} {step}/{config.steps}"
         chosen: Sequence[Block] = ()
@@ -84,12 +84,12 @@ def run(parent: Artifact, config: Prune, context: Context) -> Artifact:
                 if good is not None:
                     context.progress.log(f"{label}: taken back, so the target is not reached")
                     model, _, _ = read_captioner(good.path)
+                    step -= 1
                 break
             good = made
-        kept = step
     write_captioner(context.output, model, tokenizer, settings)
     if target.aims:
-        write_json(context.output / TARGET, target.reached(model, max(kept, 1), config.steps))
+        write_json(context.output / TARGET, target.reached(model, step, config.steps))
     if config.ratios == "sensitivity" and moves is not None:
         write_json(context.output / SENSITIVITY, moves)
     return Artifact(context.output)
