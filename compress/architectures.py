@@ -43,6 +43,15 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
     return models
 
 
+def encoders(recipe: Recipe) -> dict[str, str]:
+    """By name of the stage, the one that last changed its encoder ("" where none has): stages of the same have the same encoder."""
+    found: dict[str, str] = {}
+    for stage in recipe.stages:
+        if stage.kind != "pretrained":
+            found[stage.name] = _encoder(recipe, stage, found)
+    return found
+
+
 def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapConfig], vocabulary: int) -> LightCapConfig:
     config = stage.config
     parent = models.get(stage.parent)
@@ -61,6 +70,8 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
             model = dataclasses.replace(model, mask_piece=MASK)
         if isinstance(config, Train):
             _check_reads(config, model)
+            if config.zero_layers > model.layers:
+                raise ValueError(f"zero_layers: {config.zero_layers} of {model.layers}; name no more than there are")
     else:
         model = parent
         if isinstance(config, Train):
@@ -87,16 +98,16 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
 
 def _encoder(recipe: Recipe, stage: Stage, encoders: Mapping[str, str]) -> str:
     """The stage that last changed the encoder of what `stage` makes; "" where that is still the pretrained one. ValueError for a teacher
-    with another encoder than its student, whose grid it reads."""
+    that would read the grid of another encoder than its own, its student's."""
     config = stage.config
     if isinstance(config, Distill) and config.teachers[0] in encoders:
         first = stage.parent or config.teachers[0]
         for teacher in config.teachers:
-            if encoders[teacher] != encoders[first]:
+            if not config.anew and encoders[teacher] != encoders[first]:
                 own, other = (f"that of '{encoders[name]}'" if encoders[name] else "the pretrained one" for name in (first, teacher))
                 raise ValueError(f"teacher '{teacher}' would read grids of another encoder, {own}, than its own, {other}; name teachers "
-                                 "that share their student's encoder")
-        return encoders[first]
+                                 "that share their student's encoder, or have each see for itself (flip, crop, or encoder: tuned)")
+        return stage.name if config.encoder == "tuned" else encoders[first]
     changes = (isinstance(config, Encoding) and config.encoder == "tuned") or (isinstance(config, Prune) and cuts_encoder(config))
     averaged = isinstance(config, Average) and {encoders[name] for name in config.others} != {encoders[stage.parent]}
     if changes or averaged:

@@ -110,6 +110,7 @@ class Train(Encoding):
     objective: str | None = None  # causal, if it starts anew
     extractor: str | None = None  # the stage whose image encoder and concept extractor a new captioner takes
     modulator: int | None = None  # inner width; 0: none
+    zero_layers: int = 0  # a new captioner's first ones, which start as if they were not there, whatever the checkpoint holds
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
     grid_dropout: float = 0.0  # of the features of the grid
     consensus: float = 0.0  # 0 to 1: the share of a caption's weight that is its CIDEr-D against its image's other captions, over the mean
@@ -119,10 +120,10 @@ class Train(Encoding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(Optimisation):
+class Distill(Encoding):
     """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher. Of teachers that are
     `pretrained`, whose layers and encoders are not a student's, it learns the captions that they wrote (or, without `captions`, people's),
-    and of those that have its word pieces the tokens."""
+    and of those that have its word pieces the tokens. A tuned encoder learns with it; teachers see what it sees."""
 
     teachers: tuple[str, ...] = ()
     extractor: str | None = None  # of `pretrained` teachers: the stage whose image encoder and concept extractor a new student takes
@@ -137,8 +138,14 @@ class Distill(Optimisation):
     temperature: float = 1.0  # of the teachers' and the student's distributions
     top_k: int = 16  # pieces of a teacher's distribution that are kept; the rest is one class
     token_weight: float = 0.8  # of the teachers' tokens; the captions' own have what is left to 1
+    concept_weight: float = 0.0  # of finding concepts as the teachers do, while the encoder is tuned
     hidden_weight: float = 1.0
     attention_weight: float = 1.0
+
+    @property
+    def anew(self) -> bool:
+        """Whether pictures are encoded in every step, and teachers asked of them then."""
+        return self.encoder == "tuned" or self.flip or self.crop > 0
 
     @property
     def asks_tokens(self) -> bool:
@@ -263,6 +270,7 @@ CHOICES = {  # of presets and encoders, those of students/lightcap, whose import
     ("data", "source"): ("scenes", "karpathy", "coco", "flickr8k", "datasets"),
     ("concepts", "encoder"): ("frozen", "tuned"),
     ("train", "encoder"): ("frozen", "tuned"),
+    ("distill", "encoder"): ("frozen", "tuned"),
     ("train", "objective"): ("causal", "masked"),
     ("distill", "init"): ("teacher", "weights", "random"),
     ("distill", "ensemble"): ("each", "all", "running"),
@@ -313,6 +321,7 @@ RANGES = {
     "label_smoothing": PART,
     "dropout": PART,
     "grid_dropout": PART,
+    "zero_layers": NOT_NEGATIVE,
     "crop": PART,
     "clip_norm": ABOVE_ZERO,
     "match_epochs": NOT_NEGATIVE,

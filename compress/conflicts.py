@@ -52,6 +52,8 @@ def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
         for key in ("fusion_weights", "modulator"):
             if getattr(config, key) is not None:
                 yield key, f"is of a new captioner, but this stage goes on from '{parent}'; leave it out"
+        if config.zero_layers:
+            yield "zero_layers", f"are of a new captioner, but this stage goes on from '{parent}'; leave it out"
     elif not config.extractor:
         if config.modulator:
             yield "modulator", "is steered by concepts, but this captioner reads none (extractor: NAME gives it some)"
@@ -98,6 +100,10 @@ def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
         for key in ("token_weight", "temperature", "top_k"):
             if getattr(config, key) != getattr(Distill, key):
                 yield key, "is of matching tokens; add tokens to 'match', or leave it out"
+    if config.encoder != "tuned" and config.concept_weight:
+        yield "concept_weight", "is of an extractor that is trained with the encoder: set encoder: tuned, or leave it out"
+    if config.encoder != "tuned" and config.encoder_learning_rate != Encoding.encoder_learning_rate:
+        yield "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned, or leave it out"
     for of in ("hidden", "attention"):
         if getattr(config, f"{of}_weight") != getattr(Distill, f"{of}_weight") and of not in config.match:
             yield f"{of}_weight", f"is of matching {of}; add {of} to 'match', or leave it out"
@@ -112,7 +118,7 @@ def against_teachers(config: Distill, teachers: Sequence[str], others: Sequence[
         yield "match", f"captions are what pretrained teachers wrote, and '{own}' was trained here: match tokens, hidden or attention"
     if others and not set(config.match) <= {"captions", "tokens"}:
         yield "match", f"of '{others[0]}' there are captions, and tokens of BLIP and GIT (pretrained): match: [captions, tokens], or one"
-    for key in ("ffn_share", "hidden_weight", "attention_weight", "match_epochs"):
+    for key in ("ffn_share", "hidden_weight", "attention_weight", "concept_weight", "match_epochs"):
         if others and getattr(config, key) != getattr(Distill, key):
             yield key, f"is of a teacher's layers, and of '{others[0]}' none are seen (pretrained): leave it out"
     if others and new and config.init == "teacher":

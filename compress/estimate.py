@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.architectures import architectures
+from compress.architectures import architectures, encoders
 from compress.config import Concepts, Distill, Prune, Quantize, Recipe, Scst, Stage, Train
 from compress.conflicts import cuts_encoder, moves_concepts
 from compress.cost import TOKENS, Macs, count_macs
@@ -47,14 +47,14 @@ def tmacs(recipe: Recipe, data: CaptionSet | None) -> dict[str, float | None]:
     captioner, whose sizes are its own. RecipeError as `architectures`."""
     amount = COCO if data is None else Amount.of(data, recipe.data.val_split)
     models = architectures(recipe, amount.vocabulary)
-    spent = {}
+    sights, spent = encoders(recipe), {}
     for stage in recipe.stages:
         if stage.kind == "pretrained":
             spent[stage.name] = None
             continue
         config = models[stage.name]
         macs = count_macs(config)
-        spent[stage.name] = (making(stage, config, macs, models, amount) + evaluating(stage, macs, amount)) / 1e12
+        spent[stage.name] = (making(stage, config, macs, models, sights, amount) + evaluating(stage, macs, amount)) / 1e12
     return spent
 
 
@@ -64,8 +64,10 @@ def evaluating(stage: Stage, macs: Macs, amount: Amount) -> float:
     return amount.evaluated * (macs.encoder + macs.concepts + steps)
 
 
-def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, LightCapConfig], amount: Amount) -> float:
-    """Training, and what it is prepared by."""
+def making(
+    stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, LightCapConfig], sights: dict[str, str], amount: Amount
+) -> float:
+    """Training, and what it is prepared by. `sights`: whose encoder each stage's captioner has."""
     known, settings = macs.encoder + macs.concepts, stage.config
     passes = getattr(settings, "epochs", 0.0)
     pack = language(config, amount, amount.captions, amount.words)
@@ -88,6 +90,13 @@ def making(stage: Stage, config: LightCapConfig, macs: Macs, models: dict[str, L
         shown = language(models[settings.teachers[0]], amount, amount.captions, amount.words)
         beside = min(settings.match_epochs, passes) * shown if {"hidden", "attention"} & set(settings.match) else 0.0
         pack = language(config, amount, amount.captions, amount.words, config.heads)
+        if settings.anew:
+            own = (3 if settings.encoder == "tuned" else 1) * macs.encoder + (4 if settings.concept_weight else 1) * macs.concepts
+            named = settings.teachers if settings.asks_tokens else settings.teachers[:1]
+            others = {sights[name]: count_macs(models[name]).encoder for name in named if sights[name] != sights[stage.name]}
+            finding = (1 + bool(settings.concept_weight)) * sum(count_macs(models[name]).concepts for name in named)
+            each = own + sum(others.values()) + finding + 3 * pack + (sum(taught) if settings.asks_tokens else 0.0)
+            return amount.images * (passes * each + beside)
         return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if settings.asks_tokens else 0.0))
     if isinstance(settings, Scst):
         drawn = macs.prefix + (settings.samples + (settings.baseline == "greedy")) * (macs.steps + macs.attention)

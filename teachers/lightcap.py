@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from students.lightcap import LightCap
 from students.lightcap.tokenizer import pieces_of, read_tokenizer
@@ -32,7 +32,19 @@ class LightCapTeacher:
         self.model.to(where)
         return self
 
-    @torch.inference_mode()
+    @property
+    def encoder(self) -> nn.Module:
+        return self.model.encoder
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        return self.model.encode(pictures)
+
+    @torch.no_grad()
+    def concept_scores(self, grid: Tensor) -> Tensor:
+        return self.model.concept_scores(grid)
+
+    @torch.no_grad()
     def logits(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, real: Tensor) -> Tensor:
         return self.model.heads(self.model.states(grid, tokens, positions, mask)[real], self.model.word)
 

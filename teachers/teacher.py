@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Teacher(Protocol):
     """A captioner that scores given captions. `vocabulary` lists its word pieces by id: distilling tokens needs them equal to the
-    student's (equal sizes do not make equal vocabularies). `prefix` is the number of tokens before the caption,
-    `mask_piece` the id of [MASK] in a model that predicts the piece under it (None: it predicts the next)."""
+    student's (equal sizes do not make equal vocabularies). `encoder` makes the grid that it reads; `prefix` is the number of tokens before
+    the caption, `mask_piece` the id of [MASK] in a model that predicts the piece under it (None: it predicts the next)."""
 
     vocabulary: tuple[str, ...]
+    encoder: nn.Module
     hidden: int
     layers: int
     prefix: int
@@ -30,6 +31,14 @@ class Teacher(Protocol):
 
     def to(self, where: torch.device) -> Teacher:
         """Moves to a device, and returns itself."""
+        ...
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Preprocessed pictures (B, 3, S, S) -> grid (B, G, channels)."""
+        ...
+
+    def concept_scores(self, grid: Tensor) -> Tensor:
+        """grid (B, G, channels) -> log-odds (B, count) that the picture shows each concept."""
         ...
 
     def logits(self, grid: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, real: Tensor) -> Tensor:

@@ -418,9 +418,8 @@ def test_heads_are_taught_at_a_temperature():
     states, batch = torch.randn(3, 32), pack(Captions.of([[[2, 5, 7, 3]]]), [0])
     teachers = torch.randn(2, 3, 12)
     best, ids = (teachers / 2.0).softmax(-1).topk(12, dim=-1)
-    taught = [(ids[i].numpy(), best[i].numpy()) for i in range(2)]
     goal = distillation.Goal(("tokens",), temperature=2.0)
-    found = distillation.head_loss(model, states, batch, taught, goal, 0.1)
+    found = distillation.head_loss(model, states, batch, (ids, best), goal, 0.1)
     said = F.linear(model.heads.branch_states(states), model.word, model.heads.bias) / 2.0
     pairs = zip(said.log_softmax(-1), (teachers / 2.0).log_softmax(-1), strict=True)
     wanted = torch.stack([F.kl_div(mine, theirs, log_target=True, reduction="batchmean") for mine, theirs in pairs]).mean()

@@ -108,6 +108,10 @@ def test_epochs_are_passes(tmp_path, data):
     two, each = spent["student"], language(config, Amount(30, 2.0, 4.0, 8, 1), 2.0, 4.0, 2)
     assert planned(tmp_path, data, "student.epochs=5")["student"] - two == pytest.approx(30 * 3 * each)
     assert planned(tmp_path, data, "student.teachers=[teacher]")["student"] == pytest.approx(two - 30 * once)
+    seen = planned(tmp_path, data, "matched.flip=true")["matched"]  # features and the teacher's tokens in each pass, not once ahead
+    assert seen - spent["matched"] == pytest.approx(30 * (4 - 1) * (encoder + once))
+    moved = planned(tmp_path, data, "matched.encoder=tuned")["matched"]  # two passes backward, and the teacher's own encoder
+    assert moved - seen == pytest.approx(30 * 4 * (2 + 1) * encoder)
     assert spent["pruned"] - spent["language"] == pytest.approx(30 * 3 * encoder)
     again = planned(tmp_path, data, "pruned.steps=3")["pruned"] - spent["pruned"]  # each step recovers, from features computed anew
     assert again == pytest.approx(2 * 30 * (encoder + 3 * 2 * each + 3 * encoder))

@@ -121,6 +121,31 @@ def test_the_sections_weights_begin_every_captioner_of_its_preset(monkeypatch, t
     assert taken == [None, "bert", "tiny", "bert", "scenes-student", None, "own", "tiny", "bert", "scenes-student"]
 
 
+def test_zeroed_layers_start_as_if_they_were_not_there():
+    torch.manual_seed(0)
+    model = LightCap(preset("tiny", vocabulary=30, dropout=0.0)).eval()
+    with torch.no_grad():
+        for name, weight in model.fusion.named_parameters():
+            weight.normal_(0, 1 if weight.dim() == 1 else weight.shape[1] ** -0.5) if name.startswith("layers.") else None
+    x, mask = F.layer_norm(torch.randn(2, 9, 32), (32,)), torch.ones(9, 9).tril().bool().view(1, 1, 9, 9)
+    with torch.no_grad():
+        whole = model.fusion(x, 4, mask=mask)[0]
+        train.silence(model.fusion.layers[:1])
+        found = model.fusion(x, 4, mask=mask)[0]
+        model.fusion.layers = model.fusion.layers[1:]
+        wanted = model.fusion(x, 4, mask=mask)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert (whole - wanted).abs().max() > 0.5
+
+
+def test_zeroed_layers_learn(run):
+    still, learned = (weights(run(f"{rate}", zero_layers=1, learning_rate=rate)) for rate in (1e-12, 1e-2))
+    for branch in ("output", "down"):
+        first, second = (f"fusion.layers.{layer}.{branch}.weight" for layer in range(2))
+        assert still[first].abs().max() < 1e-9 < 1e-2 < still[second].abs().max()
+        assert learned[first].abs().max() > 1e-3
+
+
 # ---- learning rates
 
 

@@ -19,15 +19,16 @@ from compress.config import Distill
 from compress.context import Context
 from compress.errors import RecipeError
 from compress.training.corpus import UNSEEN_BIAS, Corpus, check_tokenizer, corpus
-from compress.training.distillation import Goal, distil, feed_forward, teach
+from compress.training.distillation import Goal, distil, feed_forward
 from compress.training.features import device
+from compress.training.lessons import Lessons, asked, from_targets, teach
 from compress.training.loop import settled
 from compress.training.start import continued, new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
 from students.lightcap.bert import copy_layers
 from students.lightcap.tokenizer import pieces_of
 from teachers.layouts import WRITTEN
-from teachers.teacher import Teacher, load
+from teachers.teacher import load
 
 FOREIGN = "compress.foreign"  # not imported by its name: it is in the lock of the stage that brought the teacher, and what other students'
 # stages depend on is not the version of transformers
@@ -62,15 +63,20 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     if parent is None and config.init == "teacher":
         others = (None if source in sources[:index] else read_captioner(source.path)[0] for index, source in enumerate(sources) if index)
         start_from(model, [first, *others])  # None of a teacher that is named again
-    data = corpus(model, tokenizer, settings, context, beside={piece for teacher in teachers for piece in teacher.own_pieces()})
+    beside = {piece for teacher in teachers for piece in teacher.own_pieces()}
+    data = corpus(model, tokenizer, settings, context, config.anew, config.flip, config.crop, beside)
     for teacher in teachers:
         teacher.narrow(data.keep)
-    taught = None
-    if config.asks_tokens:
-        taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
-    guide = teachers[0] if {"hidden", "attention"} & set(config.match) else None
-    del first, teacher, teachers  # of several, large ones, only one is asked while the student is trained
-    return taught_by(taught, guide, model, tokenizer, settings, data, config, context)
+    guided = bool({"hidden", "attention"} & set(config.match))
+    if config.anew:
+        lessons = asked(model, data, teachers, settings, config, guided, context)
+    else:
+        taught = None
+        if config.asks_tokens:
+            taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
+        lessons = from_targets(model, data, taught, teachers[0] if guided else None)
+    del first, teacher, teachers  # of several, large ones, only those that are asked stay while the student is trained
+    return taught_by(lessons, model, tokenizer, settings, data, config, context)
 
 
 def of_finished(parent: Artifact | None, config: Distill, sources: Sequence[Artifact], context: Context) -> Artifact:
@@ -92,27 +98,26 @@ def of_finished(parent: Artifact | None, config: Distill, sources: Sequence[Arti
     if "captions" in config.match:
         written = [{item["image"]: item["caption"] for item in read_json(source.path / WRITTEN, list)} for source in sources]
         said = [[texts[example.image_id] for texts in written] for example in train.examples]
-    data = corpus(model, tokenizer, settings, context, said=said)
+    data = corpus(model, tokenizer, settings, context, config.anew, config.flip, config.crop, said=said)
     if config.asks_tokens:
         foreign = importlib.import_module(FOREIGN)
         chosen, pieces = settled(config.precision, device(), context.work, context.share), pieces_of(tokenizer)
         asked = chosen, config.top_k, config.temperature, context.cache
         taught = [foreign.targets(source, pieces, train, data, *asked, name, context.progress)
                   for name, source in zip(config.teachers, sources, strict=True)]
-    return taught_by(taught, None, model, tokenizer, settings, data, config, context)
+    return taught_by(from_targets(model, data, taught), model, tokenizer, settings, data, config, context)
 
 
 def taught_by(
-    taught: list | None, guide: Teacher | None, model: LightCap, tokenizer: Tokenizer, settings: dict, data: Corpus, config: Distill,
-    context: Context,
+    lessons: Lessons, model: LightCap, tokenizer: Tokenizer, settings: dict, data: Corpus, config: Distill, context: Context
 ) -> Artifact:
-    """Trains and writes `model`, by what its teachers say of `data` and by what `guide` shows."""
+    """Trains and writes `model`, by what its `lessons` tell of `data`."""
     full = model.word.detach().clone()
     model.narrow(data.keep)
-    weights = config.token_weight, config.hidden_weight, config.attention_weight
+    weights = config.token_weight, config.hidden_weight, config.attention_weight, config.concept_weight
     goal = Goal(config.match, config.match_epochs, config.temperature, *weights, config.ensemble)
     steps = data.steps(config.epochs, config.batch_images)
-    distil(model, data, taught, guide, goal, config, steps, context.seed, context.stage.name, context)
+    distil(model, data, lessons, goal, config, steps, context.seed, context.stage.name, context)
     model.widen(data.keep, full, UNSEEN_BIAS)
     if context.share.rank == 0:
         write_captioner(context.output, model, tokenizer, settings)

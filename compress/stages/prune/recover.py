@@ -17,8 +17,9 @@ from compress.config import Prune
 from compress.context import Context
 from compress.training.batches import image_batches, steps_of
 from compress.training.corpus import UNSEEN_BIAS, corpus, disturbed
-from compress.training.distillation import Goal, distil, teach
+from compress.training.distillation import Goal, distil
 from compress.training.features import device, grids, normalised, pixels, variance
+from compress.training.lessons import from_targets, teach
 from compress.training.loop import Group, fit
 from compress.training.mentions import concept_loss
 from compress.training.start import read_captioner
@@ -107,6 +108,6 @@ def recover_fusion(
     model.narrow(data.keep)
     goal = Goal(("tokens",), temperature=config.temperature, token_weight=config.token_weight)
     steps = data.steps(config.recover_epochs, config.batch_images)
-    distil(model, data, taught, None, goal, config, steps, seed, label, context)
+    distil(model, data, from_targets(model, data, taught), goal, config, steps, seed, label, context)
     model.widen(data.keep, full, UNSEEN_BIAS)
     return taught
