@@ -58,6 +58,8 @@ def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapCon
     if isinstance(config, Distill):
         model = _student(recipe, config, parent, models, vocabulary)
         _check_heads(config, model.heads)
+        if config.concept_weight:
+            _check_concepts(config, model, models)
         if config.teachers[0] in models:
             _check_states(config, model, models[config.teachers[0]])
     elif parent is None:
@@ -195,6 +197,12 @@ def _check_states(config: Distill, model: LightCapConfig, teacher: LightCapConfi
     if "attention" in config.match and model.prefix != teacher.prefix:
         raise ValueError(f"match: attention is over prefixes of {model.prefix} tokens here and of {teacher.prefix} in the first teacher; "
                          "take attention out of 'match', or give both the same concepts")
+
+
+def _check_concepts(config: Distill, model: LightCapConfig, models: Mapping[str, LightCapConfig]) -> None:
+    blind = ["the student"] * (not model.concepts) + [f"teacher '{name}'" for name in config.teachers if not models[name].concepts]
+    if blind:
+        raise ValueError(f"concept_weight is of finding concepts, but {blind[0]} finds none: leave it out")
 
 
 def _check_onward(config: Train, model: LightCapConfig) -> None:

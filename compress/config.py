@@ -1,8 +1,7 @@
 """What a recipe may say: one frozen dataclass per section and per stage key. Units stand in the names.
 
-A field's type is what YAML must hold there; its default is what is used when the recipe is silent. `as` and `from` belong to
-every stage, `against` to those that make captioners: `compress.recipe` handles them. No torch is imported here: wrong recipes are refused
-at once.
+A field's type is what YAML must hold there; its default is used when the recipe is silent. `as` and `from` belong to every stage, `against`
+to those that make captioners: `compress.recipe` handles them. No torch is imported here: wrong recipes are refused at once.
 """
 
 from __future__ import annotations

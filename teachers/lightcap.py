@@ -36,6 +36,10 @@ class LightCapTeacher:
     def encoder(self) -> nn.Module:
         return self.model.encoder
 
+    @property
+    def concept_pieces(self) -> Tensor | None:
+        return None if self.model.concepts is None else self.model.concepts.pieces
+
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         return self.model.encode(pictures)

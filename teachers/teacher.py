@@ -12,10 +12,12 @@ from torch import Tensor, nn
 class Teacher(Protocol):
     """A captioner that scores given captions. `vocabulary` lists its word pieces by id: distilling tokens needs them equal to the
     student's (equal sizes do not make equal vocabularies). `encoder` makes the grid that it reads; `prefix` is the number of tokens before
-    the caption, `mask_piece` the id of [MASK] in a model that predicts the piece under it (None: it predicts the next)."""
+    the caption, `concept_pieces` the word pieces of each concept that it can find (None: it finds none), `mask_piece` the id of [MASK] in
+    a model that predicts the piece under it (None: it predicts the next)."""
 
     vocabulary: tuple[str, ...]
     encoder: nn.Module
+    concept_pieces: Tensor | None
     hidden: int
     layers: int
     prefix: int

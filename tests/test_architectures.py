@@ -184,6 +184,13 @@ stages:
 {}"""
 
 
+@pytest.mark.parametrize(("teachers", "blind"), [("[worded, tuned]", "teacher 'tuned'"), ("[tuned, worded]", "the student")])
+def test_concepts_are_learned_from_who_finds_some(tmp_path, teachers, blind):
+    text = ENCODERS.format(f"  - distill: {{as: last, teachers: {teachers}, encoder: tuned, concept_weight: 0.1}}\n")
+    with pytest.raises(RecipeError, match=f"'last': concept_weight is of finding concepts, but {blind} finds none: leave it out"):
+        models(tmp_path, text)
+
+
 @pytest.mark.parametrize(
     ("distill", "what"),
     [
@@ -197,7 +204,7 @@ stages:
         ("from: pruned, teachers: mean", "'mean' would read grids of another encoder, that of 'pruned', than its own, that of 'tuned'"),
     ],
 )
-def test_teachers_read_their_students_grid(tmp_path, distill, what):
+def test_teachers_read_their_students_grid_unless_they_see_for_themselves(tmp_path, distill, what):
     text = ENCODERS.format(f"  - distill: {{as: last, {distill}}}\n")
     if what is None:
         assert "last" in models(tmp_path, text)

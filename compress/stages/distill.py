@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 from collections.abc import Sequence
 
+import torch
 from tokenizers import Tokenizer
 
 from compress.artifact import Artifact, read_json
@@ -60,6 +61,9 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
             raise RecipeError(f"teacher '{name}': its word pieces are not the student's; name one that was trained with the same "
                               "student.tokenizer, on the same side of a 'vocabulary' stage")
+        if config.concept_weight and not torch.equal(teacher.concept_pieces, model.concepts.pieces):
+            raise RecipeError(f"teacher '{name}': it finds other concepts than its student; leave out concept_weight, or name one whose "
+                              "extractor had the same vocabulary")
     if parent is None and config.init == "teacher":
         others = (None if source in sources[:index] else read_captioner(source.path)[0] for index, source in enumerate(sources) if index)
         start_from(model, [first, *others])  # None of a teacher that is named again

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.config import Encoding, Optimisation
+from compress.config import Distill, Optimisation
 from compress.context import Context
 from compress.training.batches import IGNORED, Batch
 from compress.training.corpus import Corpus
@@ -53,8 +53,11 @@ def distil(
     encoder is trained with it where `config` says so."""
     where = device()
     model.to(where).train()
-    tuned = isinstance(config, Encoding) and config.encoder == "tuned"
-    ready(model.encoder, tuned, context.recipe.student)
+    anew = isinstance(config, Distill) and config.anew
+    tuned = anew and config.encoder == "tuned"
+    model.encoder.eval()
+    if anew:
+        ready(model.encoder, tuned, context.recipe.student)
     trained = language(model)
     guide, maps = lessons.guide, nn.ModuleList()
     if guide is not None:
@@ -96,7 +99,7 @@ def distil(
         parts = [trained[name] for name in ("encoder", "alignment") if name in trained]
         groups.append(Group([p for part in parts for p in part.parameters()], config.encoder_learning_rate))
     with ExitStack() as stack:
-        for encoder in (model.encoder, *lessons.encoders):
+        for encoder in (*([model.encoder] if anew else []), *lessons.encoders):
             stack.enter_context(folded(encoder, model.config.image_size))
         fit(trained, groups, steps, loss_of, config, seed, context.work, label, context.progress, context.share)
     model.cpu().eval().requires_grad_(True)
