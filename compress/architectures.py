@@ -25,14 +25,14 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
     or teachers.
     """
     models: dict[str, LightCapConfig] = {}
-    encoders: dict[str, str] = {}
+    sights: dict[str, str] = {}
     narrowed: dict[str, bool] = {}
     for stage in recipe.stages:
         if stage.kind == "pretrained":
             continue
         try:
             models[stage.name] = _architecture(recipe, stage, models, vocabulary)
-            encoders[stage.name] = _encoder(recipe, stage, encoders)
+            sights[stage.name] = _encoder(recipe, stage, sights)
             narrowed[stage.name] = _narrowed(stage, models, narrowed)
         except SizeError as error:
             named = ((key, f"{section}.{key}") for section in ("student", "data") for key in error.keys)

@@ -69,8 +69,8 @@ class Encoding(Optimisation):
 
     encoder: str = "frozen"
     encoder_learning_rate: float = 1e-3
-    flip: bool = False  # mirrors half of the pictures, while the encoder is tuned; not for captions that tell left from right
-    crop: float = 0.0  # cuts up to this share off the sides of pictures, while the encoder is tuned
+    flip: bool = False  # mirrors half of the pictures, while they are encoded; not for captions that tell left from right
+    crop: float = 0.0  # cuts up to this share off the sides of pictures, while they are encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Train(Encoding):
     objective: str | None = None  # causal, if it starts anew
     extractor: str | None = None  # the stage whose image encoder and concept extractor a new captioner takes
     modulator: int | None = None  # inner width; 0: none
-    zero_layers: int = 0  # a new captioner's first ones, which start as if they were not there, whatever the checkpoint holds
+    zero_layers: int = 0  # a new captioner's first ones, which start nearly as if they were not there, whatever the checkpoint holds
     new_learning_rate: float | None = None  # of grid projection, modulator and heads, which no checkpoint of a language model fills
     grid_dropout: float = 0.0  # of the features of the grid
     consensus: float = 0.0  # 0 to 1: the share of a caption's weight that is its CIDEr-D against its image's other captions, over the mean
@@ -122,7 +122,7 @@ class Train(Encoding):
 class Distill(Encoding):
     """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher. Of teachers that are
     `pretrained`, whose layers and encoders are not a student's, it learns the captions that they wrote (or, without `captions`, people's),
-    and of those that have its word pieces the tokens. A tuned encoder learns with it; teachers see what it sees."""
+    and of those that have its word pieces the tokens. A tuned encoder learns with it; others than these see what it sees."""
 
     teachers: tuple[str, ...] = ()
     extractor: str | None = None  # of `pretrained` teachers: the stage whose image encoder and concept extractor a new student takes

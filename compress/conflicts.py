@@ -120,7 +120,11 @@ def against_teachers(config: Distill, teachers: Sequence[str], others: Sequence[
         yield "match", f"of '{others[0]}' there are captions, and tokens of BLIP and GIT (pretrained): match: [captions, tokens], or one"
     for key in ("ffn_share", "hidden_weight", "attention_weight", "concept_weight", "match_epochs"):
         if others and getattr(config, key) != getattr(Distill, key):
-            yield key, f"is of a teacher's layers, and of '{others[0]}' none are seen (pretrained): leave it out"
+            part = "extractor" if key == "concept_weight" else "layers"
+            yield key, f"is of a teacher's {part}, and of '{others[0]}' none are seen (pretrained): leave it out"
+    for key in ("flip", "crop"):
+        if others and config.asks_tokens and getattr(config, key):
+            yield key, f"disturbs pictures, and what '{others[0]}' says is of pictures as they are (pretrained): match captions alone"
     if others and new and config.init == "teacher":
         yield "init", f"of '{others[0]}' no layers are taken (pretrained): set init: weights, or random"
     if config.extractor is not None and not others:

@@ -16,6 +16,7 @@ from compress.cost import TOKENS, Macs, count_macs
 from compress.data import CaptionSet
 from compress.evaluate import BEAM
 from compress.training.batches import Masking
+from compress.training.lessons import listened_to
 from students.lightcap import LightCapConfig
 
 
@@ -85,17 +86,19 @@ def making(
     if isinstance(settings, Distill):
         if settings.teachers[0] not in models:  # finished ones, whose own work is not known
             each = len(settings.teachers) if "captions" in settings.match else amount.captions
-            return amount.images * (known + passes * 3 * language(config, amount, each, amount.words, config.heads))
+            seen = passes * ((3 if settings.encoder == "tuned" else 1) * macs.encoder + macs.concepts) if settings.anew else known
+            return amount.images * (seen + passes * 3 * language(config, amount, each, amount.words, config.heads))
         taught = [language(models[name], amount, amount.captions, amount.words, probes=True) for name in settings.teachers]
         shown = language(models[settings.teachers[0]], amount, amount.captions, amount.words)
         beside = min(settings.match_epochs, passes) * shown if {"hidden", "attention"} & set(settings.match) else 0.0
         pack = language(config, amount, amount.captions, amount.words, config.heads)
         if settings.anew:
             own = (3 if settings.encoder == "tuned" else 1) * macs.encoder + (4 if settings.concept_weight else 1) * macs.concepts
-            named = settings.teachers if settings.asks_tokens else settings.teachers[:1]
+            named = dict.fromkeys(listened_to(settings))
             others = {sights[name]: count_macs(models[name]).encoder for name in named if sights[name] != sights[stage.name]}
             finding = (1 + bool(settings.concept_weight)) * sum(count_macs(models[name]).concepts for name in named)
-            each = own + sum(others.values()) + finding + 3 * pack + (sum(taught) if settings.asks_tokens else 0.0)
+            told = sum(language(models[name], amount, amount.captions, amount.words, probes=True) for name in named)
+            each = own + sum(others.values()) + finding + 3 * pack + (told if settings.asks_tokens else 0.0)
             return amount.images * (passes * each + beside)
         return amount.images * (known + passes * 3 * pack + beside + (sum(taught) if settings.asks_tokens else 0.0))
     if isinstance(settings, Scst):

@@ -77,7 +77,7 @@ def files_of(recipe: Recipe, stage: Stage) -> dict[str, str]:
     own = dataclasses.asdict(stage.config)
     if stage.kind == "concepts":
         own["text_encoder"] = own["text_encoder"] or default_text_encoder(recipe.student.encoder)
-    finds = stage.kind == "concepts" or own.get("concept_weight")  # what the list of concepts names
+    finds = stage.kind == "concepts" or (stage.kind == "train" and own["concept_weight"])  # what the list of concepts names
     if finds:
         own["vocabulary"] = vocabulary_of(recipe, stage)
     try:

@@ -112,6 +112,11 @@ def test_epochs_are_passes(tmp_path, data):
     assert seen - spent["matched"] == pytest.approx(30 * (4 - 1) * (encoder + once))
     moved = planned(tmp_path, data, "matched.encoder=tuned")["matched"]  # two passes backward, and the teacher's own encoder
     assert moved - seen == pytest.approx(30 * 4 * (2 + 1) * encoder)
+    finished = tmp_path / "f.yaml"
+    finished.write_text("student: {preset: tiny, tokenizer: english}\nstages:\n  - pretrained: {as: git, model: x/y}\n"
+                        "  - distill: {as: student, teachers: git, epochs: 4, init: random}\n")
+    as_they_are, cut = (estimate.tmacs(read_recipe(finished, more), data)["student"] * 1e12 for more in ((), ("student.crop=0.1",)))
+    assert cut - as_they_are == pytest.approx(30 * (4 - 1) * encoder)  # encoded in each pass
     assert spent["pruned"] - spent["language"] == pytest.approx(30 * 3 * encoder)
     again = planned(tmp_path, data, "pruned.steps=3")["pruned"] - spent["pruned"]  # each step recovers, from features computed anew
     assert again == pytest.approx(2 * 30 * (encoder + 3 * 2 * each + 3 * encoder))

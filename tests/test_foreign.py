@@ -447,6 +447,8 @@ stages:
     ("- distill: {teachers: git, token_weight: 0.5}", "key 'token_weight': is of matching tokens"),
     ("- distill: {teachers: git, modulator: 8}", "a modulator is steered by concepts, but this student reads none"),
     ("- distill: {teachers: git, ffn_share: 0.5}", "key 'ffn_share': is of a teacher's layers, and of 'git' none are seen (pretrained)"),
+    ("- distill: {teachers: git, encoder: tuned, concept_weight: 0.1}", "key 'concept_weight': is of a teacher's extractor, and of 'git'"),
+    ("- distill: {teachers: git, match: tokens, crop: 0.1}", "key 'crop': disturbs pictures, and what 'git' says is of pictures as they"),
     ("- pretrained: {as: two, against: own, model: x}", "key 'against': 'pretrained' is compared with nothing"),
     ("- pretrained: {as: two, from: own, model: x}", "key 'from': a finished captioner is made of no stage"),
     ("- pretrained: {as: two}", "'pretrained' is a finished captioner: name its folder, or OWNER/NAME on the hub (model: NAME)"),

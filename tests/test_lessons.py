@@ -10,9 +10,11 @@ from stage_context import context
 from compress import data
 from compress.artifact import Artifact
 from compress.config import Data, Distill, Student
+from compress.errors import RecipeError
 from compress.stages import distill
 from compress.training import lessons
 from compress.training.corpus import corpus
+from compress.training.losses import token_loss
 from compress.training.start import new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
 from teachers.lightcap import LightCapTeacher
@@ -65,8 +67,8 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_of_pictures_as_they_are_teachers_say_what_their_targets_hold(lesson, teachers, tmp_path, masked):
-    """Also to a student of masked pieces, which is shown fewer of them."""
+def test_of_pictures_as_they_are_teachers_say_what_their_targets_hold(lesson, teachers, masked):
+    """Also to a student of masked pieces, which is asked for fewer of them."""
     config = Distill(teachers=("one", "two"), encoder="tuned", top_k=8, temperature=1.5)
     model, given, own, here, found = lesson(config, masked)
     model.encoder.eval()
@@ -86,7 +88,8 @@ def test_of_pictures_as_they_are_teachers_say_what_their_targets_hold(lesson, te
 
 
 def test_each_teacher_sees_the_student_s_picture_by_its_own_encoder(lesson):
-    for config, tuned in ((Distill(encoder="tuned", flip=True, crop=0.3), True), (Distill(crop=0.3), False)):
+    both = ("one", "two")
+    for config, tuned in ((Distill(teachers=both, encoder="tuned", flip=True, crop=0.3), True), (Distill(teachers=both, crop=0.3), False)):
         model, _, own, _, found = lesson(config)
         model.encoder.requires_grad_(tuned)
         torch.manual_seed(4)
@@ -99,24 +102,70 @@ def test_each_teacher_sees_the_student_s_picture_by_its_own_encoder(lesson):
         assert distance(found.look(np.array([0, 3, 7]))[0], grid) > 0.1
 
 
-def test_a_tuned_student_moves_its_encoder_towards_what_its_teachers_say(tmp_path, scenes, teachers):
-    """A frozen one does not, though its pictures are disturbed."""
+@pytest.fixture
+def run(tmp_path, scenes, teachers):
+    def go(name: str, config: Distill, sources=teachers) -> LightCap:
+        here = context(tmp_path / name, scenes, "distill", config, STUDENT, "student", cache=tmp_path / "cache", artifacts=sources)
+        distill.run(None, config, here)
+        return LightCap.from_pretrained(here.output)
+
+    return go
+
+
+def test_a_tuned_encoder_is_trained_and_a_frozen_one_is_not(run, teachers):
+    """Though the frozen one's pictures are disturbed."""
     made = {}
     for name, more in (("tuned", {"encoder": "tuned", "encoder_learning_rate": 1e-2}), ("disturbed", {"flip": True, "crop": 0.2})):
-        config = Distill(teachers=("two", "one"), match=("tokens", "hidden"), epochs=2, batch_images=6, **more)
-        here = context(tmp_path / name, scenes, "distill", config, STUDENT, "student", cache=tmp_path / "cache", artifacts=teachers)
-        distill.run(None, config, here)
-        made[name] = LightCap.from_pretrained(here.output).encoder.state_dict()
-    first = LightCap.from_pretrained(teachers["two"].path).encoder.state_dict()
-    assert all(torch.equal(first[key], made["disturbed"][key]) for key in first)
-    assert max((first[key] - made["tuned"][key]).abs().max() for key in first if key.endswith("weight")) > 1e-2
+        made[name] = run(name, Distill(teachers=("two", "one"), match=("tokens", "hidden"), epochs=2, batch_images=6, **more))
+    first, moved, same = (model.encoder.state_dict() for model in (LightCap.from_pretrained(teachers["two"].path), *made.values()))
+    assert all(torch.equal(first[key], same[key]) for key in first)
+    assert max((first[key] - moved[key]).abs().max() for key in first if key.endswith("weight")) > 1e-2
+
+
+def test_what_teachers_say_of_disturbed_pictures_is_learned(lesson, run):
+    """Each head comes nearer to its own teacher, of whose words captions say nothing."""
+    config = Distill(teachers=("one", "two"), match=("tokens",), epochs=60, batch_images=12, learning_rate=1e-2, dropout=0.0,
+                     token_weight=1.0, encoder="tuned", encoder_learning_rate=1e-3, flip=True, top_k=8)
+    _, given, _, _, found = lesson(dataclasses.replace(config, flip=False))
+    batch = given.batches(12, 3)(0)
+    far = {}
+    for name, epochs in (("before", 0.01), ("after", 60)):
+        student = run(name, dataclasses.replace(config, epochs=epochs))
+        student.narrow(given.keep)
+        with torch.no_grad():
+            ids, best = found.told(batch, found.look(batch.images)[1])
+            states = student.states(given.grid_of(student, batch.images), batch.tokens, batch.positions, batch.mask(25))
+            states = student.heads.branch_states(states[batch.targets > -1])
+            logs = (states @ student.word.T + student.heads.bias).log_softmax(-1)
+        far[name] = [float(token_loss(logs[head].gather(-1, ids[head]), best[head], 1.0)) for head in range(2)]
+    assert all(after < 0.5 * before for before, after in zip(far["before"], far["after"], strict=True)), far
+
+
+def test_concepts_are_found_as_the_teachers_find_them(run, tmp_path, teachers):
+    """The extractor learns with a tuned encoder, where that is asked; of a teacher with other concepts nothing is learned."""
+    sources = {}
+    for name, pieces in (("one", 3), ("two", 3), ("other", 4)):
+        model, tokenizer, settings = read_captioner(teachers[name if name != "other" else "two"].path)
+        torch.manual_seed(7)
+        matrix = torch.randn(5, 16)
+        model.start_concepts(matrix, torch.arange(10, 15).view(5, 1) + pieces, torch.zeros(5), 8, 4)
+        (tmp_path / f"with-{name}").mkdir()
+        write_captioner(tmp_path / f"with-{name}", model.eval(), tokenizer, settings)
+        sources[name] = Artifact(tmp_path / f"with-{name}")
+    config = Distill(teachers=("one", "two"), match=("tokens",), epochs=2, batch_images=6, encoder="tuned", encoder_learning_rate=1e-2)
+    first = LightCap.from_pretrained(sources["one"].path).alignment.state_dict()
+    for weight in (0.0, 0.1):
+        found = run(f"{weight}", dataclasses.replace(config, concept_weight=weight), sources).alignment.state_dict()
+        assert all(torch.equal(first[key], found[key]) for key in first) == (weight == 0.0)
+    with pytest.raises(RecipeError, match="teacher 'other': it finds other concepts than its student; leave out concept_weight"):
+        run("other", dataclasses.replace(config, teachers=("one", "other"), concept_weight=0.1), sources)
 
 
 def test_a_tuned_encoder_s_concepts_stay_those_of_its_teachers(monkeypatch, lesson):
     """The odds that it learns from are the mean of theirs, each by its own grid."""
     monkeypatch.setattr(LightCapTeacher, "concept_scores", lambda self, grid: grid.mean(1)[:, :6])
-    model, _, own, _, found = lesson(Distill(encoder="tuned", concept_weight=0.1))
+    model, _, own, _, found = lesson(Distill(teachers=("one", "two"), encoder="tuned", concept_weight=0.1))
     grids = found.look(np.array([1, 2]))[1]
     wanted = (grids[0].mean(1)[:, :6].sigmoid() + grids[1].mean(1)[:, :6].sigmoid()) / 2
     torch.testing.assert_close(found.odds(grids), wanted)
-    assert lesson(Distill(encoder="tuned"))[-1].odds is None
+    assert lesson(Distill(teachers=("one", "two"), encoder="tuned"))[-1].odds is None

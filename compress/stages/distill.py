@@ -1,8 +1,9 @@
 """Ensemble distillation: teacher i supervises head i (LightCap, section 3.4); hidden states and attention come from the first teacher.
 
-Token distributions are read from targets computed once per teacher. Hidden states and attention are compared during the first
-`match_epochs` epochs, in which the first teacher runs beside the student: the paper's first phase; tokens are compared throughout.
-Of finished teachers (`compress.stages.pretrained`) there are the captions that they wrote, and of BLIP and GIT tokens.
+Token distributions are read from targets computed once per teacher, or asked for in each step (`compress.training.lessons`). Hidden states
+and attention are compared during the first `match_epochs` epochs, in which the first teacher runs beside the student: the paper's first
+phase; tokens are compared throughout. Of finished teachers (`compress.stages.pretrained`) there are the captions that they wrote, and of
+BLIP and GIT tokens.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
             student, student.preset, weights, context.recipe.data.image_size, config.dropout, seed, first, modulator
         )
         model.config = dataclasses.replace(model.config, mask_piece=first.config.mask_piece)
-    teachers = [load(source.path) for source in sources]
-    for name, teacher in zip(config.teachers, teachers, strict=True):
+    known = {name: load(context.artifacts[name].path) for name in dict.fromkeys(config.teachers)}
+    for name, teacher in known.items():
         if teacher.vocabulary != tuple(pieces_of(tokenizer)):
             raise RecipeError(f"teacher '{name}': its word pieces are not the student's; name one that was trained with the same "
                               "student.tokenizer, on the same side of a 'vocabulary' stage")
@@ -67,10 +68,11 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     if parent is None and config.init == "teacher":
         others = (None if source in sources[:index] else read_captioner(source.path)[0] for index, source in enumerate(sources) if index)
         start_from(model, [first, *others])  # None of a teacher that is named again
-    beside = {piece for teacher in teachers for piece in teacher.own_pieces()}
+    beside = {piece for teacher in known.values() for piece in teacher.own_pieces()}
     data = corpus(model, tokenizer, settings, context, config.anew, config.flip, config.crop, beside)
-    for teacher in teachers:
+    for teacher in known.values():
         teacher.narrow(data.keep)
+    teachers = [known[name] for name in config.teachers]
     guided = bool({"hidden", "attention"} & set(config.match))
     if config.anew:
         lessons = asked(model, data, teachers, settings, config, guided, context)
@@ -79,7 +81,7 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
         if config.asks_tokens:
             taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
         lessons = from_targets(model, data, taught, teachers[0] if guided else None)
-    del first, teacher, teachers  # of several, large ones, only those that are asked stay while the student is trained
+    del first, teacher, teachers, known  # of several, large ones, only those that are asked stay while the student is trained
     return taught_by(lessons, model, tokenizer, settings, data, config, context)
 
 
@@ -106,8 +108,8 @@ def of_finished(parent: Artifact | None, config: Distill, sources: Sequence[Arti
     if config.asks_tokens:
         foreign = importlib.import_module(FOREIGN)
         chosen, pieces = settled(config.precision, device(), context.work, context.share), pieces_of(tokenizer)
-        asked = chosen, config.top_k, config.temperature, context.cache
-        taught = [foreign.targets(source, pieces, train, data, *asked, name, context.progress)
+        how = chosen, config.top_k, config.temperature, context.cache
+        taught = [foreign.targets(source, pieces, train, data, *how, name, context.progress)
                   for name, source in zip(config.teachers, sources, strict=True)]
     return taught_by(from_targets(model, data, taught), model, tokenizer, settings, data, config, context)
 

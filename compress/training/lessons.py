@@ -39,6 +39,12 @@ class Lessons:
     encoders: tuple[nn.Module, ...] = ()
 
 
+def listened_to(config: Distill) -> tuple[str, ...]:
+    """The teachers from which something is learned: all by their tokens, the first by its layers and its concepts."""
+    shows = {"hidden", "attention"} & set(config.match) or config.concept_weight
+    return config.teachers if config.asks_tokens else config.teachers[: bool(shows)]
+
+
 def from_targets(
     model: LightCap, data: Corpus, taught: list[tuple[np.ndarray, np.ndarray]] | None, guide: Teacher | None = None
 ) -> Lessons:
@@ -57,12 +63,12 @@ def from_targets(
 def asked(
     model: LightCap, data: Corpus, teachers: Sequence[Teacher], settings: dict, config: Distill, guided: bool, context: Context
 ) -> Lessons:
-    """Teachers look at the training pictures that the student sees, each by its own encoder; by the student's, where that is the same and
-    not tuned. Where no tokens are matched, the first alone, for what its layers show (`guided`) and the concepts that it finds."""
+    """Those of `teachers` that are listened to look at the training pictures that the student sees, each by its own encoder; by the
+    student's, where that is the same and not tuned. One that is named twice is asked once. `guided`: by the first one's layers, too."""
     where = device()
     pictures = pixels(context.data.split("train"), settings, context.cache, context.progress)
     tuned = config.encoder == "tuned"
-    teachers = teachers if config.asks_tokens else teachers[:1]
+    teachers = teachers[: len(listened_to(config))]
     own = None if tuned else encoder_digest(model.encoder)
     names = [encoder_digest(teacher.encoder) for teacher in teachers]
     lookers = {name: teacher for name, teacher in zip(names, teachers, strict=True) if name != own}
@@ -78,17 +84,17 @@ def asked(
         return grid, [grids.get(name, grid) for name in names]
 
     def told(batch: Batch, grids: list[Tensor]) -> tuple[Tensor, Tensor]:
-        whole, places, said = batch, None, []
+        whole, said = batch, {}
         if model.config.mask_piece is not None:  # its own captions have holes; a teacher reads all that stands before a piece
             whole = pack(data.captions, batch.images).to(where)
-            places = torch.from_numpy(np.flatnonzero(np.isin(whole.rows, batch.rows))).to(where)
-        for teacher, grid in zip(teachers, grids, strict=True):
+        wanted = torch.from_numpy(np.isin(whole.rows, batch.rows)).to(where)
+        for teacher, grid in dict(zip(teachers, grids, strict=True)).items():
             asked = whole.probing(teacher.mask_piece)
-            given = asked.tokens, asked.positions, asked.mask(teacher.prefix), asked.targets != IGNORED
-            logits = teacher.logits(grid, *given)
-            logits = logits if places is None else logits[places]
-            said.append((logits.float() / config.temperature).softmax(-1).topk(min(config.top_k, logits.shape[-1]), dim=-1))
-        return torch.stack([best.indices for best in said]), torch.stack([best.values for best in said])
+            real = asked.targets != IGNORED
+            real = real.masked_scatter(real, wanted)
+            logits = teacher.logits(grid, asked.tokens, asked.positions, asked.mask(teacher.prefix), real)
+            said[teacher] = (logits.float() / config.temperature).softmax(-1).topk(min(config.top_k, logits.shape[-1]), dim=-1)
+        return tuple(torch.stack([said[teacher][part] for teacher in teachers]) for part in (1, 0))
 
     def odds(grids: list[Tensor]) -> Tensor:
         given = [teacher.concept_scores(grid).sigmoid() for teacher, grid in zip(teachers, grids, strict=True)]
