@@ -17,22 +17,22 @@ from students.lightcap.config import PREFIX_POSITION, SizeError
 MASK = 0  # stands for the id of [MASK], which the tokenizer knows
 
 
-def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
+def architectures(recipe: Recipe, vocabulary: int) -> tuple[dict[str, LightCapConfig], dict[str, str]]:
     """By name of the stage, with `vocabulary` word pieces; of a captioner that others made, none. Pruned shapes are not known before: they
-    are the parent's.
+    are the parent's. And the stage that last changed its encoder ("" where none has): stages of the same have the same encoder.
 
     RecipeError, with the line of the key or of the stage, for sizes that no captioner can have and for settings that do not fit its parent
     or teachers.
     """
     models: dict[str, LightCapConfig] = {}
-    sights: dict[str, str] = {}
+    encoders: dict[str, str] = {}
     narrowed: dict[str, bool] = {}
     for stage in recipe.stages:
         if stage.kind == "pretrained":
             continue
         try:
             models[stage.name] = _architecture(recipe, stage, models, vocabulary)
-            sights[stage.name] = _encoder(recipe, stage, sights)
+            encoders[stage.name] = _encoder(recipe, stage, encoders)
             narrowed[stage.name] = _narrowed(stage, models, narrowed)
         except SizeError as error:
             named = ((key, f"{section}.{key}") for section in ("student", "data") for key in error.keys)
@@ -40,16 +40,7 @@ def architectures(recipe: Recipe, vocabulary: int) -> dict[str, LightCapConfig]:
             raise RecipeError(f"{place}stage '{stage.name}': {error}") from None
         except ValueError as error:
             raise RecipeError(f"{stage.place}stage '{stage.name}': {error}") from None
-    return models
-
-
-def encoders(recipe: Recipe) -> dict[str, str]:
-    """By name of the stage, the one that last changed its encoder ("" where none has): stages of the same have the same encoder."""
-    found: dict[str, str] = {}
-    for stage in recipe.stages:
-        if stage.kind != "pretrained":
-            found[stage.name] = _encoder(recipe, stage, found)
-    return found
+    return models, encoders
 
 
 def _architecture(recipe: Recipe, stage: Stage, models: Mapping[str, LightCapConfig], vocabulary: int) -> LightCapConfig:

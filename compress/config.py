@@ -122,7 +122,7 @@ class Train(Encoding):
 class Distill(Encoding):
     """Ensemble distillation: teacher i supervises head i; hidden states and attention come from the first teacher. Of teachers that are
     `pretrained`, whose layers and encoders are not a student's, it learns the captions that they wrote (or, without `captions`, people's),
-    and of those that have its word pieces the tokens. A tuned encoder learns with it; others than these see what it sees."""
+    and of those that have its word pieces the tokens. Other teachers are asked once, or, where `anew`, of all that it sees."""
 
     teachers: tuple[str, ...] = ()
     extractor: str | None = None  # of `pretrained` teachers: the stage whose image encoder and concept extractor a new student takes

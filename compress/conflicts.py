@@ -45,6 +45,7 @@ def _concepts(config: Concepts, parent: str | None) -> Iterator[tuple[str, str]]
         if getattr(config, key) and (config.flip or config.crop):
             yield key, "are places in pictures as they are, which flip and crop move: leave either these or those out"
     yield from _of_tuned_encoder(config)
+    yield from _of_encoded_pictures(config)
 
 
 def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
@@ -62,6 +63,14 @@ def _train(config: Train, parent: str | None) -> Iterator[tuple[str, str]]:
         if config.concept_weight:
             yield "concept_weight", "is of finding concepts, but this captioner reads none (extractor: NAME gives it some)"
     yield from _of_tuned_encoder(config)
+    yield from _of_encoded_pictures(config)
+
+
+def _of_encoded_pictures(config: Encoding) -> Iterator[tuple[str, str]]:
+    for key in ("flip", "crop"):
+        if getattr(config, key) and config.encoder != "tuned":
+            yield key, ("disturbs pictures while the encoder is trained; a frozen one's features are computed once: set encoder: tuned, or "
+                        "leave it out")
 
 
 def _of_tuned_encoder(config: Encoding) -> Iterator[tuple[str, str]]:
@@ -70,8 +79,6 @@ def _of_tuned_encoder(config: Encoding) -> Iterator[tuple[str, str]]:
     for key, what in (
         ("word_weight", "is of a classifier that trains the encoder"),
         ("concept_weight", "is of an extractor that is trained with the encoder"),
-        ("flip", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
-        ("crop", "disturbs pictures while the encoder is trained; a frozen one's features are computed once"),
     ):
         if getattr(config, key, None):
             yield key, f"{what}: set encoder: tuned, or leave it out"
@@ -100,10 +107,7 @@ def _distill(config: Distill, parent: str | None) -> Iterator[tuple[str, str]]:
         for key in ("token_weight", "temperature", "top_k"):
             if getattr(config, key) != getattr(Distill, key):
                 yield key, "is of matching tokens; add tokens to 'match', or leave it out"
-    if config.encoder != "tuned" and config.concept_weight:
-        yield "concept_weight", "is of an extractor that is trained with the encoder: set encoder: tuned, or leave it out"
-    if config.encoder != "tuned" and config.encoder_learning_rate != Encoding.encoder_learning_rate:
-        yield "encoder_learning_rate", "is of a tuned encoder: set encoder: tuned, or leave it out"
+    yield from _of_tuned_encoder(config)
     for of in ("hidden", "attention"):
         if getattr(config, f"{of}_weight") != getattr(Distill, f"{of}_weight") and of not in config.match:
             yield f"{of}_weight", f"is of matching {of}; add {of} to 'match', or leave it out"

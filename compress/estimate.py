@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.architectures import architectures, encoders
+from compress.architectures import architectures
 from compress.config import Concepts, Distill, Prune, Quantize, Recipe, Scst, Stage, Train
 from compress.conflicts import cuts_encoder, moves_concepts
 from compress.cost import TOKENS, Macs, count_macs
@@ -47,8 +47,8 @@ def tmacs(recipe: Recipe, data: CaptionSet | None) -> dict[str, float | None]:
     """{stage: multiply-accumulates x 1e-12 of making and of evaluating its artifact}, on `COCO` where there is no data; None of a finished
     captioner, whose sizes are its own. RecipeError as `architectures`."""
     amount = COCO if data is None else Amount.of(data, recipe.data.val_split)
-    models = architectures(recipe, amount.vocabulary)
-    sights, spent = encoders(recipe), {}
+    models, sights = architectures(recipe, amount.vocabulary)
+    spent = {}
     for stage in recipe.stages:
         if stage.kind == "pretrained":
             spent[stage.name] = None

@@ -33,7 +33,7 @@ stages:
 def models(tmp_path, text: str):
     path = tmp_path / "x.yaml"
     path.write_text(text)
-    return architectures(read_recipe(path), 100)
+    return architectures(read_recipe(path), 100)[0]
 
 
 def test_a_student_has_its_teachers_objective(tmp_path):

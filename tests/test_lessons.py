@@ -57,7 +57,7 @@ def lesson(tmp_path, scenes, teachers):
         for teacher in own:
             teacher.narrow(given.keep)
         model.narrow(given.keep)
-        return model, given, own, here, lessons.asked(model, given, own, settings, config, "hidden" in config.match, here)
+        return model, given, own, here, lessons.asked(model, given, own, settings, config, here)
 
     return go
 
@@ -90,7 +90,7 @@ def test_of_pictures_as_they_are_teachers_say_what_their_targets_hold(lesson, te
 def test_each_teacher_sees_the_student_s_picture_by_its_own_encoder(lesson):
     both = ("one", "two")
     for config, tuned in ((Distill(teachers=both, encoder="tuned", flip=True, crop=0.3), True), (Distill(teachers=both, crop=0.3), False)):
-        model, _, own, _, found = lesson(config)
+        model, *_, found = lesson(config)
         model.encoder.requires_grad_(tuned)
         torch.manual_seed(4)
         grid, grids = found.look(np.array([0, 3, 7]))
@@ -164,7 +164,7 @@ def test_concepts_are_found_as_the_teachers_find_them(run, tmp_path, teachers):
 def test_a_tuned_encoder_s_concepts_stay_those_of_its_teachers(monkeypatch, lesson):
     """The odds that it learns from are the mean of theirs, each by its own grid."""
     monkeypatch.setattr(LightCapTeacher, "concept_scores", lambda self, grid: grid.mean(1)[:, :6])
-    model, _, own, _, found = lesson(Distill(teachers=("one", "two"), encoder="tuned", concept_weight=0.1))
+    *_, found = lesson(Distill(teachers=("one", "two"), encoder="tuned", concept_weight=0.1))
     grids = found.look(np.array([1, 2]))[1]
     wanted = (grids[0].mean(1)[:, :6].sigmoid() + grids[1].mean(1)[:, :6].sigmoid()) / 2
     torch.testing.assert_close(found.odds(grids), wanted)

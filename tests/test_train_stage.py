@@ -122,6 +122,7 @@ def test_the_sections_weights_begin_every_captioner_of_its_preset(monkeypatch, t
 
 
 def test_zeroed_layers_start_as_if_they_were_not_there():
+    """Behind a norm that scales nothing; another's scale they take away."""
     torch.manual_seed(0)
     model = LightCap(preset("tiny", vocabulary=30, dropout=0.0)).eval()
     with torch.no_grad():

@@ -23,7 +23,7 @@ from compress.errors import RecipeError
 from compress.training.corpus import UNSEEN_BIAS, Corpus, check_tokenizer, corpus
 from compress.training.distillation import Goal, distil, feed_forward
 from compress.training.features import device
-from compress.training.lessons import Lessons, asked, from_targets, teach
+from compress.training.lessons import Lessons, asked, from_targets, guided, teach
 from compress.training.loop import settled
 from compress.training.start import continued, new_captioner, read_captioner, write_captioner
 from students.lightcap import LightCap
@@ -73,14 +73,13 @@ def run(parent: Artifact | None, config: Distill, context: Context) -> Artifact:
     for teacher in known.values():
         teacher.narrow(data.keep)
     teachers = [known[name] for name in config.teachers]
-    guided = bool({"hidden", "attention"} & set(config.match))
     if config.anew:
-        lessons = asked(model, data, teachers, settings, config, guided, context)
+        lessons = asked(model, data, teachers, settings, config, context)
     else:
         taught = None
         if config.asks_tokens:
             taught = teach(teachers, sources, data, config.top_k, config.temperature, config.precision, config.teachers, context)
-        lessons = from_targets(model, data, taught, teachers[0] if guided else None)
+        lessons = from_targets(model, data, taught, teachers[0] if guided(config) else None)
     del first, teacher, teachers, known  # of several, large ones, only those that are asked stay while the student is trained
     return taught_by(lessons, model, tokenizer, settings, data, config, context)
 

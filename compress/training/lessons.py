@@ -39,10 +39,14 @@ class Lessons:
     encoders: tuple[nn.Module, ...] = ()
 
 
+def guided(config: Distill) -> bool:
+    """Whether the first teacher's layers are learned from."""
+    return not {"hidden", "attention"}.isdisjoint(config.match)
+
+
 def listened_to(config: Distill) -> tuple[str, ...]:
     """The teachers from which something is learned: all by their tokens, the first by its layers and its concepts."""
-    shows = {"hidden", "attention"} & set(config.match) or config.concept_weight
-    return config.teachers if config.asks_tokens else config.teachers[: bool(shows)]
+    return config.teachers if config.asks_tokens else config.teachers[: guided(config) or config.concept_weight > 0]
 
 
 def from_targets(
@@ -61,10 +65,10 @@ def from_targets(
 
 
 def asked(
-    model: LightCap, data: Corpus, teachers: Sequence[Teacher], settings: dict, config: Distill, guided: bool, context: Context
+    model: LightCap, data: Corpus, teachers: Sequence[Teacher], settings: dict, config: Distill, context: Context
 ) -> Lessons:
     """Those of `teachers` that are listened to look at the training pictures that the student sees, each by its own encoder; by the
-    student's, where that is the same and not tuned. One that is named twice is asked once. `guided`: by the first one's layers, too."""
+    student's, where that is the same and not tuned. One that is named twice is asked once."""
     where = device()
     pictures = pixels(context.data.split("train"), settings, context.cache, context.progress)
     tuned = config.encoder == "tuned"
@@ -101,7 +105,7 @@ def asked(
         return torch.stack(given).mean(0)
 
     return Lessons(
-        look, told if config.asks_tokens else None, odds if config.concept_weight else None, teachers[0] if guided else None,
+        look, told if config.asks_tokens else None, odds if config.concept_weight else None, teachers[0] if guided(config) else None,
         tuple(teacher.encoder for teacher in lookers.values()),
     )
 
